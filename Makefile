@@ -1,0 +1,69 @@
+# Everything a person needs from a clean clone: each target sets up what it wants.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= $(firstword $(shell command -v python3.11 python3))
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := exporters runtime_py toolchain tests
+CORPUS ?= ../shared/data/corpus
+MODEL_OUT ?= out/builtin-model
+
+.PHONY: help setup debian demo test test-full format lint model constraints clean
+
+help:  ## This list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: $(STAMP)  ## Make .venv with Python 3.11 and the pinned versions
+
+# torch by itself first: pip then takes a CPU build where its configuration offers one.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+		echo "attune needs Python 3.11, found: $(or $(PYTHON),none). Give it with make PYTHON=..."; \
+		exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+		echo "Python's venv is missing: run 'make debian' as root."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt "$$(grep -m1 '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+debian:  ## Install Debian's python3-venv, if it is missing and you are root
+	@if $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+		echo "nothing to install: Python has venv, and no other Debian package is needed"; \
+	elif [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && apt-get install --yes --no-install-recommends python3 python3-venv; \
+	else \
+		echo "missing: python3-venv (sudo apt-get install python3-venv)"; \
+	fi
+
+demo: $(STAMP)  ## Export the built-in model, check the bundle, let it answer
+	HF_HUB_OFFLINE=1 $(BIN)/attune demo
+
+test: $(STAMP)  ## The tests that need nothing but this repository
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not full'
+
+test-full: $(STAMP)  ## All tests; those without their data skip and say so
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+format: $(STAMP)  ## Rewrite the code in the house's format
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+lint: $(STAMP)  ## Format, ruff's rules and types, without changing a file
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+
+model: $(STAMP)  ## Train the built-in model again (CORPUS=..., MODEL_OUT=...); docs/builtin-model.md
+	HF_HUB_OFFLINE=1 $(BIN)/python -m toolchain.builtin.train --corpus $(CORPUS) --out $(MODEL_OUT)
+
+constraints: $(STAMP)  ## Write constraints.txt anew from what .venv holds
+	{ sed -n '/^#/p' constraints.txt; \
+		$(BIN)/pip freeze --exclude-editable | sed -n 's/^\([^ #@]*==[^+ ]*\).*/\1/p'; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean:  ## Remove caches and build output; .venv stays
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,337 @@
+"""Delegates compiled once for each distinct shape and rebound to each layer's weights.
+
+Between two attentions lies a *piece*: the end of one block and the beginning of the next. All
+pieces of a model are alike but for their constants, and XNNPACK's blob names a constant by the
+SHA-256 of its bytes. So one piece is lowered with random weights, and every layer's is that blob
+with the names replaced, and the layer's own bytes beside it. Lowering then takes the time of a few
+pieces, whatever the model's depth.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from executorch.backends.xnnpack.operators.node_visitor import NodeVisitor
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import EdgeCompileConfig, to_edge
+from executorch.exir._serialize._named_data_store import NamedDataStore
+from executorch.exir.backend.backend_api import to_backend
+from executorch.exir.backend.backend_details import CompileSpec
+from executorch.exir.lowered_backend_module import LoweredBackendModule
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from exporters.errors import ExportError
+from exporters.executorch.delegation import flops_of
+from exporters.model import Block, Dense, LoRA, Norm, Rotation, Transformer
+from exporters.quantize import QuantizedLinear, share
+
+ENTER, LEAVE = ("qkv",), ("o", "gate_up", "down")  # sites before and after attention
+# Runs only the pass that our graphs need, instead of the whole list.
+_SPECS = [CompileSpec("dqlinear_partitioner", b"")]
+_ALIGNMENT = 16
+
+
+def edge_config() -> EdgeCompileConfig:
+    """A new one for each lowering: executorch 1.5.1 doubles the ``preserve_ops`` of one it gets."""
+    return EdgeCompileConfig(
+        _check_ir_validity=False, _skip_dim_order=True, preserve_ops=[torch.ops.aten.linear.default]
+    )
+
+
+def lora_buffers(block: Block, sites: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The adapter's tensors of some of a block's sites: name in the block, and public suffix such
+    as ``self_attn.q_proj.lora_A``."""
+    for site in sites:
+        for path, module in getattr(block, site).named_modules(prefix=site):
+            if isinstance(module, LoRA):
+                for name, _ in module.named_buffers():
+                    yield f"{path}.{name}", f"{module.target.module}.{name}"
+
+
+class _Body(nn.Module):
+    """End of one block, beginning of the next, or one of the two."""
+
+    swap: Tensor | None
+
+    def __init__(
+        self, leave: Block | None, enter: Block | None, swap: Tensor | None, adapted: bool
+    ):
+        super().__init__()
+        self.leave, self.enter, self.adapted = leave, enter, adapted
+        self.register_buffer("swap", swap)
+
+    def forward(self, x: Tensor, mixed: Tensor | None, tables: Sequence[Tensor]) -> list[Tensor]:
+        out = []
+        if self.leave is not None:
+            assert mixed is not None
+            x = self.leave.leave(x, mixed, self.adapted)
+            out.append(x)
+        if self.enter is not None:
+            rotation = Rotation(tables[0], tables[1], self.swap) if self.swap is not None else None
+            out += self.enter.enter(x, rotation, self.adapted)
+        return out
+
+    def adapter(self) -> list[str]:
+        names = []
+        if self.adapted and self.leave is not None:
+            names += [f"leave.{name}" for name, _ in lora_buffers(self.leave, LEAVE)]
+        if self.adapted and self.enter is not None:
+            names += [f"enter.{name}" for name, _ in lora_buffers(self.enter, ENTER)]
+        return names
+
+
+class _Function(nn.Module):
+    """A body as a function of x, attention's output, cos and sin, and the adapter's tensors."""
+
+    def __init__(self, body: _Body) -> None:
+        super().__init__()
+        self.body = body
+        self.names = body.adapter()
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        rest = list(tensors[1:])
+        mixed = rest.pop(0) if self.body.leave is not None else None
+        tables = [rest.pop(0), rest.pop(0)] if self.body.swap is not None else []
+        adapter = dict(zip(self.names, rest, strict=True))
+        return torch.func.functional_call(self.body, adapter, (tensors[0], mixed, tables))
+
+
+class _Final(nn.Module):
+    """The last norm and the head: x [1, 1, hidden] -> logits [1, 1, vocab]."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        return [self.model.logits(self.model.norm(tensors[0]))]
+
+
+class _Normed(nn.Module):
+    """The last norm: x [1, S, hidden]."""
+
+    def __init__(self, norm: Norm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        return [self.norm(tensors[0])]
+
+
+class _Shapes(nn.Module):
+    """Stands for a lowered piece while the program around it is traced: only shapes matter."""
+
+    def __init__(self, outputs: Sequence[tuple[int | None, ...]]) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        length = tensors[0].shape[1]
+        return [
+            tensors[0].new_empty([length if size is None else size for size in shape])
+            for shape in self.outputs
+        ]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _constants(module: nn.Module) -> dict[str, tuple[str, bytes]]:
+    """What XNNPACK stores of a piece's weights: buffer -> (name of the constant, its bytes)."""
+    stored: dict[str, tuple[str, bytes]] = {}
+    for path, part in module.named_modules():
+        values: dict[str, tuple[str, bytes]] = {}
+        if isinstance(part, QuantizedLinear):
+            four = part.bits == 4
+            values["q"] = ("", _bytes(NodeVisitor.convert_to_qc4w(part.q) if four else part.q))
+            scale = part.scale.to(torch.bfloat16) if four else part.scale
+            values["scale"] = ("scale_", _bytes(scale))
+        elif isinstance(part, Dense | Norm):
+            values["weight"] = ("", _bytes(part.weight))
+        if isinstance(part, QuantizedLinear | Dense) and part.bias is not None:
+            values["bias"] = ("", _bytes(part.bias))
+        for name, (prefix, data) in values.items():
+            stored[f"{path}.{name}"] = (prefix + hashlib.sha256(data).hexdigest(), data)
+    return stored
+
+
+def _with_random_weights(module: nn.Module) -> nn.Module:
+    """The same modules with other weights, no two of them alike."""
+    copied = share(module)
+    random = torch.Generator().manual_seed(0)
+
+    def positive(tensor: Tensor) -> Tensor:
+        return torch.rand(tensor.shape, generator=random) + 0.5
+
+    for part in copied.modules():
+        if isinstance(part, QuantizedLinear):
+            low, high = (-8, 8) if part.bits == 4 else (-127, 128)
+            part.q = torch.randint(low, high, part.q.shape, generator=random, dtype=torch.int8)
+            part.scale = positive(part.scale)
+        elif isinstance(part, Dense | Norm):
+            part.weight = positive(part.weight)
+        if isinstance(part, QuantizedLinear | Dense) and part.bias is not None:
+            part.bias = positive(part.bias)
+    return copied
+
+
+def lower_whole(module: nn.Module, program: ExportedProgram) -> tuple[LoweredBackendModule, float]:
+    """One XNNPACK delegate of everything that ``program`` does, and its FLOPs."""
+    edge = to_edge(program, compile_config=edge_config()).exported_program()
+    # The partitioner marks the quantization nodes that become part of a linear.
+    tagged = XnnpackPartitioner().partition(edge).tagged_exported_program
+    left = [
+        str(node.target)
+        for node in tagged.graph.nodes
+        if node.op == "call_function" and "delegation_tag" not in node.meta
+    ]
+    if left:
+        raise ExportError(
+            f"XNNPACK does not take {sorted(set(left))}, which a block computes with."
+        )
+    for node in tagged.graph.nodes:
+        node.meta.pop("delegation_tag", None)
+    return to_backend("XnnpackBackend", tagged, _SPECS), flops_of(tagged.graph)
+
+
+@dataclass(frozen=True)
+class _Template:
+    """A lowered piece with random weights: its blob, the constants in it by buffer, those that
+    every layer shares, and a stand-in for its shapes."""
+
+    blob: bytes
+    names: dict[str, str]
+    shared: dict[str, bytes]
+    shapes: ExportedProgram
+    flops: float
+
+
+class PieceFactory:
+    """Lowers the pieces of one model; equal ones once."""
+
+    def __init__(self, model: Transformer, longest: int) -> None:
+        self.model = model
+        self.longest = longest
+        self.flops = 0.0  # of all pieces made
+        self.count = 0
+        self._templates: dict[tuple, _Template] = {}
+
+    def between(self, leave: int | None, enter: int | None, adapted: bool) -> LoweredBackendModule:
+        """The piece that ends block ``leave`` and begins block ``enter``."""
+        spec, blocks = self.model.spec, self.model.blocks
+        rope = spec.layers[enter].rope if enter is not None else None
+        index = self.model.ropes.index(rope) if rope is not None else None
+        swap = getattr(self.model, f"swap_{index}") if index is not None else None
+        body = _Body(
+            blocks[leave] if leave is not None else None,
+            blocks[enter] if enter is not None else None,
+            swap,
+            adapted,
+        )
+        outputs: list[tuple[int | None, ...]] = []
+        if leave is not None:
+            outputs.append((1, None, spec.hidden))
+        if enter is not None:
+            outputs.append((1, None, spec.heads, spec.head_dim))
+            outputs += [(1, None, spec.kv_heads, spec.head_dim)] * 2
+        function = _Function(body)
+        kinds = tuple(type(m).__name__ for m in body.modules())
+        key = (leave is not None, enter is not None, index, adapted, kinds)
+        dims = [1, 1] if leave is not None else [1]
+        dims += [0, 0] if swap is not None else []
+        return self._make(key, function, self._inputs(body, leave is not None), dims, outputs)
+
+    def final(self) -> LoweredBackendModule:
+        x = torch.zeros(1, 1, self.model.spec.hidden)
+        shell = share(self.model)
+        shell.blocks = nn.ModuleList()  # type: ignore[assignment]
+        shell.table = nn.Identity()
+        return self._make(("final",), _Final(shell), [x], [], [(1, None, self.model.spec.vocab)])
+
+    def normed(self) -> LoweredBackendModule:
+        x = torch.zeros(1, 8, self.model.spec.hidden)
+        return self._make(
+            ("norm",), _Normed(self.model.norm), [x], [1], [(1, None, self.model.spec.hidden)]
+        )
+
+    def _inputs(self, body: _Body, leaves: bool) -> list[Tensor]:
+        spec, length = self.model.spec, min(8, self.longest)
+        inputs = [torch.zeros(1, length, spec.hidden)]
+        if leaves:
+            inputs.append(torch.zeros(1, length, spec.heads, spec.head_dim))
+        if body.swap is not None:
+            # Two tensors: export takes one given twice for one input.
+            inputs += [torch.zeros(length, 1, spec.head_dim) for _ in range(2)]
+        return inputs + [body.get_buffer(name) for name in body.adapter()]
+
+    def _make(
+        self,
+        key: tuple,
+        function: nn.Module,
+        inputs: list[Tensor],
+        dims: list[int],
+        outputs: list[tuple[int | None, ...]],
+    ) -> LoweredBackendModule:
+        """``dims``: which dimension of each of the first inputs is the length of the call."""
+        if key not in self._templates:
+            self._templates[key] = self._lower(function, inputs, dims, outputs)
+        template = self._templates[key]
+        constants = _constants(function)
+        if lost := sorted(template.names.keys() - constants.keys()):
+            raise ExportError(f"the blocks of {self.model.spec.architecture} differ: {lost}.")
+        blob, store = template.blob, NamedDataStore()
+        for buffer, generic in template.names.items():
+            name, data = constants[buffer]
+            blob = blob.replace(generic.encode(), name.encode())
+            store.add_named_data(name, data, _ALIGNMENT)
+        for name, data in template.shared.items():
+            store.add_named_data(name, data, _ALIGNMENT)
+        self.flops += template.flops
+        self.count += 1
+        lowered = LoweredBackendModule(
+            template.shapes, "XnnpackBackend", blob, _SPECS, store.get_named_data_store_output()
+        )
+        lowered.meta = {"debug_handle_map": {}}
+        # It is never changed again, so that a copy of the program around it may hold it as well.
+        object.__setattr__(lowered, "__deepcopy__", lambda memo: lowered)
+        return lowered
+
+    def _lower(
+        self,
+        function: nn.Module,
+        inputs: list[Tensor],
+        dims: list[int],
+        outputs: list[tuple[int | None, ...]],
+    ) -> _Template:
+        length = Dim("length", min=1, max=self.longest)
+        shapes = ((*({dim: length} for dim in dims), *[None] * (len(inputs) - len(dims))),)
+
+        def capture(module: nn.Module) -> ExportedProgram:
+            with torch.no_grad():
+                return torch.export.export(
+                    module, tuple(inputs), dynamic_shapes=shapes if dims else None, strict=False
+                )
+
+        stand_in = _with_random_weights(function)
+        lowered, flops = lower_whole(stand_in, capture(stand_in))
+        named = lowered.named_data_store_output
+        assert named is not None
+        found = set(named.pte_data)
+        # A piece uses only a part of each of its two blocks.
+        every = {buffer: name for buffer, (name, _) in _constants(stand_in).items()}
+        names = {buffer: name for buffer, name in every.items() if name in found}
+        shared = {
+            name: bytes(named.buffers[named.pte_data[name].buffer_index])
+            for name in found - set(names.values())
+        }
+        stand_in = _Shapes(outputs)
+        program = capture(stand_in)
+        # The runtime of every pass asks for the program's module, whose making copies the history
+        # of its nodes, longer each time; the stand-in itself serves as well.
+        object.__setattr__(program, "module", lambda check_guards=True: stand_in)
+        return _Template(lowered.processed_bytes, names, shared, program, flops)

@@ -1,0 +1,86 @@
+"""The command line in this process, and the bundles that several tests look at."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from toolchain import cli
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command left: exit code, and all that reached its two streams."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> dict:
+        """Standard output, which must be exactly one JSON object."""
+        assert self.code == 0, self.err
+        value = json.loads(self.out)
+        assert isinstance(value, dict)
+        return value
+
+
+Attune = Callable[..., Said]
+
+
+@pytest.fixture
+def attune(capfd: pytest.CaptureFixture[str]) -> Attune:
+    """Runs one command here; the streams are those of the process, native code's words included."""
+
+    def run(*arguments: object) -> Said:
+        capfd.readouterr()
+        code: object = 0
+        try:
+            cli.run([str(a) for a in arguments])
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capfd.readouterr()
+        assert isinstance(code, int)
+        return Said(code, out, err)
+
+    return run
+
+
+def command(*arguments: object, program: str = "attune") -> Said:
+    """Runs an installed console script, as a person does."""
+    script = Path(sys.executable).with_name(program)
+    done = subprocess.run([script, *map(str, arguments)], capture_output=True, text=True)
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A bundle, and what its export printed with ``--json``."""
+
+    bundle: Path
+    said: dict
+    beside: list[str]  # names in the folder that the bundle was written to
+
+
+def _export(folder: Path, *arguments: object) -> Exported:
+    out = folder / "tiny"
+    said = command("export", "tiny", "--out", out, "--json", *arguments).json()
+    return Exported(out, said, sorted(p.name for p in folder.iterdir()))
+
+
+@pytest.fixture(scope="session")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The built-in model for Android and iOS, all by default."""
+    return _export(tmp_path_factory.mktemp("both"))
+
+
+@pytest.fixture(scope="session")
+def fp32(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The built-in model for Android, not quantized: comparable with transformers."""
+    where = tmp_path_factory.mktemp("fp32")
+    return _export(where, "--target", "android", "--quantize", "none")

@@ -1,0 +1,47 @@
+"""The command line. A user's mistake is one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.markup import escape
+
+import toolchain.quiet  # noqa: F401  (before the heavy imports)
+from exporters.errors import ExportError
+from runtime_py.manifest import BundleError
+from runtime_py.peft_adapter import AdapterError
+from toolchain.commands import adapter, bench, chat, demo, doctor, evaluate, export, inspect
+from toolchain.console import console
+
+MISTAKES = (ExportError, AdapterError, BundleError)
+
+app = typer.Typer(
+    name="attune",
+    help="Compile a language model and its LoRA adapter into artifacts that learn on the phone.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+app.command("export")(export.export)
+app.command("inspect")(inspect.inspect)
+app.command("chat")(chat.chat)
+app.command("evaluate")(evaluate.evaluate)
+app.command("doctor")(doctor.doctor)
+app.command("demo")(demo.demo)
+app.add_typer(adapter.app, name="adapter")
+app.add_typer(bench.app, name="bench")
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Runs one command; ``arguments`` are the process's own by default."""
+    try:
+        app(arguments)
+    except MISTAKES as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+
+
+def main() -> None:
+    run()

@@ -1,0 +1,101 @@
+"""``attune bench``: tokens a second of a bundle beside PyTorch and llama.cpp, in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Measure a bundle's speed beside PyTorch and llama.cpp.", no_args_is_help=True
+)
+
+_Bundle = Annotated[Path, typer.Argument(help="A bundle with an Android part.")]
+_Threads = Annotated[
+    list[int] | None,
+    typer.Option(help="Threads of every engine; may be given several times. Default: all cores."),
+]
+_SourceOption = Annotated[
+    str | None,
+    typer.Option(help="The model it was made from (folder, .gguf, hub id): for PyTorch's row."),
+]
+_Llama = Annotated[
+    Path | None,
+    typer.Option(help="A GGUF for llama.cpp, rounded to the bundle's bits. Default: the source."),
+]
+_Rounds = Annotated[int, typer.Option(help="Interleaved rounds; the median counts.", min=1)]
+_Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+@app.command()
+def decode(
+    bundle: _Bundle,
+    threads: _Threads = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to decode.", min=1)] = 64,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens before them.", min=1)] = 32,
+    source: _SourceOption = None,
+    llama: _Llama = None,
+    rounds: _Rounds = 5,
+    adapter_cost: Annotated[
+        bool, typer.Option("--adapter-cost", help="Export the model without LoRA, and compare.")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where a token's time goes, by operator.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Measure decoding: one token a call, as a reply is written.
+
+    Example: [bold]attune bench decode out/tiny --threads 1 --threads 2[/]
+    """
+    from toolchain.benchmarks.run import Request, bench
+
+    bench(
+        Request(
+            bundle=bundle,
+            prompt_tokens=prompt_tokens,
+            tokens=tokens,
+            threads=tuple(threads or ()),
+            source=source,
+            llama=llama,
+            rounds=rounds,
+            adapter_cost=adapter_cost,
+            profile=profile,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+def prefill(
+    bundle: _Bundle,
+    threads: _Threads = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=2)] = 256,
+    source: _SourceOption = None,
+    llama: _Llama = None,
+    rounds: _Rounds = 5,
+    adapter_cost: Annotated[
+        bool, typer.Option("--adapter-cost", help="Export the model without LoRA, and compare.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Measure reading a prompt.
+
+    Example: [bold]attune bench prefill out/tiny --prompt-tokens 256[/]
+    """
+    from toolchain.benchmarks.run import Request, bench
+
+    bench(
+        Request(
+            bundle=bundle,
+            prompt_tokens=prompt_tokens,
+            tokens=0,
+            threads=tuple(threads or ()),
+            source=source,
+            llama=llama,
+            rounds=rounds,
+            adapter_cost=adapter_cost,
+            as_json=as_json,
+        )
+    )

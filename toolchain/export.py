@@ -1,0 +1,311 @@
+"""``attune export`` as a function: a checkpoint and an adapter in, a whole bundle out."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from exporters.checkpoint import Checkpoint, load_checkpoint
+from exporters.coreml.lower import lower as lower_coreml
+from exporters.errors import ExportError
+from exporters.executorch.flat_tensor import locate, write_ptd
+from exporters.executorch.lower import adapter_tensors, lower_lm
+from exporters.model import Transformer, build
+from exporters.signature import ProgramSignature, TensorSpec
+from exporters.spec import ModelSpec, read_spec
+from runtime_py import manifest as m
+from runtime_py.peft_adapter import PeftAdapter, check_fits, fresh_config, read_peft, write_peft
+from toolchain import adapters, precision, proofs
+from toolchain.commands.doctor import tested_versions
+from toolchain.texts import shipped_dialogues, tokenize
+
+PREFILL_ANDROID = 512  # longest chunk of a prompt in one call
+PREFILL_IOS = 64  # fixed chunk: longer prompts take several, shorter ones are padded
+BUILTIN = "tiny"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asked for. ``quantize``: per target, None for the choice by perplexity."""
+
+    model: str
+    out: Path
+    targets: tuple[str, ...]
+    adapter: Path | None = None
+    context: int | None = None
+    quantize: dict[str, str | None] | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    modules: tuple[str, ...] | None = None
+    chat_template: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class _Source:
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    adapter: PeftAdapter
+    modules: tuple[str, ...]
+    rank: int
+    name: str
+
+
+def builtin_folder() -> Path:
+    return Path(__file__).parent / "builtin" / "model"
+
+
+def export(request: Request, progress: Callable[[str], None]) -> m.Manifest:
+    """Writes the bundle ``request.out``; it appears whole or not at all.
+
+    Raises ``ExportError`` or ``AdapterError`` with a sentence for what cannot be exported.
+    """
+    if os.path.lexists(request.out) and not request.force:
+        raise ExportError(
+            f"{request.out} exists already: choose another --out, or give --force to replace it."
+        )
+    _check_request(request)
+    beside = request.out.parent / f".{request.out.name}.{os.getpid()}.part"
+    try:
+        beside.mkdir(parents=True)
+        manifest = _fill(beside, request, progress)
+        if request.force and os.path.lexists(request.out):
+            old = request.out.parent / f".{request.out.name}.{os.getpid()}.old"
+            request.out.rename(old)
+            beside.rename(request.out)
+            shutil.rmtree(old)
+        else:
+            beside.rename(request.out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise ExportError(
+                f"{request.out} cannot be written ({error.strerror}): nothing was left behind; "
+                f"free space or choose another --out."
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return manifest
+
+
+def _check_request(request: Request) -> None:
+    if unknown := sorted(set(request.targets) - {"android", "ios"}):
+        raise ExportError(f"no target named {', '.join(unknown)}; known: android, ios.")
+    if not request.targets:
+        raise ExportError("no --target given; known: android, ios.")
+    for target, scheme in (request.quantize or {}).items():
+        known = precision.SCHEMES[target]
+        if scheme is not None and scheme not in known:
+            raise ExportError(f"no --quantize {scheme} for {target}; known: {', '.join(known)}.")
+    if request.rank is not None and request.rank < 1:
+        raise ExportError(f"--lora-rank {request.rank} adapts nothing: give at least 1.")
+    if request.adapter and (request.rank or request.alpha or request.modules):
+        raise ExportError(
+            "--adapter brings its own rank, alpha and targets: leave out --lora-rank, --lora-alpha "
+            "and --lora-targets."
+        )
+
+
+def _open(request: Request) -> _Source:
+    folder = str(builtin_folder()) if request.model == BUILTIN else request.model
+    checkpoint = load_checkpoint(folder, chat_template=request.chat_template)
+    spec = read_spec(checkpoint.config, request.context)
+    name = request.model if request.model == BUILTIN else Path(request.model).stem
+    if request.adapter:
+        adapter = read_peft(request.adapter)
+        check_fits(adapter, adapters.module_shapes(spec))
+        modules, rank = adapters.modules_of(adapter), adapters.highest_rank(adapter)
+    else:
+        policy = m.Policy()
+        rank = request.rank or policy.lora_rank
+        default = ("qkv_proj",) if spec.fused else policy.lora_targets
+        modules = request.modules or default
+        config = fresh_config(rank, request.alpha or policy.lora_alpha, modules, name)
+        adapter = adapters.fresh(spec, config, modules, rank)
+    return _Source(checkpoint, spec, adapter, modules, rank, name)
+
+
+def _load_adapter(model: Transformer, arrays: dict) -> None:
+    for name, tensor in adapter_tensors(model).items():
+        tensor.copy_(torch.from_numpy(arrays[name]))
+
+
+def _fill(folder: Path, request: Request, progress: Callable[[str], None]) -> m.Manifest:
+    progress("read the checkpoint")
+    source = _open(request)
+    spec, checkpoint = source.spec, source.checkpoint
+    model = build(spec, checkpoint.state, source.modules, source.rank)
+    layout = adapters.layout(spec, source.modules, source.rank)
+    arrays = adapters.to_runtime(source.adapter, layout)
+    texts = {
+        split: tokenize(
+            checkpoint.tokenizer, checkpoint.chat_template, shipped_dialogues(split), spec.context
+        )
+        for split in ("calibration", "perplexity")
+    }
+    progress("prove equal to transformers")
+    proofs.equal_to_hugging_face(model, checkpoint.hf_model(), texts["perplexity"])
+    _load_adapter(model, arrays)
+    policy = m.Policy(
+        lora_rank=source.rank,
+        lora_alpha=source.adapter.alpha,
+        lora_targets=source.modules,
+        embed_length=min(512, spec.context),
+    )
+    targets: dict[str, m.Target] = {}
+    measure = precision.Measure(model, texts)
+    for target in request.targets:
+        asked = (request.quantize or {}).get(target)
+        progress(f"{target}: choose the precision" if asked is None else f"{target}: quantize")
+        choice = measure.choose(target, asked)
+        lower = _lower_android if target == "android" else _lower_ios
+        programs = lower(folder, choice, source, policy, arrays, progress)
+        targets[target] = m.Target(
+            quantize=choice.quantize,
+            chosen_by="perplexity" if asked is None else "user",
+            measured=choice.measured,
+            programs=programs,
+        )
+    progress("write the bundle")
+    write_peft(folder / "adapter", source.adapter)
+    checkpoint.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(checkpoint.chat_template, encoding="utf-8")
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        file.chmod(0o644)  # some writers keep theirs to the user who exported
+    return _manifest(folder, source, policy, layout, targets)
+
+
+def _manifest(
+    folder: Path,
+    source: _Source,
+    policy: m.Policy,
+    layout: Sequence[m.AdapterTensor],
+    targets: dict[str, m.Target],
+) -> m.Manifest:
+    spec, checkpoint = source.spec, source.checkpoint
+    runtime = "android/adapter.ptd" if "android" in targets else None
+    offsets = locate(folder / runtime) if runtime else {}
+    tokenizer = checkpoint.tokenizer
+    manifest = m.Manifest(
+        attune=version("attune-mobile"),
+        versions=tested_versions(),
+        model=m.Model(
+            name=source.name,
+            source=checkpoint.source,
+            architecture=spec.architecture,
+            parameters=sum(t.numel() for n, t in checkpoint.state.items()),
+            vocab=spec.vocab,
+            hidden=spec.hidden,
+            layers=len(spec.layers),
+            context=spec.context,
+        ),
+        tokenizer=m.Tokenizer(
+            file="tokenizer.json",
+            chat_template="chat_template.jinja",
+            bos_id=tokenizer.bos_token_id,
+            eos_ids=checkpoint.eos_ids,
+            pad_id=tokenizer.pad_token_id,
+        ),
+        adapter=m.Adapter(
+            rank=source.rank,
+            alpha=source.adapter.alpha,
+            targets=source.modules,
+            peft="adapter",
+            runtime=runtime,
+            tensors=tuple(t.model_copy(update={"offset": offsets.get(t.name)}) for t in layout),
+        ),
+        policy=policy,
+        android=targets.get("android"),
+        ios=targets.get("ios"),
+        files=m.list_files(folder),
+    )
+    m.write_manifest(folder, manifest)
+    return manifest
+
+
+def _lower_android(
+    folder: Path,
+    choice: precision.Choice,
+    source: _Source,
+    policy: m.Policy,
+    arrays: dict,
+    progress: Callable[[str], None],
+) -> tuple[m.Program, ...]:
+    home = folder / "android"
+    home.mkdir()
+    tokenizer = source.checkpoint.tokenizer
+    eos = source.checkpoint.eos_ids
+    lowered = lower_lm(
+        choice.model,
+        home / "lm.pte",
+        prefill_length=PREFILL_ANDROID,
+        embed_length=policy.embed_length,
+        bos_id=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else eos[0],
+        eos_ids=list(eos),
+        progress=lambda step: progress(f"android: {step}"),
+    )
+    write_ptd(home / "adapter.ptd", arrays)
+    progress("android: check the program")
+    text = tokenize(tokenizer, source.checkpoint.chat_template, shipped_dialogues("perplexity"))[0]
+    proofs.android_program(home / "lm.pte", home / "adapter.ptd", choice.model, arrays, text)
+    programs = []
+    for signature in lowered.programs:
+        delegation = lowered.delegation[signature.name]
+        programs.append(
+            _program(signature, "android/lm.pte", (home / "lm.pte").stat().st_size).model_copy(
+                update={
+                    "delegates": delegation.delegates,
+                    "delegated_flops_fraction": delegation.fraction,
+                    "not_delegated": delegation.outside,
+                }
+            )
+        )
+    return tuple(programs)
+
+
+def _lower_ios(
+    folder: Path,
+    choice: precision.Choice,
+    source: _Source,
+    policy: m.Policy,
+    arrays: dict,
+    progress: Callable[[str], None],
+) -> tuple[m.Program, ...]:
+    package = folder / "ios" / "model.mlpackage"
+    signatures = lower_coreml(
+        choice.model,
+        package,
+        quantize=choice.quantize,
+        prefill_length=min(PREFILL_IOS, source.spec.context),
+        embed_length=policy.embed_length,
+        progress=lambda step: progress(f"ios: {step}"),
+    )
+    size = sum(f.stat().st_size for f in package.rglob("*") if f.is_file())
+    return tuple(_program(s, "ios/model.mlpackage", size) for s in signatures)
+
+
+def _program(signature: ProgramSignature, file: str, size: int) -> m.Program:
+    def tensors(specs: tuple[TensorSpec, ...]) -> tuple[m.Tensor, ...]:
+        return tuple(m.Tensor(name=s.name, shape=s.shape, dtype=s.dtype) for s in specs)
+
+    return m.Program(
+        name=signature.name,
+        file=file,
+        inputs=tensors(signature.inputs),
+        outputs=tensors(signature.outputs),
+        states=tensors(signature.states),
+        bytes=size,
+    )
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,84 @@
+"""Which quantization a target gets: the smallest whose perplexity stays near float32's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from exporters.coreml.weights import plan
+from exporters.model import Transformer
+from exporters.quantize import Scheme, quantized, share
+from exporters.rounding import round_nearest
+from runtime_py.manifest import Precision
+from toolchain.texts import perplexity
+
+WORST_RATIO = 1.03  # of the perplexity of float32 on attune's text
+
+ANDROID: dict[str, Scheme | None] = {
+    "8da4w": Scheme(bits=4, head_bits=8, affine=True, gptq=True),
+    "8da8w": Scheme(bits=8, head_bits=8),
+    "none": None,
+}
+IOS = ("int4", "int8", "fp16", "none")
+SCHEMES: dict[str, Sequence[str]] = {"android": tuple(ANDROID), "ios": IOS}  # smallest first
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A precision, what was measured on the way to it, and the model to lower."""
+
+    quantize: str
+    measured: tuple[Precision, ...]
+    model: Transformer
+
+
+def rounded_for_coreml(model: Transformer, quantize: str) -> Transformer:
+    """The model with the float32 values that a Core ML package's weights stand for."""
+    result = share(model)
+    for name, grid in plan(model, quantize).items():
+        path, _, buffer = name.rpartition(".")
+        weight = result.get_buffer(name)
+        rounded = round_nearest(weight, grid.bits, grid.block or weight.shape[1])
+        setattr(result.get_submodule(path), buffer, rounded.dequantize())
+    if quantize == "fp16":
+        for name, tensor in list(result.named_buffers()):
+            path, _, buffer = name.rpartition(".")
+            setattr(result.get_submodule(path), buffer, tensor.half().float())
+    return result
+
+
+class Measure:
+    """Tries precisions on one model; float32 is measured once."""
+
+    def __init__(self, model: Transformer, texts: Mapping[str, Sequence[Tensor]]) -> None:
+        self.model = model
+        self.texts = texts
+        self._float: float | None = None
+
+    def _rate(self, name: str, model: Transformer) -> Precision:
+        if self._float is None:
+            self._float = perplexity(self.model, self.texts["perplexity"])
+        value = self._float if name == "none" else perplexity(model, self.texts["perplexity"])
+        return Precision(quantize=name, perplexity=value, ratio_to_fp32=value / self._float)
+
+    def _with(self, target: str, name: str) -> tuple[Transformer, Transformer]:
+        """The model to lower, and one in PyTorch with the weights it will have."""
+        if target == "android":
+            scheme = ANDROID[name]
+            if scheme is None:
+                return self.model, self.model
+            model = quantized(self.model, scheme, self.texts["calibration"])
+            return model, model
+        return self.model, rounded_for_coreml(self.model, name)
+
+    def choose(self, target: str, asked: str | None) -> Choice:
+        """``asked``, or the smallest whose perplexity is at most ``WORST_RATIO`` × float32's."""
+        measured: list[Precision] = []
+        for name in [asked] if asked else SCHEMES[target]:
+            lowered, simulated = self._with(target, name)
+            measured.append(self._rate(name, simulated))
+            if asked or measured[-1].ratio_to_fp32 <= WORST_RATIO:
+                break
+        return Choice(name, (*measured, self._rate("none", self.model)), lowered)
