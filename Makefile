@@ -9,6 +9,7 @@ STAMP := $(VENV)/.installed
 SOURCES := exporters runtime_py toolchain tests
 CORPUS ?= ../shared/data/corpus
 MODEL_OUT ?= out/builtin-model
+ARM64_PACKAGES := qemu-user-static g++-aarch64-linux-gnu libc6-dev-arm64-cross g++
 
 .PHONY: help setup debian demo test test-full format lint model constraints clean
 
@@ -29,13 +30,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
-debian:  ## Install Debian's python3-venv, if it is missing and you are root
-	@if $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
-		echo "nothing to install: Python has venv, and no other Debian package is needed"; \
-	elif [ "$$(id -u)" = 0 ]; then \
-		apt-get update -qq && apt-get install --yes --no-install-recommends python3 python3-venv; \
+debian:  ## As root: Python's venv, and QEMU and compilers for running ARM64 programs here
+	@if [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && \
+		apt-get install --yes --no-install-recommends python3-venv $(ARM64_PACKAGES); \
 	else \
-		echo "missing: python3-venv (sudo apt-get install python3-venv)"; \
+		echo "run as root: apt-get install python3-venv $(ARM64_PACKAGES)"; \
 	fi
 
 demo: $(STAMP)  ## Export the built-in model, check the bundle, let it answer
