@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from exporters.errors import ExportError
 from exporters.gguf_file import read_gguf
@@ -76,15 +78,16 @@ class Checkpoint:
         # transformers' mapping is typed as if it could hold several classes for a config.
         owner: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
         try:
-            model, info = owner.from_pretrained(
-                None,
-                config=self.config,
-                state_dict=dict(self.state),
-                dtype=torch.float32,
-                attn_implementation="eager",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, with all the others
-            )
+            with _no_progress_bar():
+                model, info = owner.from_pretrained(
+                    None,
+                    config=self.config,
+                    state_dict=dict(self.state),
+                    dtype=torch.float32,
+                    attn_implementation="eager",
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # reported below, with all the others
+                )
         except (StrictDataclassError, ValueError) as error:
             raise ExportError(f"transformers cannot build {self.source}: {_line(error)}.") from None
         misfits = [f"{name} is missing" for name in sorted(info["missing_keys"])]
@@ -97,6 +100,18 @@ class Checkpoint:
                 f"the weights of {self.source} do not fit its config ({len(misfits)}): {shown}."
             )
         return model.eval()
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Whoever exports shows stages of its own, to which this takes a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_checkpoint(model: str, *, chat_template: Path | None = None) -> Checkpoint:

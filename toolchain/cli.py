@@ -9,12 +9,14 @@ from rich.markup import escape
 
 import toolchain.quiet  # noqa: F401  (before the heavy imports)
 from exporters.errors import ExportError
+from runtime_py.errors import LoopError
 from runtime_py.manifest import BundleError
 from runtime_py.peft_adapter import AdapterError
-from toolchain.commands import adapter, bench, chat, demo, doctor, evaluate, export, inspect
+from runtime_py.training.errors import TrainingError
+from toolchain.commands import adapter, bench, chat, demo, doctor, evaluate, export, inspect, train
 from toolchain.console import console
 
-MISTAKES = (ExportError, AdapterError, BundleError)
+MISTAKES = (ExportError, AdapterError, BundleError, LoopError, TrainingError)
 
 app = typer.Typer(
     name="attune",
@@ -27,6 +29,7 @@ app = typer.Typer(
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.command("chat")(chat.chat)
+app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)

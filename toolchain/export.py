@@ -19,11 +19,10 @@ from exporters.errors import ExportError
 from exporters.executorch.flat_tensor import locate, write_ptd
 from exporters.executorch.lower import adapter_tensors, lower_lm
 from exporters.model import Transformer, build
-from exporters.signature import ProgramSignature, TensorSpec
 from exporters.spec import ModelSpec, read_spec
 from runtime_py import manifest as m
 from runtime_py.peft_adapter import PeftAdapter, check_fits, fresh_config, read_peft, write_peft
-from toolchain import adapters, precision, proofs
+from toolchain import adapters, precision, proofs, training
 from toolchain.commands.doctor import tested_versions
 from toolchain.texts import shipped_dialogues, tokenize
 
@@ -46,6 +45,8 @@ class Request:
     alpha: float | None = None
     modules: tuple[str, ...] | None = None
     chat_template: Path | None = None
+    train_weights: str | None = None
+    train_lengths: tuple[int, ...] = training.LENGTHS
     force: bool = False
 
 
@@ -76,6 +77,11 @@ def export(request: Request, progress: Callable[[str], None]) -> m.Manifest:
     beside = request.out.parent / f".{request.out.name}.{os.getpid()}.part"
     try:
         beside.mkdir(parents=True)
+    except OSError as error:
+        raise ExportError(
+            f"{request.out} cannot be written ({error.strerror}): choose another --out."
+        ) from error
+    try:
         manifest = _fill(beside, request, progress)
         if request.force and os.path.lexists(request.out):
             old = request.out.parent / f".{request.out.name}.{os.getpid()}.old"
@@ -105,6 +111,11 @@ def _check_request(request: Request) -> None:
         known = precision.SCHEMES[target]
         if scheme is not None and scheme not in known:
             raise ExportError(f"no --quantize {scheme} for {target}; known: {', '.join(known)}.")
+    if request.train_weights not in (None, *training.WEIGHT_CHOICES):
+        raise ExportError(
+            f"no --train-weights {request.train_weights}; known: "
+            f"{', '.join(training.WEIGHT_CHOICES)}."
+        )
     if request.rank is not None and request.rank < 1:
         raise ExportError(f"--lora-rank {request.rank} adapts nothing: give at least 1.")
     if request.adapter and (request.rank or request.alpha or request.modules):
@@ -160,7 +171,11 @@ def _fill(folder: Path, request: Request, progress: Callable[[str], None]) -> m.
         lora_targets=source.modules,
         embed_length=min(512, spec.context),
     )
+    lengths = training.lengths_within(request.train_lengths, spec.context)
     targets: dict[str, m.Target] = {}
+    trained: m.Training | None = None
+    # One weights file serves both targets: Android's programs read it as it lies.
+    keeper = "android" if "android" in request.targets else "ios"
     measure = precision.Measure(model, texts)
     for target in request.targets:
         asked = (request.quantize or {}).get(target)
@@ -168,6 +183,21 @@ def _fill(folder: Path, request: Request, progress: Callable[[str], None]) -> m.
         choice = measure.choose(target, asked)
         lower = _lower_android if target == "android" else _lower_ios
         programs = lower(folder, choice, source, policy, arrays, progress)
+        made = training.training_spec(
+            choice.simulated, source.modules, source.rank, request.train_weights
+        )
+        if target == keeper:
+            progress("write the training weights")
+            trained = training.write_training(folder, choice.simulated, made, lengths)
+        progress(f"{target}: lower the training programs")
+        learning = training.lower_programs(target, folder, made, lengths)
+        if target == "android" and trained is not None:
+            progress("android: check the training programs")
+            model_and_text = choice.simulated, texts["perplexity"][0]
+            training.prove(
+                folder, learning, trained, made, layout, proofs.with_effect(arrays), *model_and_text
+            )
+        programs = (*programs, *learning)
         targets[target] = m.Target(
             quantize=choice.quantize,
             chosen_by="perplexity" if asked is None else "user",
@@ -180,7 +210,7 @@ def _fill(folder: Path, request: Request, progress: Callable[[str], None]) -> m.
     (folder / "chat_template.jinja").write_text(checkpoint.chat_template, encoding="utf-8")
     for file in (path for path in folder.rglob("*") if path.is_file()):
         file.chmod(0o644)  # some writers keep theirs to the user who exported
-    return _manifest(folder, source, policy, layout, targets)
+    return _manifest(folder, source, policy, layout, targets, trained)
 
 
 def _manifest(
@@ -189,6 +219,7 @@ def _manifest(
     policy: m.Policy,
     layout: Sequence[m.AdapterTensor],
     targets: dict[str, m.Target],
+    trained: m.Training | None,
 ) -> m.Manifest:
     spec, checkpoint = source.spec, source.checkpoint
     runtime = "android/adapter.ptd" if "android" in targets else None
@@ -225,6 +256,7 @@ def _manifest(
         policy=policy,
         android=targets.get("android"),
         ios=targets.get("ios"),
+        training=trained,
         files=m.list_files(folder),
     )
     m.write_manifest(folder, manifest)
@@ -260,7 +292,9 @@ def _lower_android(
     for signature in lowered.programs:
         delegation = lowered.delegation[signature.name]
         programs.append(
-            _program(signature, "android/lm.pte", (home / "lm.pte").stat().st_size).model_copy(
+            training.manifest_program(
+                signature, "android/lm.pte", (home / "lm.pte").stat().st_size
+            ).model_copy(
                 update={
                     "delegates": delegation.delegates,
                     "delegated_flops_fraction": delegation.fraction,
@@ -289,21 +323,7 @@ def _lower_ios(
         progress=lambda step: progress(f"ios: {step}"),
     )
     size = sum(f.stat().st_size for f in package.rglob("*") if f.is_file())
-    return tuple(_program(s, "ios/model.mlpackage", size) for s in signatures)
-
-
-def _program(signature: ProgramSignature, file: str, size: int) -> m.Program:
-    def tensors(specs: tuple[TensorSpec, ...]) -> tuple[m.Tensor, ...]:
-        return tuple(m.Tensor(name=s.name, shape=s.shape, dtype=s.dtype) for s in specs)
-
-    return m.Program(
-        name=signature.name,
-        file=file,
-        inputs=tensors(signature.inputs),
-        outputs=tensors(signature.outputs),
-        states=tensors(signature.states),
-        bytes=size,
-    )
+    return tuple(training.manifest_program(s, "ios/model.mlpackage", size) for s in signatures)
 
 
 def peak_memory() -> int:

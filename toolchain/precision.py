@@ -27,11 +27,13 @@ SCHEMES: dict[str, Sequence[str]] = {"android": tuple(ANDROID), "ios": IOS}  # s
 
 @dataclass(frozen=True)
 class Choice:
-    """A precision, what was measured on the way to it, and the model to lower."""
+    """A precision, what was measured on the way to it, the model to lower, and the one in PyTorch
+    with the weights that the lowered one has."""
 
     quantize: str
     measured: tuple[Precision, ...]
     model: Transformer
+    simulated: Transformer
 
 
 def rounded_for_coreml(model: Transformer, quantize: str) -> Transformer:
@@ -81,4 +83,4 @@ class Measure:
             measured.append(self._rate(name, simulated))
             if asked or measured[-1].ratio_to_fp32 <= WORST_RATIO:
                 break
-        return Choice(name, (*measured, self._rate("none", self.model)), lowered)
+        return Choice(name, (*measured, self._rate("none", self.model)), lowered, simulated)

@@ -39,8 +39,15 @@ def equal_to_hugging_face(
     """
     worst = 0.0
     for tokens in sorted(texts, key=lambda t: -t.shape[1])[:2]:
-        worst = max(worst, _relative(model(tokens), reference(tokens).logits))
-    if worst > FLOAT_TOLERANCE:
+        expected = reference(tokens).logits
+        if not expected.isfinite().all():
+            raise ExportError(
+                "the model's logits on real text are NaN or infinite, in transformers too: its "
+                "weights are damaged or out of float32's range."
+            )
+        error = _relative(model(tokens), expected)
+        worst = torch.tensor([worst, error]).max().item()  # NaN where one is
+    if not worst <= FLOAT_TOLERANCE:
         raise ExportError(
             f"the transformer built for {model.spec.architecture} differs from Hugging Face's by "
             f"{worst:.2g} of the logits' range on real text (at most {FLOAT_TOLERANCE:g} is "
@@ -49,7 +56,7 @@ def equal_to_hugging_face(
     return worst
 
 
-def _with_effect(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def with_effect(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The adapter with a B that is not zero, so that it changes what the model says."""
     random = np.random.default_rng(1)
     changed = dict(arrays)
@@ -88,7 +95,7 @@ def android_program(
                 f"{error:.2g} of their range, correlation {likeness:.4f}."
             )
     trial = adapter.with_name("trial.ptd")
-    write_ptd(trial, _with_effect(arrays))
+    write_ptd(trial, with_effect(arrays))
     changed = ExecutorchLm(program, trial).prefill(tokens)
     trial.unlink()
     if not _relative(changed, found) > 1e-3:

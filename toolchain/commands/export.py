@@ -26,12 +26,23 @@ def _quantize(values: list[str], targets: tuple[str, ...]) -> dict[str, str | No
     chosen: dict[str, str | None] = {}
     for value in values:
         target, _, scheme = value.rpartition("=")
-        fitting = [target] if target else [t for t in targets if scheme in SCHEMES[t]]
-        if not fitting or any(t not in targets for t in fitting):
+        fitting = [t for t in targets if scheme in SCHEMES[t] and target in ("", t)]
+        if not fitting:
             known = "; ".join(f"{t}: {', '.join(SCHEMES[t])}" for t in targets)
             raise ExportError(f"--quantize {value} fits no target of this export; known: {known}.")
         chosen |= dict.fromkeys(fitting, scheme)
     return chosen
+
+
+def _lengths(value: str) -> tuple[int, ...]:
+    from exporters.errors import ExportError
+
+    parts = _split(value) or ()
+    if not parts or not all(part.isdigit() for part in parts):
+        raise ExportError(
+            f"--train-lengths {value!r} is not a list of numbers: give such as 256,512."
+        )
+    return tuple(map(int, parts))
 
 
 def export(
@@ -63,6 +74,15 @@ def export(
     chat_template: Annotated[
         Path | None, typer.Option(help="A Jinja file in place of the model's own.")
     ] = None,
+    train_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="fp32, int8 or int4: the base weights of training. Default: those that lm has."
+        ),
+    ] = None,
+    train_lengths: Annotated[
+        str, typer.Option(help="Tokens of the training programs, by comma.")
+    ] = "256",
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -86,6 +106,8 @@ def export(
         alpha=lora_alpha,
         modules=_split(lora_targets),
         chat_template=chat_template,
+        train_weights=train_weights,
+        train_lengths=_lengths(train_lengths),
         force=force,
     )
     start = time.monotonic()
