@@ -34,7 +34,8 @@ class Tensor(_Strict):
 
 
 class Program(_Strict):
-    """One callable: a method of a .pte file or a function of an .mlpackage."""
+    """One callable: a method of a .pte file or a function of an .mlpackage. ``flops``: of its
+    products, in one call, where shapes are fixed."""
 
     name: str
     file: str
@@ -45,6 +46,7 @@ class Program(_Strict):
     delegates: int | None = None
     delegated_flops_fraction: float | None = None
     not_delegated: dict[str, float] = {}
+    flops: float | None = None
 
 
 class Model(_Strict):
