@@ -12,6 +12,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+from runtime_py.errors import LoopError
+from runtime_py.loop_policy import LoopPolicy
+
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest.sha256"  # of the manifest itself, in hexadecimal
@@ -107,12 +110,24 @@ class Target(_Strict):
 
 
 class Policy(_Strict):
-    """The loop's choices that are fixed at export; DESIGN's defaults."""
+    """The loop's choices. ``loop``: every field of ``LoopPolicy``, by name; ``lexicons``: the
+    bundle's files, in the order in which ties between domains are decided."""
 
     lora_rank: int = 8
     lora_alpha: float = 16.0
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     embed_length: int = 512
+    loop: dict[str, bool | int | float | str] = {}
+    lexicons: tuple[str, ...] = ()
+
+    @field_validator("loop")
+    @classmethod
+    def _known(cls, value: dict[str, bool | int | float | str]) -> dict:
+        try:
+            LoopPolicy.from_fields(value)
+        except LoopError as error:
+            raise ValueError(str(error)) from error
+        return value
 
 
 class TrainingLayer(_Strict):
@@ -185,6 +200,7 @@ class Manifest(_Strict):
         programs = [p for target in (self.android, self.ios) if target for p in target.programs]
         named = [self.tokenizer.file, self.tokenizer.chat_template, self.adapter.peft]
         named += [p.file for p in programs] + [self.adapter.runtime or self.adapter.peft]
+        named += self.policy.lexicons
         if self.training:
             named.append(self.training.weights)
         listed = {file.path for file in self.files}

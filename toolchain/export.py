@@ -7,7 +7,7 @@ import os
 import resource
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from exporters.executorch.lower import adapter_tensors, lower_lm
 from exporters.model import Transformer, build
 from exporters.spec import ModelSpec, read_spec
 from runtime_py import manifest as m
+from runtime_py.lexicons import BUILTIN as LEXICONS
+from runtime_py.loop_policy import LoopPolicy
 from runtime_py.peft_adapter import PeftAdapter, check_fits, fresh_config, read_peft, write_peft
 from toolchain import adapters, precision, proofs, training
 from toolchain.commands.doctor import tested_versions
@@ -165,13 +167,19 @@ def _fill(folder: Path, request: Request, progress: Callable[[str], None]) -> m.
     progress("prove equal to transformers")
     proofs.equal_to_hugging_face(model, checkpoint.hf_model(), texts["perplexity"])
     _load_adapter(model, arrays)
+    lengths = training.lengths_within(request.train_lengths, spec.context)
     policy = m.Policy(
         lora_rank=source.rank,
         lora_alpha=source.adapter.alpha,
         lora_targets=source.modules,
         embed_length=min(512, spec.context),
+        loop=asdict(
+            LoopPolicy(
+                longest_sequence_tokens=max(lengths), shortest_sequence_tokens=min(64, *lengths)
+            )
+        ),
+        lexicons=_copy_lexicons(folder),
     )
-    lengths = training.lengths_within(request.train_lengths, spec.context)
     targets: dict[str, m.Target] = {}
     trained: m.Training | None = None
     # One weights file serves both targets: Android's programs read it as it lies.
@@ -211,6 +219,16 @@ def _fill(folder: Path, request: Request, progress: Callable[[str], None]) -> m.
     for file in (path for path in folder.rglob("*") if path.is_file()):
         file.chmod(0o644)  # some writers keep theirs to the user who exported
     return _manifest(folder, source, policy, layout, targets, trained)
+
+
+def _copy_lexicons(folder: Path) -> tuple[str, ...]:
+    """Attune's own lexicons into the bundle; their paths in it."""
+    (folder / "lexicons").mkdir()
+    paths = []
+    for source in sorted(Path(str(LEXICONS)).glob("*.txt")):
+        paths.append(f"lexicons/{source.name}")
+        shutil.copyfile(source, folder / paths[-1])
+    return tuple(paths)
 
 
 def _manifest(

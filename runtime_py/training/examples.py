@@ -47,7 +47,8 @@ def example(dialogue: Dialogue, text: ChatText) -> Example:
     tokens, offsets = text.encode_with_offsets(text.render(dialogue.turns))
     labels = np.full(len(tokens), IGNORED, np.int64)
     for index, (begin, end) in enumerate(offsets):
-        if end > begin and any(begin >= start and end <= stop for start, stop in spans):
+        # A token that begins in the prompt and ends in the reply is the reply's.
+        if end > begin and any(end > start and begin < stop for start, stop in spans):
             labels[index] = tokens[index]
     labels[0] = IGNORED  # nothing comes before it
     if not (labels != IGNORED).any():
@@ -55,6 +56,25 @@ def example(dialogue: Dialogue, text: ChatText) -> Example:
             f"dialogue {dialogue.id} has no token that the assistant said: leave it out."
         )
     return Example(dialogue.id, np.asarray(tokens, np.int64), labels)
+
+
+def pack(examples: Sequence[Example], capacity: int) -> list[list[Example]]:
+    """Examples that share a call, each list at most ``capacity`` input tokens: first fit, in order.
+
+    Packing is exact: within a call every example has its own positions and sees only itself.
+    """
+    packs: list[list[Example]] = []
+    room: list[int] = []
+    for one in examples:
+        for index, left in enumerate(room):
+            if one.inputs <= left:
+                packs[index].append(one)
+                room[index] -= one.inputs
+                break
+        else:
+            packs.append([one])
+            room.append(capacity - one.inputs)
+    return packs
 
 
 @dataclass(frozen=True)

@@ -54,25 +54,31 @@ class TorchEngine:
             logits, labels[1:], ignore_index=IGNORED, reduction="sum"
         )
 
+    @property
+    def capacity(self) -> int:
+        """One sequence a call: nothing is packed here."""
+        return 0
+
     @torch.no_grad()
-    def loss(self, state: AdapterState, example: Example) -> tuple[float, int]:
+    def loss(self, state: AdapterState, examples: Sequence[Example]) -> tuple[float, int]:
         self._take(state)
-        return float(self._loss(example)), example.count
+        total = sum(float(self._loss(example)) for example in examples)
+        return total, sum(example.count for example in examples)
 
     def gradient(
-        self, state: AdapterState, example: Example, into: np.ndarray
+        self, state: AdapterState, examples: Sequence[Example], into: np.ndarray
     ) -> tuple[float, int]:
         self._take(state)
         for parameter in self._own.values():
             parameter.grad = None
-        loss = self._loss(example)
+        loss = torch.stack([self._loss(example) for example in examples]).sum()
         loss.backward()
         views = state.layout.views(into)
         for tensor in self._tensors:
             grad = self._own[tensor.name].grad
             assert grad is not None
             views[tensor.name][0] += self._part(tensor, grad).float().numpy()
-        return float(loss.detach()), example.count
+        return float(loss.detach()), sum(example.count for example in examples)
 
     def update(self, state: AdapterState, gradient: np.ndarray, numbers: StepNumbers) -> float:
         """``torch.optim.AdamW`` itself; ``numbers.decay`` is 1 − rate · weight decay."""

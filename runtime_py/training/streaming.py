@@ -63,8 +63,7 @@ class StreamingEngine:
         self._programs, self._weights, self._training = programs, weights, training
         self._keep_bytes = keep_mb * 1e6
         self._bound: dict[tuple[str, int], dict[str, np.ndarray]] = {}
-        self._masks: dict[tuple[int, int | None], np.ndarray] = {}
-        self._tables: dict[tuple[int, int | None], tuple[np.ndarray, np.ndarray]] = {}
+        self._at: dict[tuple[int | None, int | None], dict[str, np.ndarray]] = {}
         self._buffers: dict[str, np.ndarray] = {}
         self._head = self._slices()
 
@@ -91,20 +90,27 @@ class StreamingEngine:
             }
         return self._bound[name, layer]
 
-    def _places(self, length: int, layer: int) -> dict[str, np.ndarray]:
-        """mask [1, 1, T, T], cos and sin [1, n, T] of one layer."""
-        at = self._training.layers[layer]
-        if (length, at.window) not in self._masks:
-            self._masks[length, at.window] = causal_mask(length, at.window)
-        if (length, at.rope) not in self._tables:
-            self._tables[length, at.rope] = self._rotary(length, at.rope)
-        cos, sin = self._tables[length, at.rope]
-        return {"mask": self._masks[length, at.window], "cos": cos, "sin": sin}
+    def _place(self, examples: Sequence[Example], length: int) -> None:
+        """Where each token of the call stands, for every kind of layer: mask [1, 1, T, T], cos and
+        sin [1, n, T]."""
+        positions = np.concatenate(
+            [np.arange(e.inputs) for e in examples]
+            + [np.zeros(length - sum(e.inputs for e in examples), np.int64)]
+        )
+        owner = np.repeat(np.arange(len(examples) + 1), [*(e.inputs for e in examples), 0])
+        owner = np.concatenate([owner, np.full(length - len(owner), -1)])
+        self._at = {}
+        for at in dict.fromkeys(self._training.layers):
+            cos, sin = self._rotary(positions, at.rope)
+            mask = causal_mask(owner, at.window)
+            self._at[at.rope, at.window] = {"mask": mask, "cos": cos, "sin": sin}
 
-    def _rotary(self, length: int, rope: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def _rotary(self, positions: np.ndarray, rope: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Without a rotary embedding, a turn by nothing."""
         index = 0 if rope is None else rope
-        cos, sin = (self._weights[f"rope.{index}.{part}"][:, :, :length] for part in ("cos", "sin"))
+        cos, sin = (
+            self._weights[f"rope.{index}.{part}"][:, :, positions] for part in ("cos", "sin")
+        )
         if rope is None:
             return np.ones(cos.shape, np.float32), np.zeros(sin.shape, np.float32)
         return np.ascontiguousarray(cos), np.ascontiguousarray(sin)
@@ -123,7 +129,8 @@ class StreamingEngine:
         given: Mapping[str, np.ndarray],
     ) -> dict[str, np.ndarray]:
         name = f"{kind}_{length}"
-        known = {**self._base(name, layer), **self._places(length, layer)}
+        at = self._training.layers[layer]
+        known = {**self._base(name, layer), **self._at[at.rope, at.window]}
         return self._call(name, {**known, **state.of_layer(layer), **given})
 
     def _buffer(self, name: str, shape: Sequence[int]) -> np.ndarray:
@@ -133,33 +140,40 @@ class StreamingEngine:
             self._buffers[name] = found = np.zeros(shape, np.float32)
         return found
 
-    # One sequence
+    # One call: a sequence, or several that fit one program together
 
-    def length_of(self, example: Example) -> int:
-        """The shortest program that holds ``example``, in tokens."""
-        needed = example.inputs
+    @property
+    def capacity(self) -> int:
+        """Input tokens of the longest program."""
+        return max(self._training.lengths)
+
+    def length_of(self, examples: Sequence[Example]) -> int:
+        """The shortest program that holds ``examples``, in tokens."""
+        needed = sum(e.inputs for e in examples)
         fitting = [length for length in self._training.lengths if length >= needed]
         if not fitting:
             raise TrainingError(
                 f"a sequence of {needed} tokens does not fit the longest training program "
-                f"({max(self._training.lengths)}): cut it, or export with a longer --train-lengths."
+                f"({self.capacity}): cut it, or export with a longer --train-lengths."
             )
         return min(fitting)
 
     def _forward(
-        self, state: AdapterState, example: Example, keep: bool
+        self, state: AdapterState, examples: Sequence[Example], keep: bool
     ) -> tuple[np.ndarray, int, dict[int, dict[str, np.ndarray]]]:
         """-> output of the last block [1, F, T], T, and what was kept of which layer; the layers'
         inputs stay in the buffers ``x.<layer>``."""
-        length = self.length_of(example)
+        length = self.length_of(examples)
+        self._place(examples, length)
         layers = len(self._training.layers)
         features = self._weights["norm"].shape[1]
         x = self._buffer("x.0", (1, features, length))
         x[...] = 0.0
-        rows = decode_rows(self._weights, self._training.table, example.tokens[: example.inputs])
-        x[0, :, : example.inputs] = rows.T * np.float32(self._training.embed_scale)
+        tokens = np.concatenate([e.tokens[: e.inputs] for e in examples])
+        rows = decode_rows(self._weights, self._training.table, tokens)
+        x[0, :, : len(tokens)] = rows.T * np.float32(self._training.embed_scale)
         kept: dict[int, dict[str, np.ndarray]] = {}
-        room = self._kept_layers(length) if keep else 0
+        room = self.kept_layers(length) if keep else 0
         for layer in range(layers):
             outputs = self._block("block_forward", length, layer, state, {"x": x})
             if layer >= layers - room:
@@ -173,7 +187,7 @@ class StreamingEngine:
             x[...] = outputs["y"]
         return x, length, kept
 
-    def _kept_layers(self, length: int) -> int:
+    def kept_layers(self, length: int) -> int:
         """How many layers' saved tensors fit the budget."""
         outputs = self._programs.signatures[f"block_forward_{length}"].outputs
         size = sum(
@@ -183,9 +197,11 @@ class StreamingEngine:
         )
         return min(int(self._keep_bytes // size), len(self._training.layers))
 
-    def _loss(self, x: np.ndarray, example: Example, grad: np.ndarray | None) -> tuple[float, int]:
+    def _loss(
+        self, x: np.ndarray, examples: Sequence[Example], grad: np.ndarray | None
+    ) -> tuple[float, int]:
         """Summed loss and labels; the gradient of x [1, F, T] goes to ``grad``."""
-        labels = example.labels[1 : example.inputs + 1]
+        labels = np.concatenate([e.labels[1 : e.inputs + 1] for e in examples])
         positions = np.flatnonzero(labels != IGNORED)
         size, features = self._training.positions, x.shape[1]
         total, count = 0.0, 0
@@ -207,19 +223,19 @@ class StreamingEngine:
                 grad[0][:, chunk] = outputs["gradient.x"][0][:, : len(chunk)]
         return total, count
 
-    def loss(self, state: AdapterState, example: Example) -> tuple[float, int]:
+    def loss(self, state: AdapterState, examples: Sequence[Example]) -> tuple[float, int]:
         """Summed cross-entropy over the labels, in nats, and how many there are."""
-        x, _, _ = self._forward(state, example, keep=False)
-        return self._loss(x, example, None)
+        x, _, _ = self._forward(state, examples, keep=False)
+        return self._loss(x, examples, None)
 
     def gradient(
-        self, state: AdapterState, example: Example, into: np.ndarray
+        self, state: AdapterState, examples: Sequence[Example], into: np.ndarray
     ) -> tuple[float, int]:
         """``loss``, and its gradient added to ``into`` (flat, [rows, 1024])."""
-        x, length, kept = self._forward(state, example, keep=True)
+        x, length, kept = self._forward(state, examples, keep=True)
         grad = self._buffer("gradient", x.shape)
         grad[...] = 0.0
-        total, count = self._loss(x, example, grad)
+        total, count = self._loss(x, examples, grad)
         views = state.layout.views(into)
         for layer in reversed(range(len(self._training.layers))):
             given = {"x": self._buffers[f"x.{layer}"], "gradient.y": grad}
@@ -254,11 +270,12 @@ class StreamingEngine:
         return norm
 
 
-def causal_mask(tokens: int, window: int | None) -> np.ndarray:
-    """0 where a query sees a key (not later, within the window), else ``UNSEEN``: [1, 1, T, T]."""
-    steps = np.arange(tokens)
+def causal_mask(owner: np.ndarray, window: int | None) -> np.ndarray:
+    """0 where a query sees a key (of the same ``owner`` [T], not later, within the window), else
+    ``UNSEEN``: float32 [1, 1, T, T]."""
+    steps = np.arange(len(owner))
     distance = steps[:, None] - steps[None, :]
-    seen = distance >= 0
+    seen = (distance >= 0) & (owner[:, None] == owner[None, :])
     if window is not None:
         seen &= distance < window
     return np.where(seen, np.float32(0.0), np.float32(UNSEEN))[None, None]

@@ -22,19 +22,23 @@ from runtime_py.random_stream import SplitMix64
 from runtime_py.training.adapter_state import AdapterState
 from runtime_py.training.checkpoint import Progress, job_digest, load_state, save_state
 from runtime_py.training.errors import TrainingError
-from runtime_py.training.examples import Example
+from runtime_py.training.examples import Example, pack
 from runtime_py.training.streaming import StepNumbers, step_numbers
 
 
 class TrainingEngine(Protocol):
-    """Whatever computes: the streamed programs, or plain PyTorch."""
+    """Whatever computes: the streamed programs, or plain PyTorch. A call takes one sequence, or
+    several of together at most ``capacity`` input tokens."""
 
-    def loss(self, state: AdapterState, example: Example) -> tuple[float, int]:
+    @property
+    def capacity(self) -> int: ...
+
+    def loss(self, state: AdapterState, examples: Sequence[Example]) -> tuple[float, int]:
         """Summed cross-entropy in nats, and labels."""
         ...
 
     def gradient(
-        self, state: AdapterState, example: Example, into: np.ndarray
+        self, state: AdapterState, examples: Sequence[Example], into: np.ndarray
     ) -> tuple[float, int]:
         """The same, and the sum's gradient added to ``into`` [rows, 1024] float32."""
         ...
@@ -123,8 +127,8 @@ def digest(examples: Sequence[Example], settings: Settings, state: AdapterState)
 def evaluate(engine: TrainingEngine, state: AdapterState, examples: Sequence[Example]) -> float:
     """Mean loss over all labels, in nats a label."""
     total, count = 0.0, 0
-    for example in examples:
-        loss, labels = engine.loss(state, example)
+    for some in pack(examples, engine.capacity):
+        loss, labels = engine.loss(state, some)
         total, count = total + loss, count + labels
     return total / count
 
@@ -141,7 +145,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome | None:
     """Trains ``state`` in place; goes on from what an earlier run of the same job left in
-    ``folder``. None where ``stop`` said so between two sequences: all whole steps are saved.
+    ``folder``. None where ``stop`` said so between two calls: all whole steps are saved.
 
     Raises ``TrainingError`` where a loss is no number: the last good state is in ``folder``.
     """
@@ -171,20 +175,20 @@ def train(
         since = time.monotonic()
         gradient[...] = 0.0
         total, count, tokens = 0.0, 0, 0
-        for index in plan[step - 1]:
+        for some in pack([examples[index] for index in plan[step - 1]], engine.capacity):
             if stop():
                 keep(step - 1)
                 return None
-            example = examples[index]
-            loss, labels = engine.gradient(state, example, gradient)
+            loss, labels = engine.gradient(state, some, gradient)
             if not math.isfinite(loss):
                 keep(step - 1)
                 raise TrainingError(
-                    f"the loss of dialogue {example.id} in step {step} is {loss}: training stopped "
-                    f"and kept the state of step {step - 1} in {folder}; lower the learning rate "
-                    f"or leave the dialogue out."
+                    f"the loss of {', '.join(e.id for e in some)} in step {step} is {loss}: "
+                    f"training stopped and kept the state of step {step - 1} in {folder}; lower "
+                    f"the learning rate or leave the dialogue out."
                 )
-            total, count, tokens = total + loss, count + labels, tokens + example.inputs
+            total, count = total + loss, count + labels
+            tokens += sum(e.inputs for e in some)
         rate = rate_at(settings, step, len(plan))
         numbers = step_numbers(step, count, rate, settings.weight_decay, settings.clip, betas)
         norm = engine.update(state, gradient, numbers)

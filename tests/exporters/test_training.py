@@ -243,8 +243,8 @@ def test_every_architecture_streams_what_peft_computes(kind: str, tmp_path: Path
     check_gradient(kit, kit.engine(programs), example, 1e-4)
     state = kit.state()
     low, high = state.layout.zeros(), state.layout.zeros()
-    kit.engine(programs).gradient(state, example, low)
-    kit.engine(programs, keep_mb=1.0).gradient(state, example, high)
+    kit.engine(programs).gradient(state, [example], low)
+    kit.engine(programs, keep_mb=1.0).gradient(state, [example], high)
     np.testing.assert_array_equal(low, high)
 
 
@@ -327,7 +327,9 @@ def test_the_weights_file_is_safetensors(tmp_path: Path) -> None:
         assert set(file.keys()) == set(own)
         for name in own:
             np.testing.assert_array_equal(file.get_tensor(name), own[name])
-    blocks = sum(t.numel() for b in kit.model.blocks for n, t in b.named_buffers() if "lora" not in n)
+    blocks = sum(
+        t.numel() for b in kit.model.blocks for n, t in b.named_buffers() if "lora" not in n
+    )
     assert path.stat().st_size < 4 * (blocks + 2 * kit.model.table.weight.numel()) + 40_000
     assert own["layers.0.q.value"].base is not None  # a view of the mapping
 

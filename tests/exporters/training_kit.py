@@ -98,7 +98,7 @@ def check_gradient(kit: Kit, engine: StreamingEngine, example: Example, bound: f
     """Loss within 1e-5, and each gradient within ``bound`` of its largest value."""
     state = kit.state()
     into = state.layout.zeros()
-    loss, count = engine.gradient(state, example, into)
+    loss, count = engine.gradient(state, [example], into)
     expected, grads = autograd(kit, example)
     assert count == example.count
     assert abs(loss - expected) <= 1e-5 * abs(expected)

@@ -99,3 +99,45 @@ def prefill(
             as_json=as_json,
         )
     )
+
+
+@app.command()
+def train(
+    bundle: _Bundle,
+    threads: _Threads = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the sequence.", min=32)] = 256,
+    source: _SourceOption = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Dialogues to take the sequence from. Default: attune's.")
+    ] = None,
+    rounds: _Rounds = 5,
+    keep_mb: Annotated[float, typer.Option(help="Budget of --memory high, in MB.", min=0)] = 170.0,
+    memory: Annotated[bool, typer.Option(help="Measure memory, in children.")] = True,
+    kernels: Annotated[bool, typer.Option(help="Measure ExecuTorch's own kernels.")] = True,
+    as_json: _Json = False,
+) -> None:
+    """Measure a training step in both memory modes, beside PyTorch with PEFT.
+
+    Example: [bold]attune bench train out/tiny --threads 1 --threads 2[/]
+    """
+    from toolchain.benchmarks import train_report
+    from toolchain.benchmarks.train_run import Request, bench
+    from toolchain.console import Stages, print_json
+
+    request = Request(
+        bundle=bundle,
+        tokens=tokens,
+        threads=tuple(threads or (1,)),
+        rounds=rounds,
+        keep_mb=keep_mb,
+        source=source,
+        data=data,
+        memory=memory,
+        kernels=kernels,
+    )
+    with Stages(f"bench {bundle.name}", quiet=True) as stages:
+        report = bench(request, stages)
+    if as_json:
+        print_json(train_report.as_json(report))
+    else:
+        train_report.show(report)
