@@ -214,7 +214,9 @@ def _fill(folder: Path, request: Request, progress: Callable[[str], None]) -> m.
         )
     progress("write the bundle")
     write_peft(folder / "adapter", source.adapter)
-    checkpoint.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    # Not the library's save, which has no error of its own for a full disk.
+    tokenizer_json = checkpoint.tokenizer.backend_tokenizer.to_str(pretty=True)
+    (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     (folder / "chat_template.jinja").write_text(checkpoint.chat_template, encoding="utf-8")
     for file in (path for path in folder.rglob("*") if path.is_file()):
         file.chmod(0o644)  # some writers keep theirs to the user who exported

@@ -82,7 +82,18 @@ def model_of(kind: str) -> Transformer:
     return model
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+# Lowering takes most of the time here, so that each architecture and each precision is lowered once
+# by ``make test``: these three as quantized programs. All the others are in ``make test-full``.
+QUANTIZED = {"mistral": "8da8w", "qwen3": "8da4w", "granite": "8da4w-symmetric"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(kind, marks=pytest.mark.full if kind in QUANTIZED else ())
+        for kind in ARCHITECTURES
+    ],
+)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     kind: str = request.param
     folder = tmp_path_factory.mktemp(kind)
@@ -275,7 +286,12 @@ SCHEMES = {
 
 @pytest.mark.parametrize(
     ("kind", "scheme"),
-    [("llama", "8da8w"), ("llama", "8da4w"), ("gemma3_text", "8da4w-symmetric")],
+    [
+        *QUANTIZED.items(),
+        pytest.param("llama", "8da8w", marks=pytest.mark.full),
+        pytest.param("llama", "8da4w", marks=pytest.mark.full),
+        pytest.param("gemma3_text", "8da4w-symmetric", marks=pytest.mark.full),
+    ],
 )
 @torch.no_grad()
 def test_quantized_programs(kind: str, scheme: str, tmp_path: Path) -> None:

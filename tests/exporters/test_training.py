@@ -124,9 +124,12 @@ def test_attention(
         return (torch.softmax(scores + mask[0], -1) @ v).mT.reshape(1, -1, tokens)
 
     value, grad, expected = slopes(plain, q, k, v)
-    close(attention.forward(q, k, v, mask), value)
-    for found, want in zip(attention.backward(q, k, v, mask, value, grad), expected, strict=True):
-        close(found, want)
+    out, softmax = attention.forward(q, k, v, mask)
+    close(out, value)
+    for known in (None, softmax):
+        found = attention.backward(q, k, v, mask, value, grad, known)
+        for one, want in zip(found, expected, strict=True):
+            close(one, want)
 
 
 @settings(max_examples=20, deadline=None)

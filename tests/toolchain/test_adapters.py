@@ -311,6 +311,7 @@ def test_convert_refuses(bundle: Path, attune: Attune, tmp_path: Path) -> None:
     for arguments, words in (
         ((tmp_path / "a", tmp_path / "new.ptd"), "name its bundle with --bundle"),
         ((tmp_path / "a", tmp_path / "x.ptd", "--bundle", bundle), "exists already"),
+        ((tmp_path / "a", tmp_path / "other"), "exists already"),
         ((tmp_path / "none", tmp_path / "new"), "no such adapter folder"),
         ((tmp_path / "none.ptd", tmp_path / "new"), "there is no adapter file"),
         ((tmp_path / "x.ptd", tmp_path / "new"), "not a whole .ptd file"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -20,9 +21,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from exporters.spec import read_spec
-from runtime_py.manifest import CHECKSUM, MANIFEST
+from runtime_py.manifest import CHECKSUM, MANIFEST, BundleError, open_bundle
 from tests import tiny
 from tests.toolchain.conftest import Attune, Exported, Said, command
+from toolchain import training
 
 
 @pytest.fixture
@@ -104,10 +106,15 @@ def test_corrupt_safetensors(checkpoint: Path, refused) -> None:
     data[12] ^= 0x55  # in the header's JSON
     path.write_bytes(data)
     refused(checkpoint, "model.safetensors")
-    state = {"model.norm.weight": torch.zeros(3)}
-    save_file(state, path)
-    # Every misfit of the weights, in one message.
-    refused(checkpoint, ("model.norm.weight is [3], expected [64]", "embed_tokens.weight", "; …"))
+    save_file({"model.norm.weight": torch.zeros(3)}, path)
+    # Every misfit of the weights in one message, if they are not too many to read.
+    refused(
+        checkpoint,
+        ("(20)", "model.norm.weight is [3], expected [64].", "model.embed_tokens.weight [320, 64]"),
+    )
+    config = checkpoint / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
+    refused(checkpoint, ("(29)", "model.layers.0.input_layernorm.weight [64] is missing", "; …"))
 
 
 def gguf_file(path: Path) -> Path:
@@ -154,7 +161,7 @@ def test_weights_that_are_no_numbers(checkpoint: Path, refused) -> None:
     state = load_file(path)
     state["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
     save_file(state, path)
-    refused(checkpoint, "NaN", "--target", "android")
+    refused(checkpoint, ("NaN", "weights are damaged"), "--quantize", "none")
 
 
 def test_templates(checkpoint: Path, refused, tmp_path: Path) -> None:
@@ -249,6 +256,10 @@ def test_a_context_beyond_the_models(context: int, checkpoint: Path, refused) ->
     refused(checkpoint, (f"--context {context}", "64"), "--context", context)
 
 
+def test_a_context_beyond_the_built_in_models(refused) -> None:
+    refused("tiny", ("--context 99999", "at most 512"), "--context", 99999)
+
+
 @pytest.mark.parametrize("rank", [0, -1])
 def test_a_rank_of_nothing(rank: int, checkpoint: Path, refused) -> None:
     refused(checkpoint, f"--lora-rank {rank}", "--lora-rank", rank)
@@ -263,6 +274,8 @@ def test_targets_and_precisions_that_do_not_exist(checkpoint: Path, refused) -> 
     refused(checkpoint, ("3bit", "8da4w", "int4"), "--quantize", "3bit")
     refused(checkpoint, ("int4", "8da4w"), "--target", "android", "--quantize", "int4")
     refused(checkpoint, ("ios=8da4w", "int8"), "--quantize", "ios=8da4w")
+    refused(checkpoint, ("ios=none", "8da8w"), "--target", "android", "--quantize", "ios=none")
+    refused(checkpoint, ("watch=none", "8da8w", "int4"), "--quantize", "watch=none")
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
@@ -295,9 +308,7 @@ def test_a_command_that_is_not_complete(arguments: tuple, attune: Attune) -> Non
 
 
 def test_the_console_script_ends_with_code_2(tmp_path: Path) -> None:
-    is_a_sentence(command("export", "./none", "--out", tmp_path / "out"), "./none")
     is_a_sentence(command("inspect", tmp_path / "none"), "no bundle")
-    assert not inventory(tmp_path)
 
 
 # A full disk
@@ -321,7 +332,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 def test_a_full_disk(attune: Attune, tmp_path: Path) -> None:
     """In the middle of ``lm.pte``, which is larger than all of the disk."""
-    model = tiny.save_checkpoint(tmp_path / "m", num_hidden_layers=3, intermediate_size=2048)
+    model = tiny.save_checkpoint(tmp_path / "m", num_hidden_layers=1, intermediate_size=4096)
     with small_disk(tmp_path / "disk", "2m") as disk:
         said = attune(
             *("export", model, "--out", disk / "out", "--target", "android", "--quantize", "none")
@@ -331,41 +342,48 @@ def test_a_full_disk(attune: Attune, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def instant_android(both: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writes a program lowered before, so that the disk can fill up in each of the later steps."""
-    source = both.bundle / "android" / "lm.pte"
+def instant_android(fp32: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes programs lowered before, so that the disk can fill up in each of the later steps."""
 
     class Lowered:
         programs = ()
 
-    def lower(model, out: Path, **options: object) -> Lowered:
-        shutil.copyfile(source, out)
+    def lower_lm(model, out: Path, **options: object) -> Lowered:
+        shutil.copyfile(fp32.bundle / "android/lm.pte", out)
         return Lowered()
 
-    monkeypatch.setattr("toolchain.export.lower_lm", lower)
-    monkeypatch.setattr("toolchain.proofs.android_program", lambda *arguments: None)
-    monkeypatch.setattr("toolchain.proofs.equal_to_hugging_face", lambda *arguments: None)
-    monkeypatch.setattr("toolchain.texts.shipped_dialogues", lambda split: [])
+    def lower_training(target: str, folder: Path, *arguments: object) -> tuple[()]:
+        name = training.PROGRAMS[target]
+        shutil.copyfile(fp32.bundle / name, folder / name)
+        return ()
+
+    monkeypatch.setattr("toolchain.export.lower_lm", lower_lm)
+    monkeypatch.setattr(training, "lower_programs", lower_training)
+    monkeypatch.setattr("toolchain.precision.perplexity", lambda *arguments: 1.0)
+    for proof in ("proofs.equal_to_hugging_face", "proofs.android_program", "training.prove"):
+        monkeypatch.setattr(f"toolchain.{proof}", lambda *arguments: None)
 
 
 @pytest.mark.usefixtures("instant_android")
-def test_a_disk_that_is_full_at_any_moment(both: Exported, attune: Attune, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_at_any_moment(fp32: Exported, attune: Attune, tmp_path: Path) -> None:
     """Free space for every file but the next: all are told alike, and all are taken away again."""
-    sizes = {
-        path.relative_to(both.bundle).as_posix(): -(-path.stat().st_size // 4096)
-        for path in both.bundle.rglob("*")
-        if path.is_file() and "ios" not in path.parts
+    pages = {
+        path.relative_to(fp32.bundle).as_posix(): -(-path.stat().st_size // 4096)
+        for path in fp32.bundle.rglob("*")
+        if path.is_file()
     }
-    written = ["android/lm.pte", "android/adapter.ptd", "adapter/adapter_config.json"]
-    written += ["adapter/adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"]
-    assert sizes.keys() == {*written, MANIFEST, CHECKSUM}
+    written = ["android/lm.pte", "android/adapter.ptd", training.WEIGHTS, "android/training.pte"]
+    written += ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+    written += ["tokenizer.json", "chat_template.jinja"]
+    pages[MANIFEST] = 1  # at most: without the programs it is shorter than the one looked at here
+    written += [*sorted(pages.keys() - {*written, MANIFEST, CHECKSUM}), MANIFEST]
+    assert pages.keys() == {*written, CHECKSUM}
     export = ("export", "tiny", "--target", "android", "--quantize", "none", "--out")
-    for index in range(len(written)):
-        pages = sum(sizes[name] for name in written[:index])
-        pages += max(0, sizes[written[index]] - 1)
-        with small_disk(tmp_path / f"disk{index}", f"{max(1, pages) * 4}k") as disk:
+    for index, name in enumerate(written):
+        free = sum(pages[before] for before in written[:index]) + pages[name] - 1
+        with small_disk(tmp_path / f"disk{index}", f"{max(1, free) * 4}k") as disk:
             said = attune(*export, disk / "out")
-            assert said.code == 2, f"{written[index]}: {said.err}"
+            assert said.code == 2, f"{name}: {said.err}"
             is_a_sentence(said, "cannot be written", "space")
             assert list(disk.iterdir()) == []
 
@@ -410,6 +428,28 @@ def test_one_flipped_bit_is_refused_by_every_command(
     for arguments in commands(paper, tmp_path):
         is_a_sentence(attune(*arguments), name)
     assert inventory(tmp_path) == before
+
+
+def test_missing_and_unlisted_files_are_named(paper: Path, attune: Attune) -> None:
+    (paper / "tokenizer.json").unlink()
+    is_a_sentence(attune("inspect", paper), "tokenizer.json is missing")
+    (paper / "extra.txt").write_text("x")
+    is_a_sentence(attune("inspect", paper), "extra.txt is not in the manifest")
+
+
+def test_flipped_bits_in_every_file_of_a_real_bundle(both: Exported) -> None:
+    source = random.Random(0)
+    for path in sorted(p for p in both.bundle.rglob("*") if p.is_file()):
+        for _ in range(4):
+            bit = source.randrange(8 * path.stat().st_size)
+            flip(path, bit)
+            try:
+                with pytest.raises(BundleError) as caught:
+                    open_bundle(both.bundle)
+                assert path.relative_to(both.bundle).as_posix() in str(caught.value)
+            finally:
+                flip(path, bit)
+    open_bundle(both.bundle)
 
 
 @settings(
@@ -457,4 +497,6 @@ def test_chat_refuses(fp32: Exported, attune: Attune, lora: Path, tmp_path: Path
 
 def test_chat_with_more_than_the_context_holds(fp32: Exported, attune: Attune) -> None:
     words = "please tell me more about it " * 400
-    is_a_sentence(attune("chat", fp32.bundle, "--prompt", words), "context")
+    is_a_sentence(
+        attune("chat", fp32.bundle, "--prompt", words), "context ends at 512", "--context"
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from optimum.commands import optimum_cli
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -19,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from exporters.coreml.package import read_signatures
 from runtime_py.lm import ExecutorchLm
-from runtime_py.manifest import CHECKSUM, MANIFEST, Manifest, open_bundle
+from runtime_py.manifest import CHECKSUM, MANIFEST, BundleError, Manifest, open_bundle
+from runtime_py.peft_adapter import read_peft
 from tests import tiny
 from tests.toolchain.conftest import Attune, Exported, command
 from toolchain.commands.chat import StockRunner
@@ -84,7 +86,7 @@ def test_the_bundle_speaks_of_its_model(both: Exported, reference: PreTrainedMod
     assert config.eos_token_id in manifest.tokenizer.eos_ids
 
 
-def test_inspect_json(both: Exported, attune: Attune) -> None:
+def test_inspect_json(both: Exported, attune: Attune, reference: PreTrainedModel) -> None:
     value = attune("inspect", both.bundle, "--json").json()
     on_disk = {
         p.relative_to(both.bundle).as_posix(): p for p in both.bundle.rglob("*") if p.is_file()
@@ -96,7 +98,7 @@ def test_inspect_json(both: Exported, attune: Attune) -> None:
         assert file["bytes"] == len(data)
         assert file["sha256"] == hashlib.sha256(data).hexdigest()
     programs = {(p["target"], p["name"]): p for p in value["programs"]}
-    assert programs.keys() == {
+    assert programs.keys() >= {
         *(("android", name) for name in ("forward", "embed")),
         *(("ios", name) for name in ("prefill", "decode", "embed")),
     }
@@ -108,28 +110,36 @@ def test_inspect_json(both: Exported, attune: Attune) -> None:
     for name in ("forward", "embed"):
         assert programs["android", name]["delegated_flops_fraction"] >= 0.95
         assert programs["android", name]["bytes"] == listed["android/lm.pte"]["bytes"]
+    forward = programs["android", "forward"]
+    assert forward["inputs"][0]["shape"] == [1, f"1..{reference.config.max_position_embeddings}"]
+    assert forward["outputs"][0]["shape"] == [1, reference.config.vocab_size]
     assert value.items() <= both.said.items(), "export --json says something else"
+    assert both.said["bundle"] == str(both.bundle)
+    assert both.said["seconds"] > 0
+    assert both.said["peak_memory_bytes"] > 0
 
 
 def test_inspect_for_people(both: Exported, attune: Attune) -> None:
     said = attune("inspect", both.bundle)
     assert (said.code, said.err) == (0, "")
-    for word in ("android", "ios", "forward", "decode", "lm.pte", "perplexity", "LoRA r 8"):
+    for word in ("android/lm.pte", "ios", "forward", "decode", "perplexity", "LoRA r 8"):
         assert word in said.out
 
 
 def test_the_manifest_says_what_the_core_ml_package_has(both: Exported) -> None:
     manifest = open_bundle(both.bundle)
     assert manifest.ios is not None
-    found = {s.name: s for s in read_signatures(both.bundle / "ios/model.mlpackage")}
+    files = {program.file for program in manifest.ios.programs}
+    found = {(file, s.name): s for file in files for s in read_signatures(both.bundle / file)}
     adapter = {t.name.replace(".", "_") for t in manifest.adapter.tensors}
     for program in manifest.ios.programs:
-        own = found.pop(program.name)
+        own = found.pop((program.file, program.name))
         for kind in ("inputs", "outputs", "states"):
             mine = {t.name: tuple(t.shape) for t in getattr(program, kind)}
             assert mine == {t.name: tuple(t.shape) for t in getattr(own, kind)}
-        named = {t.name.replace(".", "_") for t in program.inputs}
-        assert adapter <= named if program.name != "embed" else not adapter & named
+        if program.file == "ios/model.mlpackage":
+            named = {t.name.replace(".", "_") for t in program.inputs}
+            assert adapter <= named if program.name != "embed" else not adapter & named
     assert not found
 
 
@@ -172,6 +182,22 @@ def test_offsets_are_where_the_adapters_bytes_are(both: Exported) -> None:
         else:
             assert array.item() == adapter.alpha / adapter.rank
     assert seen == stored.keys()
+
+
+def test_the_adapter_there_and_back(both: Exported, attune: Attune, tmp_path: Path) -> None:
+    """The folder makes the bundle's own file, which makes the folder again."""
+    source, file = both.bundle / "adapter", tmp_path / "a.ptd"
+    attune("adapter", "convert", source, file, "--bundle", both.bundle, "--json").json()
+    assert file.read_bytes() == (both.bundle / "android/adapter.ptd").read_bytes()
+    attune("adapter", "convert", file, tmp_path / "back", "--json").json()
+    first, second = read_peft(source), read_peft(tmp_path / "back")
+    assert first.config == second.config
+    assert first.tensors.keys() == second.tensors.keys()
+    for module, pair in first.tensors.items():
+        for one, other in zip(pair, second.tensors[module], strict=True):
+            np.testing.assert_array_equal(one, other)
+    shown = attune("adapter", "show", file, "--json").json()
+    assert shown["parameters"] == sum(a.size + b.size for a, b in first.tensors.values())
 
 
 def test_the_smallest_precision_that_is_near_float32_was_chosen(both: Exported) -> None:
@@ -277,9 +303,43 @@ def test_chat_prints_the_reply(fp32: Exported, attune: Attune, reference, tokeni
     said = attune(*arguments, "--json").json()
     assert said["reply"] == expected
     assert said["prompt"] == PROMPTS[0]
-    assert PROMPTS[0] in said["rendered"]
+    assert said["rendered"] == tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPTS[0]}], tokenize=False, add_generation_prompt=True
+    )
     plain = attune(*arguments)
     assert (plain.code, plain.out) == (0, expected + "\n")
+
+
+@torch.no_grad()
+def test_the_longest_prompt(runner: StockRunner, reference: PreTrainedModel, tokenizer) -> None:
+    """Room for one token is enough; without it, the runner is not asked."""
+    context = runner.manifest.model.context
+    text = " the" * (context - 1)
+    assert runner.tokens(text) == context - 1
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    following = reference(ids).logits[0, -1].argmax()
+    assert runner.generate(text, 5, 0.0)[0] == tokenizer.decode(following)
+    with pytest.raises(BundleError, match=f"has {context} tokens.* context ends at {context}"):
+        runner.generate(text + " the", 5, 0.0)
+
+
+def test_a_conversation(
+    fp32: Exported, attune: Attune, reference, tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One message that is too long does not end it, and is forgotten."""
+    lines = [PROMPTS[0], "/new", "too long " * 600, "", PROMPTS[1]]
+
+    def typed(prompt: str) -> str:
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    monkeypatch.setattr("builtins.input", typed)
+    told = attune("chat", fp32.bundle, "--max-new-tokens", COUNT)
+    assert told.code == 0
+    replies = [greedy(reference, tokenizer, prompt) for prompt in PROMPTS[:2]]
+    assert told.out == "".join(f"{reply}\n" for reply in replies)
+    assert told.err.count("error: the prompt has") == 1
 
 
 def test_chat_talks_with_the_quantized_bundle(both: Exported, attune: Attune) -> None:
@@ -450,11 +510,10 @@ def test_doctor_notices_another_version(attune: Attune, monkeypatch: pytest.Monk
     assert "not installed" in attune("doctor").out
 
 
-def test_optimum_cli(tmp_path: Path) -> None:
+def test_optimum_cli(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Optimum lists the subcommand and hands it its arguments; a mistake is still code 2."""
-    said = command("export", "--help", program="optimum-cli")
-    assert said.code == 0
-    assert "attune" in said.out
     said = command(
         *("export", "attune", "./none", "--out", tmp_path / "x", "--target", "android"),
         program="optimum-cli",
@@ -462,9 +521,12 @@ def test_optimum_cli(tmp_path: Path) -> None:
     assert said.code == 2, said.err
     assert "no such file or folder: ./none" in said.err
     assert list(tmp_path.iterdir()) == []
-    said = command("export", "attune", "--help", program="optimum-cli")
-    assert said.code == 0
-    assert "attune" in said.out
+    for arguments in (("export", "--help"), ("export", "attune", "--help")):
+        monkeypatch.setattr("sys.argv", ["optimum-cli", *arguments])
+        with pytest.raises(SystemExit) as end:
+            optimum_cli.main()
+        assert end.value.code == 0
+        assert "attune" in capfd.readouterr().out
 
 
 def test_help_names_every_command(attune: Attune) -> None:

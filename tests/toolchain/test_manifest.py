@@ -15,6 +15,7 @@ from exporters.spec import read_spec
 from runtime_py.manifest import (
     CHECKSUM,
     MANIFEST,
+    SCHEMA_VERSION,
     BundleError,
     File,
     Manifest,
@@ -174,7 +175,8 @@ def nodes(value: object, path: tuple = ()) -> list[tuple]:
 
 def test_an_unknown_key_anywhere_is_an_error(bundle: Path) -> None:
     original = (bundle / MANIFEST).read_text(encoding="utf-8")
-    free = {("versions",), ("android", "programs", 0, "not_delegated")}  # names to values
+    # Names to values; the loop's are told in words of its own.
+    free = {("versions",), ("android", "programs", 0, "not_delegated"), ("policy", "loop")}
     places = [p for p in nodes(json.loads(original)) if p not in free]
     assert len(places) > 15
     for place in places:
@@ -189,15 +191,20 @@ def test_an_unknown_key_anywhere_is_an_error(bundle: Path) -> None:
         refused(bundle, MANIFEST, ".".join(map(str, (*place, "surprise"))), "Extra inputs")
 
 
+def test_an_unknown_choice_of_the_loop_is_an_error(bundle: Path) -> None:
+    rewritten(bundle, lambda m: m["policy"]["loop"].update(surprise=1))
+    refused(bundle, MANIFEST, "policy.loop", "unknown fields: surprise")
+
+
 def test_a_missing_key_is_an_error(bundle: Path) -> None:
     rewritten(bundle, lambda m: m["tokenizer"].pop("eos_ids"))
     refused(bundle, "tokenizer.eos_ids", "required")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION - 1, SCHEMA_VERSION + 1, "1", None])
 def test_another_schema_version_is_refused(bundle: Path, version: object) -> None:
     rewritten(bundle, lambda m: m.update(schema_version=version))
-    refused(bundle, f"schema version {version}", "reads 1")
+    refused(bundle, f"schema version {version}", f"reads {SCHEMA_VERSION}")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", "{", "null"])

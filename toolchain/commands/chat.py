@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from runtime_py.manifest import BundleError, Manifest, open_bundle
 from runtime_py.native import silenced
@@ -22,10 +23,11 @@ class StockRunner:
     def __init__(self, bundle: Path, manifest: Manifest, adapter: Path | None = None) -> None:
         if manifest.android is None or manifest.adapter.runtime is None:
             raise BundleError(f"{bundle} has no Android part: export it with --target android.")
-        # Importing registers the kernels that the runner looks up.
-        from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
-        from executorch.extension.llm.runner import TextLLMRunner
-        from executorch.kernels import quantized  # noqa: F401
+        # Importing registers the kernels that the runner looks up, and says so.
+        with silenced():
+            from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+            from executorch.extension.llm.runner import TextLLMRunner
+            from executorch.kernels import quantized  # noqa: F401
         from transformers import PreTrainedTokenizerFast
 
         self.manifest = manifest
@@ -51,6 +53,10 @@ class StockRunner:
         assert isinstance(text, str)
         return text
 
+    def tokens(self, text: str) -> int:
+        """How many tokens ``text`` (already rendered) has."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def generate(
         self,
         prompt: str,
@@ -59,9 +65,15 @@ class StockRunner:
         stream: bool = False,
     ) -> tuple[str, dict]:
         """Text after ``prompt`` (already rendered), and the runner's own statistics. ``stream``
-        prints each piece as it comes."""
+        prints each piece as it comes. Raises ``BundleError`` for a prompt that leaves no room."""
         from executorch.extension.llm.runner import GenerationConfig
 
+        context = self.manifest.model.context
+        if (length := self.tokens(prompt)) >= context:
+            raise BundleError(
+                f"the prompt has {length} tokens, and the bundle's context ends at {context}: give "
+                f"a shorter one, or export with a larger --context."
+            )
         self._runner.reset()
         pieces: list[str] = []
         statistics: dict = {}
@@ -100,13 +112,13 @@ def chat(
     Example: [bold]attune chat out/tiny --prompt "I need a hotel in Paris."[/]
     """
     manifest = open_bundle(bundle)
+    if as_json and prompt is None:
+        raise BundleError("--json answers one message: give it with --prompt.")
     with _runtime_adapter(manifest, adapter) as file:
         runner = StockRunner(bundle, manifest, file)
         if prompt is not None:
             _once(runner, prompt, max_new_tokens, temperature, as_json)
             return
-        if as_json:
-            raise BundleError("--json answers one message: give it with --prompt.")
         _converse(runner, manifest, max_new_tokens, temperature)
 
 
@@ -153,18 +165,19 @@ def _converse(runner: StockRunner, manifest: Manifest, count: int, temperature: 
             continue
         messages.append({"role": "user", "content": said})
         rendered = runner.render(messages)
-        while len(messages) > 1 and _tokens(runner, rendered) + count > manifest.model.context:
+        while len(messages) > 1 and runner.tokens(rendered) + count > manifest.model.context:
             messages = messages[2:]
             rendered = runner.render(messages)
-        reply, statistics = runner.generate(rendered, count, temperature, stream=True)
+        try:
+            reply, statistics = runner.generate(rendered, count, temperature, stream=True)
+        except BundleError as error:  # this message alone is too long: the conversation goes on
+            console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+            messages.pop()
+            continue
         print(flush=True)
         messages.append({"role": "assistant", "content": reply})
         if rate := _rate(statistics):
             console.print(f"[dim]{rate:.0f} tokens/s[/]")
-
-
-def _tokens(runner: StockRunner, text: str) -> int:
-    return len(runner.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _rate(statistics: dict) -> float | None:
