@@ -43,7 +43,7 @@ class Request:
     clip: float = 1.0
     seed: int = 0
     memory: str = "low"
-    keep_mb: float = 170.0
+    keep_mb: float = 160.0
     save_every: int = 10
     refuse_long: bool = False
     threads: int | None = None

@@ -27,6 +27,9 @@ MATRICES = {
 }
 
 
+Softmax = tuple[Tensor, Tensor | None]  # see Attention.forward
+
+
 @dataclass(frozen=True)
 class Places:
     """A call's mask [1, 1, T, T] and rotary tables [1, n, T]."""
@@ -173,7 +176,7 @@ class TrainingBlock:
 
     def forward(self, t: Tensors, x: Tensor, at: Places) -> tuple[Tensor, dict[str, Tensor]]:
         """x [1, F, T] -> the block's output [1, F, T], and what is saved."""
-        saved = self.recompute(t, x, at)
+        saved, _ = self.recompute(t, x, at)
         down = saved.get("down")
         if down is None:
             down = self._down(t, saved)
@@ -183,12 +186,12 @@ class TrainingBlock:
         wide = p.activate(self.spec.activation, saved["gate"]) * saved["up"]
         return self.sites["down"].forward(t, wide)[0]
 
-    def recompute(self, t: Tensors, x: Tensor, at: Places) -> dict[str, Tensor]:
+    def recompute(self, t: Tensors, x: Tensor, at: Places) -> tuple[dict[str, Tensor], Softmax]:
         """What is saved, from the block's input [1, F, T]; without the last product unless the
-        backward needs it."""
+        backward needs it. And the softmax, which is too large to be saved."""
         q, k, v = self.sites["qkv"].forward(t, self._norm(t, "attention", x))
         queries, keys = self._placed(t, "q", q, at), self._placed(t, "k", k, at)
-        mixed = self.attention.forward(queries, keys, v, at.mask)
+        mixed, softmax = self.attention.forward(queries, keys, v, at.mask)
         if not self.spec.qk_norm:  # the rotation's backward does not need its input
             q, k = queries, keys
         o = self.sites["o"].forward(t, mixed)[0]
@@ -197,10 +200,16 @@ class TrainingBlock:
         saved = {"q": q, "k": k, "v": v, "mixed": mixed, "middle": middle, "gate": gate, "up": up}
         if self.spec.post_norm:
             saved |= {"o": o, "down": self._down(t, saved)}
-        return saved
+        return saved, softmax
 
     def backward(
-        self, t: Tensors, x: Tensor, at: Places, saved: Tensors, grad: Tensor
+        self,
+        t: Tensors,
+        x: Tensor,
+        at: Places,
+        saved: Tensors,
+        grad: Tensor,
+        softmax: Softmax | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """grad [1, F, T] of the output -> that of x, and those of the adapter's tensors by name."""
         s, out = self.spec, dict[str, Tensor]()
@@ -218,7 +227,9 @@ class TrainingBlock:
         queries, keys = q, k
         if s.qk_norm:
             queries, keys = self._placed(t, "q", q, at), self._placed(t, "k", k, at)
-        dq, dk, dv = self.attention.backward(queries, keys, v, at.mask, saved["mixed"], own)
+        dq, dk, dv = self.attention.backward(
+            queries, keys, v, at.mask, saved["mixed"], own, softmax
+        )
         dq = self._placed_backward(t, "q", q, at, dq)
         dk = self._placed_backward(t, "k", k, at, dk)
         own = self.sites["qkv"].backward(t, self._norm(t, "attention", x), [dq, dk, dv], out)

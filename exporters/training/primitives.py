@@ -152,15 +152,25 @@ class Attention:
         seen = scores.view(self.kv_heads, -1, tokens, tokens) + mask
         return torch.softmax(seen, dim=-1).view(self.kv_heads, -1, tokens), capped
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """q [1, H·D, T], k and v [1, K·D, T] -> [1, H·D, T]"""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+        """q [1, H·D, T], k and v [1, K·D, T] -> [1, H·D, T], and the softmax and capped scores
+        [K, G·T, T], which ``backward`` takes where the caller has them still."""
         tokens = q.shape[2]
         shape = (self.kv_heads, self.head_dim, tokens)
-        weights, _ = self._weights(self._rows(q * self.scale), k.view(shape), mask)
-        return self._features(torch.bmm(weights, turn(v.view(shape))), tokens)
+        weights = self._weights(self._rows(q * self.scale), k.view(shape), mask)
+        return self._features(torch.bmm(weights[0], turn(v.view(shape))), tokens), weights
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Tensor, grad: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        out: Tensor,
+        grad: Tensor,
+        known: tuple[Tensor, Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``out`` is forward's, ``grad`` its gradient -> gradients of q, k, v.
 
@@ -169,7 +179,7 @@ class Attention:
         tokens = q.shape[2]
         shape = (self.kv_heads, self.head_dim, tokens)
         queries, keys, values = self._rows(q * self.scale), k.view(shape), v.view(shape)
-        weights, capped = self._weights(queries, keys, mask)
+        weights, capped = known or self._weights(queries, keys, mask)
         rows = self._rows(grad)
         product = (grad * out).view(self.heads, self.head_dim, tokens)
         ones = torch.ones(self.heads, 1, self.head_dim)

@@ -17,7 +17,7 @@ from exporters.model import Target, lora_targets
 from exporters.signature import ProgramSignature, TensorSpec
 from exporters.spec import ModelSpec
 from exporters.training.adamw import COLUMNS, AdamW
-from exporters.training.block import MATRICES, Places, TrainingBlock
+from exporters.training.block import MATRICES, Places, Softmax, TrainingBlock
 from exporters.training.head import TrainingHead
 from exporters.training.stored import PRECISIONS
 
@@ -168,16 +168,18 @@ def block_programs(spec: TrainingSpec, length: int) -> list[TrainingProgram]:
         y, kept = block.forward(_renamed(values), values["x"], at(values))
         return [y, *(kept[name] for name in block.saved)]
 
-    def backward(values: dict[str, Tensor], kept: dict[str, Tensor]) -> list[Tensor]:
-        t = _renamed(values)
-        dx, found = block.backward(t, values["x"], at(values), kept, values["gradient.y"])
+    def backward(
+        values: dict[str, Tensor], kept: dict[str, Tensor], softmax: Softmax | None
+    ) -> list[Tensor]:
+        t, grad = _renamed(values), values["gradient.y"]
+        dx, found = block.backward(t, values["x"], at(values), kept, grad, softmax)
         return [dx, *(found[w.name.removeprefix("adapter.")] for w in trained)]
 
     def recomputing(values: dict[str, Tensor]) -> list[Tensor]:
-        return backward(values, block.recompute(_renamed(values), values["x"], at(values)))
+        return backward(values, *block.recompute(_renamed(values), values["x"], at(values)))
 
     def given(values: dict[str, Tensor]) -> list[Tensor]:
-        return backward(values, {name: values[f"saved.{name}"] for name in block.saved})
+        return backward(values, {name: values[f"saved.{name}"] for name in block.saved}, None)
 
     outputs = [_float("gradient.x", 1, m.hidden, length), *gradients]
     return [

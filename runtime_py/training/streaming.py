@@ -53,8 +53,8 @@ def step_numbers(
 class StreamingEngine:
     """Training on a bundle's programs.
 
-    ``keep_mb``: how much of the forward to keep, in MB (10⁶ bytes); 0 recomputes it all. Kept are
-    whole layers, the last ones, as many as fit.
+    ``keep_mb``: how much of the forward to keep, in MB (10⁶ bytes); 0 computes it anew. Kept are
+    whole layers, the later ones, as many as fit.
     """
 
     def __init__(
@@ -176,26 +176,26 @@ class StreamingEngine:
         room = self.kept_layers(length) if keep else 0
         for layer in range(layers):
             outputs = self._block("block_forward", length, layer, state, {"x": x})
-            if layer >= layers - room:
-                kept[layer] = {}
-                for name, value in outputs.items():
-                    if name.startswith("saved."):
-                        copy = self._buffer(f"{name}.{layer}", value.shape)
-                        copy[...] = value
-                        kept[layer][name] = copy
+            saved = {name: y for name, y in outputs.items() if name.startswith("saved.")}
+            if keep and layer == layers - 1:
+                kept[layer] = saved  # no other forward overwrites them before its backward
+            elif layer >= layers - 1 - room:
+                kept[layer] = {n: self._buffer(f"{n}.{layer}", y.shape) for n, y in saved.items()}
+                for name, value in saved.items():
+                    kept[layer][name][...] = value
             x = self._buffer(f"x.{layer + 1}" if keep else f"x.{(layer + 1) % 2}", x.shape)
             x[...] = outputs["y"]
         return x, length, kept
 
     def kept_layers(self, length: int) -> int:
-        """How many layers' saved tensors fit the budget."""
+        """How many layers' saved tensors fit the budget. The last layer's need none of it."""
         outputs = self._programs.signatures[f"block_forward_{length}"].outputs
         size = sum(
             4 * int(np.prod([int(n) for n in tensor.shape]))
             for tensor in outputs
             if tensor.name.startswith("saved.")
         )
-        return min(int(self._keep_bytes // size), len(self._training.layers))
+        return min(int(self._keep_bytes // size), len(self._training.layers) - 1)
 
     def _loss(
         self, x: np.ndarray, examples: Sequence[Example], grad: np.ndarray | None

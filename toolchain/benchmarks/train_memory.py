@@ -40,10 +40,16 @@ def _anonymous(pid: int) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(kind: str, arguments: Sequence[str]) -> Memory:
-    """Trains ``STEPS`` steps of ``kind`` (see ``main``) in a child. Raises ``ExportError`` where it
-    fails."""
-    command = [sys.executable, "-m", "toolchain.benchmarks.train_memory", kind, *arguments]
+def measure_kind(kind: str, arguments: Sequence[str]) -> Memory:
+    """Trains ``STEPS`` steps of ``kind`` (see ``main``) in a child."""
+    return measure([sys.executable, "-m", __name__, kind, *arguments], kind)
+
+
+def measure(command: Sequence[str], kind: str) -> Memory:
+    """Runs a child that says "ready" once it is idle, and begins when it is sent a line.
+
+    Raises ``ExportError`` where it fails.
+    """
     child = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

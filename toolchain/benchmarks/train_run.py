@@ -36,7 +36,7 @@ from toolchain.texts import shipped_dialogues
 from toolchain.training import open_engine, training_spec
 
 LOW, HIGH, TORCH, CHECKPOINTING = "low", "high", "torch", "torch_checkpointing"
-KERNELS_ONE, KERNELS_TWO = "executorch_kernels_1", "executorch_kernels_2"
+KERNELS_ONE, KERNELS_FOUR = "executorch_kernels_1", "executorch_kernels_4"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Request:
     tokens: int = 256
     threads: tuple[int, ...] = (1,)
     rounds: int = 5
-    keep_mb: float = 170.0
+    keep_mb: float = 160.0
     source: str | None = None
     data: Path | None = None
     memory: bool = True
@@ -155,7 +155,7 @@ def _xnnpack_product(path: Path, size: int) -> Callable[[torch.Tensor, torch.Ten
 
 
 def step_flops(manifest: Manifest, sequence: Example, kept: int) -> float:
-    """FLOPs of the products of one step that keeps ``kept`` layers' activations."""
+    """FLOPs of the products of one step that keeps ``kept`` layers' activations and the last's."""
     assert manifest.android is not None
     assert manifest.training is not None
     flops = {p.name: p.flops or 0.0 for p in manifest.android.programs}
@@ -163,8 +163,8 @@ def step_flops(manifest: Manifest, sequence: Example, kept: int) -> float:
     layers = len(manifest.training.layers)
     heads = -(-sequence.count // manifest.training.positions)
     total = layers * flops[f"block_forward_{length}"] + heads * flops["head"] + flops["adamw"]
-    total += kept * flops[f"block_backward_saved_{length}"]
-    return total + (layers - kept) * flops[f"block_backward_{length}"]
+    total += (kept + 1) * flops[f"block_backward_saved_{length}"]
+    return total + (layers - kept - 1) * flops[f"block_backward_{length}"]
 
 
 def bench(request: Request, told: Callable[[str], None] = lambda text: None) -> Report:
@@ -224,9 +224,10 @@ def _kernels(
     if isinstance(source, str) or not request.kernels:
         return {}
     made = {}
-    for key, layers in ((KERNELS_ONE, 1), (KERNELS_TWO, 2)):
+    for key, layers in ((KERNELS_ONE, 1), (KERNELS_FOUR, 4)):
         told(f"export {layers} layers for ExecuTorch's kernels")
         model = float_model(manifest, source)
+        layers = min(layers, len(model.blocks))
         del model.blocks[layers:]
         model.spec = replace(model.spec, layers=model.spec.layers[:layers])
         made[key] = KernelStepper(model, sequence, folder)
@@ -290,5 +291,5 @@ def _memory(
     for key, (kind, keep) in kinds.items():
         told(f"memory: {key}")
         arguments = [str(request.bundle), request.source or "", "1", str(keep), data]
-        found[key] = train_memory.measure(kind, arguments)
+        found[key] = train_memory.measure_kind(kind, arguments)
     return found

@@ -111,7 +111,7 @@ def train(
         Path | None, typer.Option(help="Dialogues to take the sequence from. Default: attune's.")
     ] = None,
     rounds: _Rounds = 5,
-    keep_mb: Annotated[float, typer.Option(help="Budget of --memory high, in MB.", min=0)] = 170.0,
+    keep_mb: Annotated[float, typer.Option(help="Budget of --memory high, in MB.", min=0)] = 160.0,
     memory: Annotated[bool, typer.Option(help="Measure memory, in children.")] = True,
     kernels: Annotated[bool, typer.Option(help="Measure ExecuTorch's own kernels.")] = True,
     as_json: _Json = False,
@@ -141,3 +141,29 @@ def train(
         print_json(train_report.as_json(report))
     else:
         train_report.show(report)
+
+
+@app.command()
+def growth(as_json: _Json = False) -> None:
+    """Measure how training's memory grows with layers and tokens, on small random models.
+
+    Example: [bold]attune bench growth[/]
+    """
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from toolchain.benchmarks.growth import growth as run
+    from toolchain.console import Stages, megabytes, output, print_json
+
+    with Stages("bench growth", quiet=as_json) as stages:
+        rows = run(stages)
+    if as_json:
+        print_json({"rows": [asdict(row) for row in rows]})
+        return
+    headings = ("layers", "tokens", "peak", "kept inputs", "adapter and moments", "mapped file")
+    table = Table(*headings, box=None, pad_edge=False)
+    for row in rows:
+        sizes = (row.peak, row.inputs, row.adapter, row.file)
+        table.add_row(str(row.layers), str(row.tokens), *map(megabytes, sizes))
+    output.print(table)

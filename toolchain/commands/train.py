@@ -40,7 +40,7 @@ def train(
         str,
         typer.Option(help="low computes the forward anew; high keeps of it what --keep-mb says."),
     ] = "low",
-    keep_mb: Annotated[float, typer.Option(help="Budget of --memory high in MB.", min=0)] = 170.0,
+    keep_mb: Annotated[float, typer.Option(help="Budget of --memory high in MB.", min=0)] = 160.0,
     save_every: Annotated[int, typer.Option(help="Steps.", min=1)] = 10,
     refuse_long: Annotated[
         bool, typer.Option(help="Refuse dialogues that are too long instead of cutting them.")
