@@ -39,7 +39,7 @@ debian:  ## As root: Python's venv, and QEMU and compilers for running ARM64 pro
 	fi
 
 demo: $(STAMP)  ## Export the built-in model, check the bundle, let it answer
-	HF_HUB_OFFLINE=1 $(BIN)/attune demo
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/attune demo
 
 test: $(STAMP)  ## The tests that need nothing but this repository
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not full'

@@ -13,7 +13,20 @@ from runtime_py.errors import LoopError
 from runtime_py.manifest import BundleError
 from runtime_py.peft_adapter import AdapterError
 from runtime_py.training.errors import TrainingError
-from toolchain.commands import adapter, bench, chat, demo, doctor, evaluate, export, inspect, train
+from toolchain.commands import (
+    adapter,
+    bench,
+    chat,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    parity,
+    simulate,
+    store,
+    train,
+)
 from toolchain.console import console
 
 MISTAKES = (ExportError, AdapterError, BundleError, LoopError, TrainingError)
@@ -31,10 +44,13 @@ app.command("inspect")(inspect.inspect)
 app.command("chat")(chat.chat)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("parity")(parity.parity)
+app.command("simulate")(simulate.simulate)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(bench.app, name="bench")
+app.add_typer(store.app, name="store")
 
 
 def run(arguments: list[str] | None = None) -> None:

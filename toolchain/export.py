@@ -20,11 +20,12 @@ from exporters.executorch.flat_tensor import locate, write_ptd
 from exporters.executorch.lower import adapter_tensors, lower_lm
 from exporters.model import Transformer, build
 from exporters.spec import ModelSpec, read_spec
+from exporters.training.programs import TrainingSpec
 from runtime_py import manifest as m
 from runtime_py.lexicons import BUILTIN as LEXICONS
 from runtime_py.loop_policy import LoopPolicy
 from runtime_py.peft_adapter import PeftAdapter, check_fits, fresh_config, read_peft, write_peft
-from toolchain import adapters, precision, proofs, training
+from toolchain import adapters, golden, precision, proofs, training
 from toolchain.commands.doctor import tested_versions
 from toolchain.texts import shipped_dialogues, tokenize
 
@@ -182,6 +183,8 @@ def _fill(folder: Path, request: Request, progress: Callable[[str], None]) -> m.
     )
     targets: dict[str, m.Target] = {}
     trained: m.Training | None = None
+    trained_for: TrainingSpec | None = None
+    references: dict[str, golden.Reference] = {}
     # One weights file serves both targets: Android's programs read it as it lies.
     keeper = "android" if "android" in request.targets else "ios"
     measure = precision.Measure(model, texts)
@@ -197,6 +200,7 @@ def _fill(folder: Path, request: Request, progress: Callable[[str], None]) -> m.
         if target == keeper:
             progress("write the training weights")
             trained = training.write_training(folder, choice.simulated, made, lengths)
+            trained_for = made
         progress(f"{target}: lower the training programs")
         learning = training.lower_programs(target, folder, made, lengths)
         if target == "android" and trained is not None:
@@ -206,6 +210,7 @@ def _fill(folder: Path, request: Request, progress: Callable[[str], None]) -> m.
                 folder, learning, trained, made, layout, proofs.with_effect(arrays), *model_and_text
             )
         programs = (*programs, *learning)
+        references[target] = golden.Reference(choice.quantize, choice.simulated)
         targets[target] = m.Target(
             quantize=choice.quantize,
             chosen_by="perplexity" if asked is None else "user",
@@ -218,6 +223,18 @@ def _fill(folder: Path, request: Request, progress: Callable[[str], None]) -> m.
     tokenizer_json = checkpoint.tokenizer.backend_tokenizer.to_str(pretty=True)
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     (folder / "chat_template.jinja").write_text(checkpoint.chat_template, encoding="utf-8")
+    golden.write_golden(
+        folder,
+        texts["perplexity"],
+        golden.stream(shipped_dialogues("perplexity"), texts["perplexity"]),
+        checkpoint.eos_ids[0],
+        arrays,
+        layout,
+        policy.embed_length,
+        {keeper: references[keeper], **references},
+        trained,
+        trained_for,
+    )
     for file in (path for path in folder.rglob("*") if path.is_file()):
         file.chmod(0o644)  # some writers keep theirs to the user who exported
     return _manifest(folder, source, policy, layout, targets, trained)

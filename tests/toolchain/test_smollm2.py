@@ -5,10 +5,13 @@ The references are transformers and PEFT, on real prompts.
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,9 +22,17 @@ from exporters.executorch.flat_tensor import write_ptd
 from runtime_py.lm import ExecutorchLm
 from runtime_py.manifest import Manifest, open_bundle
 from runtime_py.peft_adapter import read_peft
+from runtime_py.training.adapter_state import AdapterState
+from runtime_py.training.examples import IGNORED, Example
+from runtime_py.training.reference import TorchEngine
+from runtime_py.training.trainer import Settings, train
 from toolchain.adapters import to_runtime
+from toolchain.benchmarks.train_engines import peft_model
+from toolchain.benchmarks.train_run import Request as TrainingRequest
+from toolchain.benchmarks.train_run import pick_sequence
 from toolchain.commands.chat import StockRunner
 from toolchain.export import Request, export
+from toolchain.training import open_engine
 
 SHARED = Path(__file__).parents[3] / "shared"
 GGUF = SHARED / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -151,3 +162,110 @@ def test_one_program_with_two_adapters_equals_peft(
         assert (lm.all_logits(tokens["input_ids"]) - expected).abs().max() < 1e-3
     first, second = found.values()
     assert first != second
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def sequence(bundle: Path, manifest: Manifest) -> Example:
+    """256 tokens of a real dialogue."""
+    return pick_sequence(TrainingRequest(bundle, data=DATA / "dolly.jsonl.gz"), manifest)
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint: Checkpoint, manifest: Manifest) -> PeftModel:
+    """PEFT's model with the bundle's rank and targets, A and B away from zero."""
+    peft = peft_model(checkpoint.hf_model(), manifest).eval()
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.02)
+    return peft
+
+
+def _state(peft: PeftModel, manifest: Manifest, folder: Path) -> AdapterState:
+    peft.save_pretrained(str(folder))
+    return AdapterState.of(
+        manifest.adapter.tensors, to_runtime(read_peft(folder), manifest.adapter.tensors)
+    )
+
+
+def _gradients(
+    peft: PeftModel, manifest: Manifest, state: AdapterState, sequence: Example
+) -> tuple[float, dict[str, np.ndarray]]:
+    """Summed loss and gradients by plain autograd, in the model's own dtype."""
+    tokens, labels = torch.from_numpy(sequence.tokens), torch.from_numpy(sequence.labels)
+    peft.zero_grad()
+    logits = peft(tokens[None], use_cache=False).logits[0, :-1]
+    loss = torch.nn.functional.cross_entropy(
+        logits, labels[1:], ignore_index=IGNORED, reduction="sum"
+    )
+    loss.backward()
+    own = {name: p.grad for name, p in peft.named_parameters() if p.grad is not None}
+    names = {t.name: t.peft.replace(".weight", ".default.weight") for t in manifest.adapter.tensors}
+    return loss.item(), {n: own[names[n]].double().numpy() for n in state.layout.places}
+
+
+def _off(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    return max(float(np.abs(found[n] - e).max() / np.abs(e).max()) for n, e in expected.items())
+
+
+def _cosine(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    return min(
+        float((found[n] * e).sum() / np.sqrt((found[n] ** 2).sum() * (e**2).sum()))
+        for n, e in expected.items()
+    )
+
+
+def test_gradients_are_exact(
+    bundle: Path,
+    manifest: Manifest,
+    sequence: Example,
+    trained: PeftModel,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Every LoRA gradient of one real dialogue, against float32 and float64."""
+    state = _state(trained, manifest, tmp_path / "lora")
+    engine = open_engine(bundle, manifest)
+    flat = state.layout.zeros()
+    loss, count = engine.gradient(state, [sequence], flat)
+    assert count == sequence.count
+    found = {n: v[0].astype(np.float64) for n, v in state.layout.views(flat).items()}
+    loss32, single = _gradients(trained, manifest, state, sequence)
+    loss64, double = _gradients(copy.deepcopy(trained).double(), manifest, state, sequence)
+    record_property("off float32", _off(found, single))
+    record_property("off float64", _off(found, double))
+    record_property("float32 off float64", _off(single, double))
+    record_property("cosine", _cosine(found, single))
+    assert abs(loss - loss32) <= 1e-5 * loss32
+    assert _off(found, single) <= 1e-3
+    assert _cosine(found, single) >= 0.999999
+    assert _off(found, double) <= 3 * _off(single, double)
+    assert abs(loss - loss64) <= max(3 * abs(loss32 - loss64), 1e-6 * loss64)
+
+
+def test_twenty_steps(
+    bundle: Path, manifest: Manifest, sequence: Example, trained: PeftModel, tmp_path: Path
+) -> None:
+    assert manifest.training is not None
+    optimizer, own = manifest.training.optimizer, Settings(epochs=20, batch=1, save_every=100)
+    states = [_state(trained, manifest, tmp_path / name) for name in ("a", "b")]
+    start = {n: v.copy() for n, v in states[0].tensors.items()}
+    engines = (
+        open_engine(bundle, manifest),
+        TorchEngine(trained, manifest.adapter.tensors, optimizer),
+    )
+    losses = []
+    for state, engine, name in zip(states, engines, "ab", strict=True):
+        outcome = train(engine, state, [sequence], own, optimizer, tmp_path / f"run-{name}")
+        assert outcome is not None
+        losses.append(outcome.losses)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+    assert losses[0][-1] < losses[0][0]
+    for name in states[0].layout.places:
+        found, expected = (state.tensors[name] for state in states)
+        assert np.abs(found - expected).max() <= 1e-2 * np.abs(expected).max(), name
+        assert np.abs(expected - start[name]).max() > 0

@@ -1,16 +1,23 @@
-"""``attune demo``: the built-in model from a checkpoint to a reply, in one command."""
+"""``attune demo``: the built-in model, from a checkpoint to a phone that has learned."""
 
 from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
 from runtime_py.manifest import open_bundle
 from toolchain.console import Stages, console, print_json
+
+if TYPE_CHECKING:
+    from toolchain.parity.verdict import Report
+    from toolchain.simulate.short import ShortLoop
 
 PROMPT = "I am looking for a restaurant in San Jose."
 
@@ -21,49 +28,87 @@ def demo(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Export the built-in model for both targets, check the bundle, and let it answer.
+    """Export the built-in model for both targets, prove it, and let it learn on a short stream.
 
     Example: [bold]attune demo --out out/tiny[/]
     """
     from toolchain.commands.chat import StockRunner
     from toolchain.commands.export import summary
     from toolchain.export import Request, export, peak_memory
+    from toolchain.parity import ladder, report
+    from toolchain.simulate.short import run_short_loop
 
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="attune-demo-") as folder:
         bundle = out or Path(folder) / "tiny"
-        with Stages("export tiny", quiet=as_json) as stages:
+        with Stages("demo", quiet=as_json) as stages:
             manifest = export(Request("tiny", bundle, ("android", "ios")), stages)
             stages("check every file of the bundle")
             open_bundle(bundle)
-        exported = time.monotonic() - start
-        runner = StockRunner(bundle, manifest)
-        reply, statistics = runner.generate(
-            runner.render([{"role": "user", "content": PROMPT}]), count=40, temperature=0.0
-        )
+            exported = time.monotonic() - start
+            stages("generate a reply")
+            runner = StockRunner(bundle, manifest)
+            reply, statistics = runner.generate(
+                runner.render([{"role": "user", "content": PROMPT}]), count=40, temperature=0.0
+            )
+            proof = ladder.climb(ladder.Request(bundle, quick=True), stages)
+            stages("the loop: observe, ask, fine-tune")
+            loop = run_short_loop(bundle, Path(folder) / "loop")
         if as_json:
-            size = sum(f.bytes for f in manifest.files)
             print_json(
                 {
-                    "bundle_bytes": size,
+                    "bundle_bytes": sum(f.bytes for f in manifest.files),
                     "export_seconds": exported,
                     "stages": stages.seconds,
                     "prompt": PROMPT,
                     "reply": reply,
                     "stats": statistics,
+                    "parity": report.as_json(proof),
+                    "loop": {key: v for key, v in asdict(loop).items() if key != "report"},
                     "seconds": time.monotonic() - start,
                 }
             )
             return
         summary(manifest, bundle, exported, peak_memory())
-        console.print(f"\n[bold]user[/]       {PROMPT}\n[bold]assistant[/]  {reply.strip()}")
-        console.print("[dim]— lm.pte in ExecuTorch's stock LLM runner, greedy[/]\n")
-    console.print("What to try next:")
+        console.print(
+            f"\n[bold]user[/]       {PROMPT}\n[bold]assistant[/]  {escape(reply.strip())}"
+        )
+        console.print("[dim]— lm.pte in ExecuTorch's stock LLM runner, greedy[/]")
+        _show_proof(proof)
+        _show_loop(loop)
+    _show_next(out)
+
+
+def _show_proof(proof: Report) -> None:
+    console.print("\n[bold]parity[/], each rung against the one before it:")
+    for rung in proof.rungs:
+        reason = f"  [dim]{escape(rung.reason)}[/]" if rung.reason else ""
+        console.print(f"  {rung.rung:<11} {rung.status}{reason}", soft_wrap=True)
+
+
+def _show_loop(loop: ShortLoop) -> None:
+    console.print(
+        f"\n[bold]the loop[/] on {loop.observed} dialogues that ship with attune: {loop.kept} "
+        f"kept, {loop.answered} answered, {loop.steps} steps of fine-tuning with the phone's "
+        f"programs"
+    )
+    before, after = loop.heldout_loss_before, loop.heldout_loss_after
+    if before is not None and after is not None:
+        console.print(f"loss on answers that were held out: {before:.3f} → {after:.3f}")
+    table = Table("prompt", "before", "after", box=None, pad_edge=False)
+    for row in loop.replies:
+        table.add_row(*map(escape, (row.prompt, row.before.strip(), row.after.strip())))
+    console.print(table)
+
+
+def _show_next(out: Path | None) -> None:
+    console.print("\nWhat to try next:")
     kept = out or "out/tiny"
     lines = [
         (f"attune export tiny --out {kept}", "keep the bundle") if out is None else None,
         (f"attune chat {kept}", "talk to it"),
         (f"attune inspect {kept}", "programs, sizes, hashes"),
+        (f"attune parity {kept} --html parity.html", "the whole proof, with pictures"),
         ("attune export YOUR-MODEL --out out/mine", "a hub id, a folder or a .gguf file"),
     ]
     for line in lines:

@@ -1,0 +1,138 @@
+"""How far two computations of the same thing may be apart: one table, with the reason for each.
+
+A tolerance belongs to a precision, that is to how numbers are rounded, and never to a backend. The
+bounds are on the tensor as a whole: ``max_rel`` is the largest difference as a part of the largest
+value expected, ``likeness`` the correlation of the two (of each row of logits: the smallest).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from toolchain.proofs import FLOAT_TOLERANCE, QUANTIZED_CORRELATION
+from toolchain.training import GRADIENT_TOLERANCE, LOSS_TOLERANCE
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """``max_rel``: at most; ``likeness``: at least; None is no bound."""
+
+    name: str
+    max_rel: float | None
+    likeness: float | None
+    reason: str
+
+
+_ROWS = (
+    Tolerance("exact", 0.0, None, "the same bytes, or the same integers: nothing is computed"),
+    Tolerance(
+        "float32",
+        FLOAT_TOLERANCE,
+        None,
+        "sums of float32 in another order, through all layers: 1.2e-5 was measured on 30 layers, "
+        "and a wrong constant of 1 % gives 1e-2",
+    ),
+    Tolerance(
+        "float32, one block",
+        5e-5,
+        None,
+        "the same through one block only, from the same inputs: some 1e-6 are usual",
+    ),
+    Tolerance(
+        "float32, loss",
+        LOSS_TOLERANCE,
+        None,
+        "a sum of many float32 losses: 1e-6 is usual",
+    ),
+    Tolerance(
+        "float32, gradient",
+        GRADIENT_TOLERANCE,
+        None,
+        "PyTorch's own float32 gradients are off those of float64 by 5e-4 through 30 layers, with "
+        "adapters far larger than training makes them; a wrong formula is off by a tenth",
+    ),
+    Tolerance(
+        "float32, gradient of one block",
+        1e-3,
+        None,
+        "differences of nearly equal products (softmax, norm) lose digits: 1e-5 is usual",
+    ),
+    Tolerance(
+        "float32, other processor",
+        1e-5,
+        None,
+        "the same program in other vector widths: up to 2e-6 of logits was measured",
+    ),
+    Tolerance(
+        "int8 activations",
+        None,
+        QUANTIZED_CORRELATION,
+        "a float32 difference of 1e-7 turns some roundings of activations the other way, and later "
+        "layers see other inputs (docs/quantization.md): PyTorch differs from itself as much; a "
+        "wrong weight or mask gives below 0.9",
+    ),
+    Tolerance(
+        "int8 activations, pooled",
+        0.1,
+        0.99,
+        "the same for a mean over all tokens, in which single flips nearly cancel",
+    ),
+    Tolerance(
+        "int8 activations, other processor",
+        0.1,
+        0.99,
+        "the same program rounds an activation the other way where sums have another order: 0.05 "
+        "with a correlation of 0.999 was measured on 30 layers",
+    ),
+    Tolerance(
+        "float16",
+        1e-2,
+        0.999,
+        "each operation rounds to 11 bits: 1e-3 to 2.5e-3 of the logits' range was measured",
+    ),
+    Tolerance(
+        "rounded weights",
+        None,
+        0.8,
+        "not an error but what quantization costs, which perplexity has judged at export; logits "
+        "that are less alike come from other weights, not from rounded ones",
+    ),
+    Tolerance(
+        "adapter",
+        None,
+        0.8,
+        "the logits with an adapter less those without: what quantization's noise leaves of it; "
+        "an adapter of half the scale, or of other modules, is less alike",
+    ),
+    Tolerance(
+        "training run",
+        1e-2,
+        None,
+        "the adapter's way over several steps, as a part of how far it moved: AdamW divides by the "
+        "root of a square, which amplifies the last digits of small gradients",
+    ),
+)
+TABLE = {row.name: row for row in _ROWS}
+
+
+def of_logits(quantize: str) -> Tolerance:
+    """For PyTorch against a target's program with the same weights."""
+    names = {
+        "none": "float32",
+        "fp16": "float16",
+        "int4": "float16",
+        "int8": "float16",
+        "8da8w": "int8 activations",
+        "8da4w": "int8 activations",
+    }
+    return TABLE[names[quantize]]
+
+
+def of_pooled(quantize: str) -> Tolerance:
+    own = of_logits(quantize)
+    return TABLE["int8 activations, pooled"] if own.name == "int8 activations" else own
+
+
+def other_processor(quantize: str) -> Tolerance:
+    kind = "float32" if quantize == "none" else "int8 activations"
+    return TABLE[f"{kind}, other processor"]
