@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from safetensors.numpy import save
 
 from runtime_py.chat_text import ChatText
 from runtime_py.engine import FineTuneJob, FineTuneResult
@@ -88,6 +89,22 @@ def read_values(file: Path, tensors: Sequence[AdapterTensor]) -> dict[str, np.nd
         flat = np.frombuffer(data, "<f4", count, tensor.offset)
         values[tensor.name] = flat.reshape(tensor.shape).astype(np.float32)
     return values
+
+
+def peft_writer(manifest: Manifest) -> Callable[[Path, Path], None]:
+    """For ``Personalizer``: writes a ``.ptd`` as PEFT's ``adapter_model.safetensors``, with the
+    names and shapes that PEFT has. The parts of a fused matrix are joined again."""
+    tensors = [tensor for tensor in manifest.adapter.tensors if tensor.peft]
+
+    def write(source: Path, out: Path) -> None:
+        values = read_values(source, tensors)
+        joined: dict[str, list[np.ndarray]] = {}
+        for tensor in tensors:
+            joined.setdefault(tensor.peft, []).append(values[tensor.name][0])
+        arrays = {name: np.ascontiguousarray(np.concatenate(v)) for name, v in joined.items()}
+        out.write_bytes(save(arrays, {"format": "pt"}))
+
+    return write
 
 
 def write_values(

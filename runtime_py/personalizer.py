@@ -53,7 +53,9 @@ class Personalizer:
         clock: Callable[[], Moment],
         bundle_adapter: Path,
         hidden: int,
+        as_peft: Callable[[Path, Path], None] | None = None,
     ) -> None:
+        self._as_peft = as_peft
         find_policy(policy.selection)
         self._policy, self._lexicons, self._engine, self._clock = policy, lexicons, engine, clock
         self._hidden = hidden
@@ -184,7 +186,7 @@ class Personalizer:
 
     def export_adapter(self, folder: Path) -> None:
         """Writes the active adapter as PEFT keeps it."""
-        self._versions.export(self._versions.active, folder)
+        self._versions.export(self._versions.active, folder, self._as_peft)
 
     def lost(self) -> tuple[str, ...]:
         """Ids of sets and answers that the log says are here and the store has not: none, ever."""

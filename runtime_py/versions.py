@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,15 +137,19 @@ class Versions:
                 self._store.append(now, "adapter_damaged", None, data)
         return sound
 
-    def export(self, number: int, folder: Path) -> None:
-        """Writes a PEFT folder, whole or not at all."""
+    def export(
+        self, number: int, folder: Path, as_peft: Callable[[Path, Path], None] | None
+    ) -> None:
+        """Writes a PEFT folder, whole or not at all. ``as_peft`` writes a version's file as PEFT's
+        ``adapter_model.safetensors``; None where the files are that already."""
         if os.path.lexists(folder):
             raise LoopError(f"{folder} exists already; choose another name or remove it.")
         beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
         try:
             beside.mkdir(parents=True)
             shutil.copyfile(self._bundle / _CONFIG, beside / _CONFIG)
-            shutil.copyfile(self.file(number), beside / _WEIGHTS)
+            convert = as_peft if number and as_peft else shutil.copyfile
+            convert(self.file(number), beside / _WEIGHTS)
             beside.rename(folder)
         except OSError as error:
             raise LoopError(f"{folder} cannot be written: {error.strerror or error}.") from None

@@ -20,14 +20,18 @@ from exporters.training import primitives as p
 from exporters.training.adamw import AdamW
 from exporters.training.block import causal_mask
 from exporters.training.head import TrainingHead
-from exporters.training.programs import training_programs
+from exporters.training.programs import BETA1, BETA2, EPS, training_programs
 from exporters.training.stored import PRECISIONS
 from exporters.training.weights_file import as_stored, own_precision, write_weights
+from runtime_py.manifest import Optimizer
 from runtime_py.training.base_weights import BaseWeights
 from runtime_py.training.programs import ExecutorchPrograms
+from runtime_py.training.reference import TorchEngine
+from runtime_py.training.streaming import step_numbers
 from tests import tiny
 from tests.exporters.training_kit import (
     Kit,
+    MilPrograms,
     autograd,
     check_gradient,
     example_of,
@@ -267,6 +271,29 @@ def test_executorch_computes_what_peft_computes(kind: str, tmp_path: Path) -> No
     programs = lowered(kit)
     for keep in (0.0, 1.0):
         check_gradient(kit, kit.engine(programs, keep), example_of(), 1e-3)
+
+
+@pytest.mark.parametrize(
+    "kind", [k if k == "llama" else pytest.param(k, marks=pytest.mark.full) for k in KINDS]
+)
+def test_coreml_computes_what_peft_computes(kind: str, tmp_path: Path) -> None:
+    """One step of the Core ML package: PEFT's loss and gradients, and PyTorch's AdamW."""
+    kit = make_kit(tmp_path, kind)
+    programs = MilPrograms(training_programs(kit.spec, [32]), tmp_path / "training.mlpackage")
+    engine = kit.engine(programs)
+    check_gradient(kit, engine, example_of(), 1e-3)
+    found, expected = kit.state(), kit.state()
+    gradient = found.layout.zeros()
+    _, count = engine.gradient(found, [example_of()], gradient)
+    numbers = step_numbers(1, count, 1e-2, 0.1, 0.5, (BETA1, BETA2))
+    optimizer = Optimizer(beta1=BETA1, beta2=BETA2, epsilon=EPS)
+    norm = engine.update(found, gradient, numbers)
+    assert norm > numbers.clip
+    reference = TorchEngine(kit.peft, kit.tensors, optimizer)
+    assert norm == pytest.approx(reference.update(expected, gradient, numbers), rel=1e-5)
+    for name in ("parameters", "mean", "square"):
+        want = torch.from_numpy(getattr(expected, name))
+        assert tiny.relative(torch.from_numpy(getattr(found, name)), want) <= 1e-4, name
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

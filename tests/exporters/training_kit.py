@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from exporters.coreml.training import lower_training
+from exporters.mil.interpreter import Interpreter
+from exporters.mil.package import read_package
 from exporters.model import Transformer, build
 from exporters.spec import read_spec
-from exporters.training.programs import TrainingSpec
-from runtime_py.manifest import AdapterTensor, Training
+from exporters.training.programs import TrainingProgram, TrainingSpec
+from runtime_py.manifest import AdapterTensor, Program, Training
 from runtime_py.peft_adapter import read_peft
 from runtime_py.training.adapter_state import AdapterState
 from runtime_py.training.base_weights import BaseWeights
@@ -22,7 +26,7 @@ from runtime_py.training.programs import Programs
 from runtime_py.training.streaming import StreamingEngine
 from tests import tiny
 from toolchain.adapters import layout, to_runtime
-from toolchain.training import training_spec, write_training
+from toolchain.training import manifest_program, training_spec, write_training
 
 RANK = 4
 
@@ -45,6 +49,32 @@ class Kit:
     def engine(self, programs: Programs, keep_mb: float = 0.0) -> StreamingEngine:
         weights = BaseWeights(self.folder / self.training.weights)
         return StreamingEngine(programs, weights, self.training, keep_mb)
+
+
+class MilPrograms:
+    """The Core ML package of ``programs``, lowered to ``package`` and computed by
+    ``exporters.mil``."""
+
+    def __init__(self, programs: Sequence[TrainingProgram], package: Path) -> None:
+        lower_training(programs, package)
+        self._interpreter = Interpreter(read_package(package))
+        self.signatures: Mapping[str, Program] = {
+            p.signature.name: manifest_program(p.signature, package.name, 0) for p in programs
+        }
+
+    def call(self, name: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Names as docs/bundle.md says under Training, Core ML."""
+        own = self.signatures[name]
+        taken = {tensor.name for tensor in own.inputs}
+        given = {
+            tensor.name.replace(".", "_"): torch.from_numpy(np.array(array))
+            for tensor, array in zip(own.inputs, inputs, strict=True)
+        }
+        found = self._interpreter.run(name, given)
+        return [
+            found[t.name.replace(".", "_") + ("_new" if t.name in taken else "")].numpy()
+            for t in own.outputs
+        ]
 
 
 def make_kit(

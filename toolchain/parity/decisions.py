@@ -240,9 +240,11 @@ def same_life(found: Life, expected: Life, quantize: str) -> list[Check]:
     held = np.array(found.held_out), np.array(expected.held_out)
     checks.append(compare("loop", "one night", "held-out loss", *held, TABLE["float32, gradient"]))
     if found.adapter and expected.adapter:
-        pair = (np.concatenate([v.ravel() for v in x.adapter.values()]) for x in (found, expected))
+        own, want = (
+            np.concatenate([v.ravel() for v in x.adapter.values()]) for x in (found, expected)
+        )
         bound = TABLE["training run"]
-        checks.append(compare("loop", "one night", "adapter", *pair, bound))
+        checks.append(compare("loop", "one night", "adapter", own, want, bound))
     same = found.accepted == expected.accepted
     note = "" if same else f"version {found.accepted} instead of {expected.accepted}"
     checks.append(stated("loop", "one night", "adapter taken or not", same, note))

@@ -16,7 +16,7 @@ from typing import Any
 from runtime_py.annotation import Question
 from runtime_py.dialogue import Dialogue, check_text
 from runtime_py.errors import LoopError, StoreFull
-from runtime_py.fine_tuner import StreamedFineTuner
+from runtime_py.fine_tuner import StreamedFineTuner, peft_writer
 from runtime_py.lexicons import BUILTIN, read_lexicons
 from runtime_py.loop_policy import LoopPolicy
 from runtime_py.manifest import Manifest
@@ -118,6 +118,7 @@ class Phone:
             clock=self.clock,
             bundle_adapter=bundle / manifest.adapter.peft,
             hidden=manifest.model.hidden,
+            as_peft=peft_writer(manifest),
         )
 
     def __enter__(self) -> Phone:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from runtime_py.engine import FineTuneJob, FineTuneResult
 from runtime_py.errors import LoopError
-from runtime_py.fine_tuner import StreamedFineTuner, TrainingCall
+from runtime_py.fine_tuner import StreamedFineTuner, TrainingCall, peft_writer
 from runtime_py.fine_tuning import FineTuneReport
 from runtime_py.lexicons import read_lexicons
 from runtime_py.loop_policy import LoopPolicy
@@ -108,6 +108,7 @@ def run_short_loop(
         clock=lambda: Moment(0.0, 0),
         bundle_adapter=bundle / manifest.adapter.peft,
         hidden=manifest.model.hidden,
+        as_peft=peft_writer(manifest),
     ) as app:
         before = [app.generate(prompt) for prompt in PROMPTS]
         for number, record in enumerate(records, start=1):
