@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import nn
 
 from exporters.coreml.functions import Embed
@@ -113,7 +113,9 @@ def write_golden(
         tensors |= more
     text = json.dumps(said, indent=1, ensure_ascii=False)
     (folder / FOLDER / JSON).write_text(text + "\n", encoding="utf-8")
-    save_file({n: np.ascontiguousarray(t) for n, t in tensors.items()}, folder / FOLDER / TENSORS)
+    # Not the library's save_file, whose error for a full disk is no OSError.
+    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    (folder / FOLDER / TENSORS).write_bytes(save(arrays))
 
 
 def stream(
