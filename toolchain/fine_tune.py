@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,6 +88,12 @@ def _check(request: Request) -> None:
     for name, value in (("--learning-rate", request.learning_rate), ("--clip", request.clip)):
         if not value > 0:
             raise TrainingError(f"{name} {value:g} changes nothing: give more than 0.")
+    for name, value in (
+        ("--learning-rate", request.learning_rate),
+        ("--weight-decay", request.weight_decay),
+    ):
+        if not math.isfinite(value):
+            raise TrainingError(f"{name} {value:g} leaves no number in the adapter: give less.")
 
 
 def _examples(
@@ -156,6 +163,13 @@ def fine_tune(
         seed=request.seed,
         save_every=request.save_every,
     )
+    folder = request.out / "run"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(
+            f"--out {request.out} cannot be made ({error.strerror}): name a folder that can."
+        ) from error
     before = evaluate(engine, state, held) if held else None
     an_epoch = -(-len(training) // request.batch)
     curve: list[tuple[int, float]] = [(0, before)] if before is not None else []
@@ -168,18 +182,30 @@ def fine_tune(
         if held and step.number % an_epoch == 0:
             curve.append((step.number, evaluate(engine, state, held)))
 
-    folder = request.out / "run"
     outcome = train(
-        engine, state, training, settings, manifest.training.optimizer, folder, told=step_done
+        engine,
+        state,
+        training,
+        settings,
+        manifest.training.optimizer,
+        folder,
+        base=next(f.sha256 for f in manifest.files if f.path == manifest.training.weights),
+        told=step_done,
     )
     assert outcome is not None
     after = curve[-1][1] if held and len(curve) > 1 else None
     if held and after is None:  # the run was complete already
         after = evaluate(engine, state, held)
-    _write(request, state, values)
     series = [Series("training", tuple(enumerate(outcome.losses, 1)))]
     series += [Series("held out", tuple(curve))] if curve else []
-    write_svg(request.out / "curve.svg", series, "step", "loss, nats a token")
+    try:
+        _write(request, state, values)
+        write_svg(request.out / "curve.svg", series, "step", "loss, nats a token")
+    except OSError as error:
+        raise TrainingError(
+            f"{request.out} cannot be written ({error.strerror}): the run itself is whole; free "
+            f"space and give the same command again to have its adapter."
+        ) from error
     return Result(
         losses=outcome.losses,
         held_out=(before, after),

@@ -17,7 +17,7 @@ import torch
 from exporters.coreml.convert import convert
 from exporters.coreml.package import check, merge
 from exporters.coreml.patches import DECOMPOSITIONS, quiet
-from exporters.signature import ProgramSignature, TensorSpec
+from exporters.signature import ProgramSignature
 from exporters.training.programs import TrainingProgram
 
 _CONSTANTS = 64  # most rows of ones or averages in the functions of one package
@@ -28,17 +28,15 @@ def coreml_name(name: str) -> str:
 
 
 def _named(program: TrainingProgram) -> ProgramSignature:
-    def renamed(specs: tuple[TensorSpec, ...], mark: str) -> tuple[TensorSpec, ...]:
-        return tuple(replace(spec, name=coreml_name(spec.name) + mark) for spec in specs)
-
     own = program.signature
     taken = {spec.name for spec in own.inputs}
+    inputs = tuple(replace(spec, name=coreml_name(spec.name)) for spec in own.inputs)
     # Core ML wants an output under a name of its own.
     outputs = tuple(
         replace(spec, name=coreml_name(spec.name) + ("_new" if spec.name in taken else ""))
         for spec in own.outputs
     )
-    return ProgramSignature(own.name, renamed(own.inputs, ""), outputs)
+    return ProgramSignature(own.name, inputs, outputs)
 
 
 def lower_training(programs: Sequence[TrainingProgram], out: Path) -> list[ProgramSignature]:

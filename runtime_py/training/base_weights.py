@@ -41,7 +41,7 @@ class BaseWeights(Mapping[str, np.ndarray]):
             raise damaged
         try:
             raw = json.loads(self._map[8 : 8 + size].tobytes())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except ValueError as error:  # neither UTF-8 nor JSON
             raise damaged from error
         entries = {}
         for name, entry in raw.items():

@@ -1,7 +1,7 @@
 """The state of a run on disk: written beside and renamed, so that a kill leaves the old or the new.
 
-One safetensors file holds the adapter, the moments and the gradient so far; its metadata holds
-where the run is. What is read back is bit for bit what was written.
+One safetensors file holds the adapter and the moments; its metadata holds where the run is. What is
+read back is bit for bit what was written.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def load_state(folder: Path, state: AdapterState, job: str) -> Progress | None:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         progress = Progress(**json.loads(metadata["progress"]))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise TrainingError(
             f"{path} is not a whole training state ({error}): remove it to begin anew."
         ) from error
@@ -99,8 +99,9 @@ def load_state(folder: Path, state: AdapterState, job: str) -> Progress | None:
         )
     if progress.job != job:
         raise TrainingError(
-            f"{path} belongs to another run (other data, settings or adapter to start from): give "
-            f"the run it belongs to, or another --out, or remove it to begin anew."
+            f"{path} belongs to another run (other data, settings, base weights or adapter to "
+            f"start from): give the run it belongs to, or another --out, or remove it to begin "
+            f"anew."
         )
     for name in ("parameters", "mean", "square"):
         target: np.ndarray = getattr(state, name)

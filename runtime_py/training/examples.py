@@ -47,6 +47,8 @@ def example(dialogue: Dialogue, text: ChatText) -> Example:
     tokens, offsets = text.encode_with_offsets(text.render(dialogue.turns))
     labels = np.full(len(tokens), IGNORED, np.int64)
     for index, (begin, end) in enumerate(offsets):
+        if begin == end and index:  # a tokenizer that trims spaces off a token's characters
+            begin = offsets[index - 1][1]
         # A token that begins in the prompt and ends in the reply is the reply's.
         if end > begin and any(end > start and begin < stop for start, stop in spans):
             labels[index] = tokens[index]

@@ -195,7 +195,7 @@ class StreamingEngine:
             for tensor in outputs
             if tensor.name.startswith("saved.")
         )
-        return min(int(self._keep_bytes // size), len(self._training.layers) - 1)
+        return int(min(self._keep_bytes / size, len(self._training.layers) - 1))
 
     def _loss(
         self, x: np.ndarray, examples: Sequence[Example], grad: np.ndarray | None

@@ -110,8 +110,11 @@ def batches(count: int, settings: Settings) -> list[list[int]]:
     return steps
 
 
-def digest(examples: Sequence[Example], settings: Settings, state: AdapterState) -> str:
-    """What tells this run from every other: data, settings, and the adapter that it starts from.
+def digest(
+    examples: Sequence[Example], settings: Settings, state: AdapterState, capacity: int, base: str
+) -> str:
+    """What tells this run from every other: data, settings, the adapter that it starts from, the
+    engine's ``capacity``, which decides what is packed together, and ``base``.
 
     ``save_every`` is not part of it: it changes nothing that is computed.
     """
@@ -121,7 +124,15 @@ def digest(examples: Sequence[Example], settings: Settings, state: AdapterState)
     known = asdict(settings)
     del known["save_every"]
     start = hashlib.sha256(state.parameters.tobytes()).hexdigest()
-    return job_digest({"data": data.hexdigest(), "settings": known, "start": start})
+    return job_digest(
+        {
+            "data": data.hexdigest(),
+            "settings": known,
+            "start": start,
+            "capacity": capacity,
+            "base": base,
+        }
+    )
 
 
 def evaluate(engine: TrainingEngine, state: AdapterState, examples: Sequence[Example]) -> float:
@@ -141,17 +152,19 @@ def train(
     optimizer: Optimizer,
     folder: Path,
     *,
+    base: str = "",
     told: Callable[[Step], None] = lambda step: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome | None:
     """Trains ``state`` in place; goes on from what an earlier run of the same job left in
-    ``folder``. None where ``stop`` said so between two calls: all whole steps are saved.
+    ``folder``. None where ``stop`` said so between two calls: all whole steps are saved. ``base``
+    names the weights that ``engine`` computes with, where a run could meet others.
 
     Raises ``TrainingError`` where a loss is no number: the last good state is in ``folder``.
     """
     if not examples:
         raise TrainingError("there is no dialogue to train on: give at least one.")
-    job = digest(examples, settings, state)
+    job = digest(examples, settings, state, engine.capacity, base)
     folder.mkdir(parents=True, exist_ok=True)
     known = load_state(folder, state, job) or Progress(0, (), 0.0, job)
     losses, begun = list(known.losses), time.monotonic() - known.seconds

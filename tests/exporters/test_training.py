@@ -285,7 +285,7 @@ def test_coreml_computes_what_peft_computes(kind: str, tmp_path: Path) -> None:
     found, expected = kit.state(), kit.state()
     gradient = found.layout.zeros()
     _, count = engine.gradient(found, [example_of()], gradient)
-    numbers = step_numbers(1, count, 1e-2, 0.1, 0.5, (BETA1, BETA2))
+    numbers = step_numbers(1, count, 1e-2, 0.1, 1e-2, (BETA1, BETA2))
     optimizer = Optimizer(beta1=BETA1, beta2=BETA2, epsilon=EPS)
     norm = engine.update(found, gradient, numbers)
     assert norm > numbers.clip

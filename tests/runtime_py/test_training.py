@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from dataclasses import replace
@@ -12,17 +13,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
+from tokenizers import processors
 
 from exporters.training.programs import training_programs
 from runtime_py import manifest as m
 from runtime_py.chat_text import ChatText
 from runtime_py.dialogue import Dialogue, Turn
 from runtime_py.training.adapter_state import AdapterState, FlatLayout
+from runtime_py.training.base_weights import BaseWeights
 from runtime_py.training.checkpoint import FILE, Progress, load_state, save_state
 from runtime_py.training.errors import TrainingError
 from runtime_py.training.examples import IGNORED, Example, example, fit, pack
 from runtime_py.training.reference import TorchEngine
-from runtime_py.training.streaming import StepNumbers, step_numbers
+from runtime_py.training.streaming import StepNumbers, StreamingEngine, step_numbers
 from runtime_py.training.trainer import Settings, batches, evaluate, rate_at, train
 from tests import tiny
 from tests.exporters.training_kit import Kit, example_of, make_kit
@@ -156,6 +160,20 @@ def test_labels_are_what_the_assistant_said(text: ChatText) -> None:
     assert (found.labels[found.labels != IGNORED] == said).all()
 
 
+def test_labels_where_a_tokenizer_trims_spaces(text: ChatText) -> None:
+    """A token of spaces alone has no characters then; what was said is the same."""
+    two = dialogue("the  cat", "sat  on  the mat")
+    expected = example(two, text)
+    backend = text.tokenizer.backend_tokenizer
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    try:
+        _, offsets = text.encode_with_offsets(text.render(two.turns))
+        assert any(begin == end for begin, end in offsets)
+        np.testing.assert_array_equal(example(two, text).labels, expected.labels)
+    finally:
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)
+
+
 def test_too_long_is_cut_at_a_turn_or_refused(text: ChatText) -> None:
     short, long = dialogue("the cat", "sat", id="a"), dialogue("the", "cat " * 99, id="c")
     middle = dialogue("the cat", "sat", "that", "hat " * 50, id="b")
@@ -270,6 +288,50 @@ def test_a_state_that_does_not_belong(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="not a whole training state"):
         load_state(tmp_path, toy_state(), "job")
     assert load_state(tmp_path / "none", toy_state(), "job") is None
+
+
+def test_another_base_or_capacity_is_another_run(tmp_path: Path) -> None:
+    """The same adapter on other weights, or packed otherwise, would not end with the same bits."""
+    examples = sequences(2)
+    train(Toy(), toy_state(), examples, SETTINGS, OPTIMIZER, tmp_path, base="a")
+    with pytest.raises(TrainingError, match="another run"):
+        train(Toy(), toy_state(), examples, SETTINGS, OPTIMIZER, tmp_path, base="b")
+    wide = Toy()
+    wide.capacity = 128
+    with pytest.raises(TrainingError, match="another run"):
+        train(wide, toy_state(), examples, SETTINGS, OPTIMIZER, tmp_path, base="a")
+
+
+def test_a_full_disk_keeps_the_state_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_state(tmp_path, toy_state(), Progress(1, (0.5,), 1.0, "job"))
+    before = (tmp_path / FILE).read_bytes()
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(TrainingError, match="no space left on device"):
+        save_state(tmp_path, toy_state(), Progress(2, (0.5, 0.4), 2.0, "job"))
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_weights_that_are_not_the_manifests(kit: Kit, tmp_path: Path) -> None:
+    path = kit.folder / kit.training.weights
+    (tmp_path / "short").write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(TrainingError, match="not a whole safetensors file"):
+        BaseWeights(tmp_path / "short")
+    save_file({"norm": np.zeros((1, 64, 1), np.float32)}, tmp_path / "other")
+    programs = EagerPrograms(training_programs(kit.spec, [32]))
+    with pytest.raises(TrainingError, match=r"no tensor head\.value: it does not belong"):
+        StreamingEngine(programs, BaseWeights(tmp_path / "other"), kit.training)
+
+
+def test_a_budget_without_end_keeps_every_layer(kit: Kit) -> None:
+    engine = kit.engine(EagerPrograms(training_programs(kit.spec, [32])), math.inf)
+    assert engine.kept_layers(32) == len(kit.training.layers) - 1
 
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:

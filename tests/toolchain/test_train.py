@@ -181,9 +181,14 @@ def test_options_that_cannot_be(fp32: Exported, attune: Attune, data: Path, tmp_
         "no --schedule wavy": ("--data", data, "--schedule", "wavy"),
         "no --memory huge": ("--data", data, "--memory", "huge"),
         "--learning-rate 0": ("--data", data, "--learning-rate", 0),
+        "--learning-rate inf": ("--data", data, "--learning-rate", "inf"),
+        "--weight-decay inf": ("--data", data, "--weight-decay", "inf"),
         "none.jsonl": ("--data", tmp_path / "none.jsonl"),
     }.items():
         said = attune(*base, *arguments)
         assert said.code == 2, said.err
         assert words in said.err
         assert "Traceback" not in said.err
+    said = attune("train", fp32.bundle, "--data", data, "--out", data / "o")
+    assert said.code == 2
+    assert "cannot be made (Not a directory)" in said.err

@@ -34,7 +34,9 @@ def kernel_seconds(report: Report, run: Run) -> float | None:
     if KERNELS_ONE not in run.timings or report.manifest.training is None:
         return None
     one, four = (min(run.timings[key].seconds) for key in (KERNELS_ONE, KERNELS_FOUR))
-    return one + (len(report.manifest.training.layers) - 1) * (four - one) / 3
+    layers = len(report.manifest.training.layers)
+    # A model of fewer than four layers was measured whole.
+    return four if layers <= 4 else one + (layers - 1) * (four - one) / 3
 
 
 def _mode(report: Report, run: Run, key: str) -> dict:
