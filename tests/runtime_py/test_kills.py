@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from random import Random
 
@@ -58,11 +59,12 @@ def everything(folder: Path) -> dict[str, object]:
     return found
 
 
-def run_with_kills(folder: Path, selection: str, seed: int, kills: int) -> int:
-    """How often the child was really killed before it was done."""
+def run_with_kills(folder: Path, selection: str, seed: int, kills: int, whole_ms: float) -> int:
+    """How often the child was really killed before it was done; ``whole_ms``: what all of it takes
+    here without a fault, so that fuses are short enough on any machine."""
     draw, killed = Random(seed), 0
     for number in range(kills + 1):
-        fuse = draw.uniform(0, 250) if number < kills else None
+        fuse = draw.uniform(0, 0.5 * whole_ms) if number < kills else None
         argument = json.dumps([str(folder), selection, fuse])
         child = subprocess.run([sys.executable, "-m", __name__, argument], check=False)
         assert child.returncode in (0, -signal.SIGKILL)
@@ -73,7 +75,9 @@ def run_with_kills(folder: Path, selection: str, seed: int, kills: int) -> int:
 def compare(tmp_path: Path, selection: str, runs: int) -> None:
     straight = tmp_path / "straight" / selection
     straight.mkdir(parents=True)
+    since = time.monotonic()
     live(straight, selection, None)
+    whole_ms = 1000 * (time.monotonic() - since)
     expected = everything(straight)
     assert expected["lost"] == ()
     assert expected["files"]
@@ -81,7 +85,7 @@ def compare(tmp_path: Path, selection: str, runs: int) -> None:
     for seed in range(runs):
         folder = tmp_path / f"run{seed}" / selection
         folder.mkdir(parents=True)
-        killed += run_with_kills(folder, selection, seed, 5)
+        killed += run_with_kills(folder, selection, seed, 5, whole_ms)
         found = everything(folder)
         for name, rows in expected.items():
             assert found[name] == rows, f"{name} differs after the kills of seed {seed}"
