@@ -243,8 +243,7 @@ def same_life(found: Life, expected: Life, quantize: str) -> list[Check]:
         own, want = (
             np.concatenate([v.ravel() for v in x.adapter.values()]) for x in (found, expected)
         )
-        bound = TABLE["training run"]
-        checks.append(compare("loop", "one night", "adapter", own, want, bound))
+        checks.append(compare("loop", "one night", "adapter", own, want, TABLE["training run"]))
     same = found.accepted == expected.accepted
     note = "" if same else f"version {found.accepted} instead of {expected.accepted}"
     checks.append(stated("loop", "one night", "adapter taken or not", same, note))

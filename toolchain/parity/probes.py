@@ -222,20 +222,28 @@ def of_executorch(steps: Sequence[Step], spec: ModelSpec, expected: Mapping) -> 
     """The places of a watched ``forward``: what the pieces between two attentions give, and what
     attention gives. ``expected``: the transformer's, for the shapes."""
     values: Values = {}
-    layer = 0
+    sizes = [
+        [expected[f"layers.{index}.{name}.placed"].size for name in "qkv"]
+        for index in range(len(spec.layers))
+    ]
+    layer = 0  # the next one whose queries, keys and values come
     for step in steps:
+        last = step.tensors[-1]
         if "embedding" in step.operator and "embedding" not in values:
-            values["embedding"] = step.tensors[-1] * np.float32(spec.embed_scale)
-        elif step.operator == "DELEGATE_CALL" and layer < len(spec.layers):
-            *rest, q, k, v = step.tensors
-            for name, tensor in (("q", q), ("k", k), ("v", v)):
+            values["embedding"] = last * np.float32(spec.embed_scale)
+        elif "custom_sdpa" in step.operator:
+            values[f"layers.{layer - 1}.o.in"] = last
+        elif step.operator != "DELEGATE_CALL":
+            continue
+        elif layer == len(spec.layers):
+            # The products of a plain attention are delegates too, of other sizes.
+            if last.size == expected[f"layers.{layer - 1}.y"].size:
+                values.setdefault(f"layers.{layer - 1}.y", last)
+        elif [tensor.size for tensor in step.tensors[-3:]] == sizes[layer]:
+            for name, tensor in zip("qkv", step.tensors[-3:], strict=True):
                 values[f"layers.{layer}.{name}.placed"] = tensor
             if layer:
-                values[f"layers.{layer - 1}.y"] = rest[-1]
-        elif step.operator == "DELEGATE_CALL" and layer == len(spec.layers):
-            values.setdefault(f"layers.{layer - 1}.y", step.tensors[-1])
-        elif "custom_sdpa" in step.operator:
-            values[f"layers.{layer}.o.in"] = step.tensors[-1]
+                values[f"layers.{layer - 1}.y"] = step.tensors[-4]
             layer += 1
     known = {place: value.size for place, value in expected.items()}
     return {place: value for place, value in values.items() if known.get(place) == value.size}
