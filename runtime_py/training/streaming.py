@@ -101,18 +101,21 @@ class StreamingEngine:
         owner = np.concatenate([owner, np.full(length - len(owner), -1)])
         self._at = {}
         for at in dict.fromkeys(self._training.layers):
-            cos, sin = self._rotary(positions, at.rope)
+            cos, sin = self._rotary(positions, at.rope, length)
             mask = causal_mask(owner, at.window)
             self._at[at.rope, at.window] = {"mask": mask, "cos": cos, "sin": sin}
 
-    def _rotary(self, positions: np.ndarray, rope: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def _rotary(
+        self, positions: np.ndarray, rope: int | None, length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Without a rotary embedding, a turn by nothing."""
-        index = 0 if rope is None else rope
-        cos, sin = (
-            self._weights[f"rope.{index}.{part}"][:, :, positions] for part in ("cos", "sin")
-        )
         if rope is None:
-            return np.ones(cos.shape, np.float32), np.zeros(sin.shape, np.float32)
+            inputs = self._programs.signatures[f"block_forward_{length}"].inputs
+            shape = next([int(n) for n in t.shape] for t in inputs if t.name == "cos")
+            return np.ones(shape, np.float32), np.zeros(shape, np.float32)
+        cos, sin = (
+            self._weights[f"rope.{rope}.{part}"][:, :, positions] for part in ("cos", "sin")
+        )
         return np.ascontiguousarray(cos), np.ascontiguousarray(sin)
 
     def _call(self, name: str, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

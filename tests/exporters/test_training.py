@@ -338,6 +338,12 @@ def test_quantized_weights_are_those_of_lm(precision: str, tmp_path: Path) -> No
     check_gradient(quantized_kit, quantized_kit.engine(programs), example_of(), 1e-3)
 
 
+def test_a_model_without_rotary_layers(tmp_path: Path) -> None:
+    kit = make_kit(tmp_path, "smollm3", no_rope_layers=[0, 0])
+    programs = EagerPrograms(training_programs(kit.spec, [32]))
+    check_gradient(kit, kit.engine(programs), example_of(), 1e-4)
+
+
 def test_padding_changes_nothing(tmp_path: Path) -> None:
     """A sequence in a longer program: the same loss and gradients."""
     kit = make_kit(tmp_path, "gemma3_text", length=16)
