@@ -72,10 +72,16 @@ def _grouped(weight: Tensor, bits: int, group: int) -> Tensor:
     return weight.detach().float().view(weight.shape[0], -1, group)
 
 
-def _storable(scale: Tensor, bits: int) -> Tensor:
-    """Scales as the delegate keeps them."""
-    scale = scale.clamp_min(_SMALLEST)
+def _storable(scale: Tensor, bits: int, unit: Tensor | float = 1.0) -> Tensor:
+    """Scales as the delegate keeps them, in multiples of ``unit``, a power of two."""
+    scale = torch.maximum(scale, torch.as_tensor(_SMALLEST / unit))
     return scale.to(torch.bfloat16).float() if bits == 4 else scale
+
+
+def _unit(weight: Tensor) -> Tensor:
+    """The power of two that brings the last dimension near 1, where squares neither vanish nor
+    overflow, with nothing rounded on the way there or back: [..., n] -> [...]."""
+    return torch.exp2(torch.frexp(weight.abs().amax(-1)).exponent.clamp(-100, 120).float())
 
 
 def _integers(weight: Tensor, scale: Tensor, offset: Tensor | None, bits: int) -> Tensor:
@@ -117,10 +123,12 @@ def _search_rows(
     offset to the integers that it gave.
     """
     low, high = _RANGES[bits]
+    unit = _unit(grouped)
+    grouped = grouped / unit[..., None]
     step = _covering(grouped, bits, affine)
     least, most = grouped.aminmax(dim=-1)
     best = torch.full_like(step, torch.inf)
-    scale, offset = _storable(step, bits), torch.zeros_like(step)
+    scale, offset = _storable(step, bits, unit), torch.zeros_like(step)
     mass = importance.sum(-1)
 
     def consider(s: Tensor, o: Tensor) -> Tensor:
@@ -137,7 +145,7 @@ def _search_rows(
         return q
 
     for factor in _FACTORS[bits]:
-        s = _storable(step * factor, bits)
+        s = _storable(step * factor, bits, unit)
         # Anchored at the least weight while all fit, else clipped alike at both ends.
         o = least - low * s + ((most - least) - (high - low) * s).clamp_min(0) / 2
         q = consider(s, o)
@@ -147,11 +155,11 @@ def _search_rows(
         if affine:
             mean_q, mean_w = hq.sum(-1) / mass, (importance * grouped).sum(-1) / mass
             fit_q, fit_w = fit_q - mass * mean_q**2, fit_w - mass * mean_q * mean_w
-            s = _storable(torch.where(fit_q > 1e-6 * mass, fit_w / fit_q, s), bits)
+            s = _storable(torch.where(fit_q > 1e-6 * mass, fit_w / fit_q, s), bits, unit)
             consider(s, mean_w - s * mean_q)
         else:
-            consider(_storable(torch.where(fit_q > 0, fit_w / fit_q, s), bits), o)
-    return scale, offset
+            consider(_storable(torch.where(fit_q > 0, fit_w / fit_q, s), bits, unit), o)
+    return scale * unit, offset * unit
 
 
 def _search(
@@ -185,9 +193,11 @@ def round_search(
 
 def error_rows(weight: Tensor, rounded: Rounded, gram: Tensor) -> Tensor:
     """What rounding does to each output over the inputs that ``gram`` was made of:
-    ``(w - ŵ) H (w - ŵ)ᵀ`` for each row, [out]."""
+    ``(w - ŵ) H (w - ŵ)ᵀ`` for each row, float64 [out]."""
     gap = weight.detach().float() - rounded.dequantize()
-    return ((gap @ gram) * gap).sum(1)
+    unit = _unit(weight.detach())
+    gap = gap / unit[:, None]
+    return ((gap @ gram) * gap).sum(1).double() * unit.double().square()
 
 
 def _compensate(

@@ -267,7 +267,5 @@ def test_twenty_steps(
     assert losses[0][-1] < losses[0][0]
     for name in states[0].layout.places:
         found, expected = (state.tensors[name] for state in states)
-        # By norm: AdamW makes a whole step of the sign of a gradient that is all but zero, and of
-        # such a number PyTorch's own float32 and float64 differ by 8e-3 of the largest.
-        assert np.linalg.norm(found - expected) <= 1e-2 * np.linalg.norm(expected), name
+        assert np.abs(found - expected).max() <= 1e-2 * np.abs(expected).max(), name
         assert np.abs(expected - start[name]).max() > 0
