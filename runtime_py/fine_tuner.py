@@ -280,8 +280,8 @@ def _memory() -> Iterator[None]:
 def training_bytes(manifest: Manifest, training: Training, length: int) -> int:
     """An upper estimate of what a run takes with programs of ``length`` tokens, beside the mapped
     weights: every layer's input; of one block its outputs twice, its scores three times and its
-    matrices in float32; the head's logits twice, and its rows, which are made float32 where they
-    are stored otherwise; the adapter, gradient and moments, and the copies of them in an update and
+    matrices in float32; the head's logits twice, and one slice of its rows twice, in float32 and
+    packed; the adapter, gradient and moments, and the copies of them in an update and
     in what is being saved."""
     assert manifest.android is not None
     programs = {program.name: program for program in manifest.android.programs}
@@ -293,7 +293,7 @@ def training_bytes(manifest: Manifest, training: Training, length: int) -> int:
     )
     packed = 2 if training.precision == "int4" else 1
     matrices = packed * sum(_numbers(t) for t in block.inputs if t.name.endswith((".q", ".value")))
-    rows = manifest.model.vocab * manifest.model.hidden * (training.head_precision != "fp32")
+    rows = 2 * min(training.head_slice, manifest.model.vocab) * manifest.model.hidden
     inputs = (len(training.layers) + 3) * manifest.model.hidden * length
     logits = 2 * training.positions * manifest.model.vocab
     adapter = 12 * sum(math.prod(tensor.shape) for tensor in manifest.adapter.tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import resource
 import shutil
@@ -22,6 +23,7 @@ from exporters.model import Transformer, build
 from exporters.spec import ModelSpec, read_spec
 from exporters.training.programs import TrainingSpec
 from runtime_py import manifest as m
+from runtime_py.fine_tuner import training_bytes
 from runtime_py.lexicons import BUILTIN as LEXICONS
 from runtime_py.loop_policy import LoopPolicy
 from runtime_py.peft_adapter import PeftAdapter, check_fits, fresh_config, read_peft, write_peft
@@ -240,6 +242,18 @@ def _fill(folder: Path, request: Request, progress: Callable[[str], None]) -> m.
     return _manifest(folder, source, policy, layout, targets, trained)
 
 
+def _with_memory(manifest: m.Manifest) -> m.Manifest:
+    """The policy with what fine-tuning this model takes at the longest sequences."""
+    trained, loop = manifest.training, manifest.policy.loop
+    if trained is None or manifest.android is None:
+        return manifest
+    longest = int(loop["longest_sequence_tokens"])
+    need = training_bytes(manifest, trained, longest) / 1e6
+    own = {**loop, "fine_tune_memory_mb": math.ceil(need)}
+    policy = manifest.policy.model_copy(update={"loop": own})
+    return manifest.model_copy(update={"policy": policy})
+
+
 def _copy_lexicons(folder: Path) -> tuple[str, ...]:
     """Attune's own lexicons into the bundle; their paths in it."""
     (folder / "lexicons").mkdir()
@@ -296,6 +310,7 @@ def _manifest(
         training=trained,
         files=m.list_files(folder),
     )
+    manifest = _with_memory(manifest)
     m.write_manifest(folder, manifest)
     return manifest
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from exporters.coreml.weights import plan
+from exporters.coreml.weights import plan, stored_values
 from exporters.model import Transformer
 from exporters.quantize import Scheme, quantized, share
-from exporters.rounding import round_nearest
 from runtime_py.manifest import Precision
 from toolchain.texts import perplexity
 
@@ -37,17 +36,20 @@ class Choice:
 
 
 def rounded_for_coreml(model: Transformer, quantize: str) -> Transformer:
-    """The model with the float32 values that a Core ML package's weights stand for."""
+    """The model with the float32 values that a Core ML package's constants stand for."""
+    if quantize == "none":
+        return model
     result = share(model)
-    for name, grid in plan(model, quantize).items():
+    grids = plan(model, quantize)
+    values: dict[int, Tensor] = {}  # a matrix that is both table and head stays one
+    for name, tensor in list(result.named_buffers(remove_duplicate=False)):
         path, _, buffer = name.rpartition(".")
-        weight = result.get_buffer(name)
-        rounded = round_nearest(weight, grid.bits, grid.block or weight.shape[1])
-        setattr(result.get_submodule(path), buffer, rounded.dequantize())
-    if quantize == "fp16":
-        for name, tensor in list(result.named_buffers()):
-            path, _, buffer = name.rpartition(".")
-            setattr(result.get_submodule(path), buffer, tensor.half().float())
+        if tensor.data_ptr() not in values:
+            grid = grids.get(name)
+            values[tensor.data_ptr()] = (
+                stored_values(tensor, grid) if grid else tensor.half().float()
+            )
+        setattr(result.get_submodule(path), buffer, values[tensor.data_ptr()])
     return result
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from exporters.errors import ExportError
 from exporters.model import Dense, Table, Transformer
@@ -49,6 +50,21 @@ def plan(model: Transformer, quantize: str) -> dict[str, Grid]:
             f"{'; '.join(misfits)}: export with int8."
         )
     return grids
+
+
+def stored_values(weight: Tensor, grid: Grid) -> Tensor:
+    """The numbers that a package's constant stands for, float32, shaped like ``weight`` [out, in].
+
+    The converter rounds float16 weights with float16 arithmetic, so this asks its own functions.
+    """
+    from coremltools.optimize import _utils
+
+    blocks = [1, grid.block]
+    half = weight.half().numpy()
+    found = _utils.compute_qparams(half, grid.bits, True, "LINEAR_SYMMETRIC", half.dtype, blocks)
+    assert found is not None
+    q, scale, _ = found
+    return torch.from_numpy(_utils.dequantize_by_scale_and_zp(q, scale, None)).float()
 
 
 def ideal_bytes(model: nn.Module, grids: dict[str, Grid], width: int) -> int:

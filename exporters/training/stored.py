@@ -103,7 +103,10 @@ class Int8:
         return matmul(_float(parts["q"]), x) * parts["scale"]
 
     def backward(self, parts: Parts, grad: Tensor) -> Tensor:
-        return matmul_backward(_float(parts["q"]), grad * parts["scale"])
+        # XNNPACK packs the second operand of a product. A bare conversion of an input it packs into
+        # memory that each product keeps; not so what an operator computed, even one without effect.
+        q = torch.clamp(_float(parts["q"]), -127.0, 127.0)
+        return matmul_backward(q, grad * parts["scale"])
 
 
 class Int4:

@@ -13,7 +13,7 @@ from exporters.coreml.functions import Decode, Embed, Prefill, adapter_inputs
 from exporters.coreml.half import SafeNorm, for_half
 from exporters.coreml.lower import lower
 from exporters.coreml.package import check, read_signatures, weight_bytes
-from exporters.coreml.weights import ideal_bytes, plan
+from exporters.coreml.weights import ideal_bytes, plan, stored_values
 from exporters.errors import ExportError
 from exporters.model import LoRA, Norm, Transformer, build, masked_attention, plain_attention
 from exporters.signature import ProgramSignature
@@ -197,7 +197,7 @@ def use_weights_of(package: Package, model: Transformer) -> None:
     """Gives the model the matrices that the package has rounded, which must be near its own."""
     # The matrix of a tied head goes by either of its names.
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    rounded = 0
+    rounded, grids = 0, plan(model, "int4")
     for op in package.program.functions["decode"].operations:
         if op.op_type == "constexpr_blockwise_shift_scale":
             name = op.name.removeprefix("b_body_model_").split("_to_fp16")[0]
@@ -208,6 +208,7 @@ def use_weights_of(package: Package, model: Transformer) -> None:
             step = groups.abs().amax(-1, keepdim=True) / (7 if name.startswith("blocks.") else 127)
             gap = (values.view_as(groups) - groups).abs()
             assert (gap <= 0.51 * step + 1e-3).all(), name
+            assert torch.equal(stored_values(weight, grids[name]), values), name
             weight.copy_(values)
             rounded += 1
     assert rounded == (15 if model.spec.tied else 16)

@@ -18,7 +18,7 @@ from toolchain.parity.child import run_calls
 from toolchain.parity.context import Context
 from toolchain.parity.models import set_adapter
 from toolchain.parity.recording import Recorded
-from toolchain.parity.tolerances import of_logits, of_pooled, other_processor
+from toolchain.parity.tolerances import of_logits, of_pooled
 from toolchain.parity.verdict import Check, Found, Rung, not_run, rung, stated
 
 _FLOAT, _ROUNDED = 2e-5, 0.02  # least differences inside of lm.pte that are looked at
@@ -175,7 +175,7 @@ def arm64(context: Context) -> Rung:
     def there(program: Path, data: Sequence[Path], calls: Sequence[Call]) -> list[list[np.ndarray]]:
         return Arm64Program(program, data, cpu=context.cpu).run_sequence(calls)
 
-    bound = other_processor(context.manifest.android.quantize)
+    quantize = context.manifest.android.quantize
     cases = _few(context.cases)
     adapters = {name: context.adapters[name] for name in context.adapters}
     checks: list[Check] = []
@@ -186,12 +186,13 @@ def arm64(context: Context) -> Rung:
             context.bundle, context.manifest, there, cases, adapters, context.scratch,
             steps=_ARM_STEPS, constants=False,
         )  # fmt: skip
-        checks += lm.compared(said, context.executorch, cases, bound, bound)
+        bounds = of_logits(quantize), of_pooled(quantize)
+        checks += lm.compared(said, context.executorch, cases, *bounds)
         context.told("arm64: training programs")
         signatures = _training(context)
         files = {name: context.bundle / p.file for name, p in signatures.items()}
         outputs = train.again(context.replayed, there, files)
-        more, found = train.judged(context.replayed, outputs, signatures, "layer 0", other=True)
+        more, found = train.judged(context.replayed, outputs, signatures, "layer 0")
         checks += more
     except RunError as error:
         checks.append(stated("process", "arm64", "runs", False, str(error)))

@@ -6,7 +6,7 @@ The same calls go to any processor; an ``Executor`` makes them in a process of i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from runtime_py.manifest import Manifest
 from toolchain.arm64.run import Call
 from toolchain.export import PREFILL_ANDROID
 from toolchain.parity.cases import EFFECT, INITIAL, Case
-from toolchain.parity.tolerances import TABLE, Tolerance
+from toolchain.parity.tolerances import ADAPTER_RATIO, TABLE, Tolerance
 from toolchain.parity.verdict import Check, compare, stated
 
 Executor = Callable[[Path, Sequence[Path], Sequence[Call]], list[list[np.ndarray]]]
@@ -142,9 +142,12 @@ def effects(found: Said, expected: Said, program: str) -> list[Check]:
         ]
         own, want = (np.concatenate(part) for part in rows)
         check = compare(program, "all", "effect of the adapter", own, want, TABLE["adapter"])
-        if not check.passed and np.abs(own).max() < 1e-3 * np.abs(want).max():
+        ratio = float(np.linalg.norm(own)) / max(float(np.linalg.norm(want)), 1e-30)
+        if ratio < 1e-3:
             note = "nothing: another adapter gives the same logits, so it is not used"
             check = stated(program, "all", "effect of the adapter", False, note)
+        elif not 1 / ADAPTER_RATIO <= ratio <= ADAPTER_RATIO:
+            check = replace(check, passed=False, note=f"{ratio:.2f} times what it should be")
         checks.append(check)
     for adapter, logits in found.again.items():
         case = next(name for own, name in found.logits if own == adapter)

@@ -19,12 +19,14 @@ from toolchain.arm64.run import Call, FileSlice, Input
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """``layer`` None for head and adamw. Weights among the inputs still lie in their file."""
+    """``layer`` None for head and adamw. Weights among the inputs still lie in their file.
+    ``variant``: what is odd about the inputs, where they are not those of a step."""
 
     name: str
     layer: int | None
     inputs: tuple[np.ndarray, ...]
     outputs: tuple[np.ndarray, ...]
+    variant: str = ""
 
     @property
     def kind(self) -> str:
