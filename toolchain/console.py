@@ -8,7 +8,14 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 console = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
@@ -55,6 +62,20 @@ class Stages:
         self._close()
         self._current, self._since = stage, time.monotonic()
         self._progress.update(self._task, description=f"{self._title}: {stage}")
+
+
+def counted_progress(quiet: bool) -> Progress:
+    """A bar with done and total, time taken and time left; nothing where nobody looks."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )
 
 
 def print_json(value: Any) -> None:

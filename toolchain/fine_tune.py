@@ -109,11 +109,11 @@ def _examples(
     fitted = fit(dialogues, text, max(manifest.training.lengths), request.refuse_long)
     longest = max(manifest.training.lengths)
     if fitted.cut:
-        said(f"{len(fitted.cut)} dialogues were cut at a turn to fit {longest} tokens")
+        said(f"cut at a turn to fit {longest} tokens: {len(fitted.cut)} of {len(dialogues)}")
     if fitted.left_out:
         said(
-            f"{len(fitted.left_out)} dialogues were left out: even their first exchange has more "
-            f"than {longest} tokens (export with a longer --train-lengths to keep them)"
+            f"left out, since even the first exchange has more than {longest} tokens: "
+            f"{len(fitted.left_out)} (export with a longer --train-lengths to keep them)"
         )
     if not fitted.examples:
         raise TrainingError(

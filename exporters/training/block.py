@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from exporters.model import Target, site_targets
+from exporters.model import Target, activate, site_targets
 from exporters.spec import ModelSpec
 from exporters.training import primitives as p
 from exporters.training.stored import PRECISIONS, Precision
@@ -183,7 +182,7 @@ class TrainingBlock:
         return self._add(t, saved["middle"], down, "mlp_post"), saved
 
     def _down(self, t: Tensors, saved: Tensors) -> Tensor:
-        wide = p.activate(self.spec.activation, saved["gate"]) * saved["up"]
+        wide = activate(self.spec.activation, saved["gate"]) * saved["up"]
         return self.sites["down"].forward(t, wide)[0]
 
     def recompute(self, t: Tensors, x: Tensor, at: Places) -> tuple[dict[str, Tensor], Softmax]:
@@ -214,7 +213,7 @@ class TrainingBlock:
         """grad [1, F, T] of the output -> that of x, and those of the adapter's tensors by name."""
         s, out = self.spec, dict[str, Tensor]()
         gate, up, middle = saved["gate"], saved["up"], saved["middle"]
-        active = p.activate(s.activation, gate)
+        active = activate(s.activation, gate)
         own = self._add_backward(t, saved.get("down"), "mlp_post", grad)
         wide = self.sites["down"].backward(t, active * up, [own], out)
         branches = [wide * up * p.activation_slope(s.activation, gate), wide * active]
@@ -234,11 +233,3 @@ class TrainingBlock:
         dk = self._placed_backward(t, "k", k, at, dk)
         own = self.sites["qkv"].backward(t, self._norm(t, "attention", x), [dq, dk, dv], out)
         return grad + self._norm_backward(t, "attention", x, own), out
-
-
-def causal_mask(tokens: int, window: int | None, unseen: float) -> Tensor:
-    """0 where a query sees a key, else ``unseen``: [1, 1, T, T]."""
-    steps = torch.arange(tokens)
-    distance = steps[:, None] - steps[None, :]
-    seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-    return torch.where(seen, 0.0, unseen)[None, None]

@@ -72,15 +72,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def activate(name: str, x: Tensor) -> Tensor:
-    if name == "silu":
-        return x * torch.sigmoid(x)
-    inner = _GELU_INNER * (x + _GELU_CUBE * (x * x * x))
-    return 0.5 * x * (1.0 + torch.tanh(inner))
-
-
 def activation_slope(name: str, x: Tensor) -> Tensor:
-    """The derivative of ``activate`` at x."""
+    """The derivative of ``exporters.model.activate`` at x."""
     if name == "silu":
         s = torch.sigmoid(x)
         return s * (1.0 + x * (1.0 - s))

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from exporters.executorch.training import lower_training
+from exporters.model import activate
 from exporters.quantize import quantized
 from exporters.rounding import round_search
 from exporters.training import primitives as p
 from exporters.training.adamw import AdamW
-from exporters.training.block import causal_mask
 from exporters.training.head import TrainingHead
 from exporters.training.programs import BETA1, BETA2, EPS, training_programs
 from exporters.training.stored import PRECISIONS
@@ -27,7 +27,7 @@ from runtime_py.manifest import Optimizer
 from runtime_py.training.base_weights import BaseWeights
 from runtime_py.training.programs import ExecutorchPrograms
 from runtime_py.training.reference import TorchEngine
-from runtime_py.training.streaming import step_numbers
+from runtime_py.training.streaming import causal_mask, step_numbers
 from tests import tiny
 from tests.exporters.training_kit import (
     Kit,
@@ -95,7 +95,7 @@ def test_rotate(sizes: tuple[int, int, int], rest: int) -> None:
 def test_activations(name: str) -> None:
     torch.set_default_dtype(torch.float64)
     x = torch.linspace(-9, 9, 400)
-    value, grad, (dx,) = slopes(lambda x: p.activate(name, x), x)
+    value, grad, (dx,) = slopes(lambda x: activate(name, x), x)
     functional = torch.nn.functional
     expected = functional.silu(x) if name == "silu" else functional.gelu(x, approximate="tanh")
     close(value, expected)
@@ -117,7 +117,7 @@ def test_attention(
     torch.set_default_dtype(torch.float64)
     heads, scale = kv_heads * groups, 0.7
     attention = p.Attention(heads, kv_heads, size, scale, cap)
-    mask = causal_mask(tokens, window, -30000.0)
+    mask = torch.from_numpy(causal_mask(np.zeros(tokens), window)).double()
     q, k, v = (torch.randn(1, n * size, tokens) for n in (heads, kv_heads, kv_heads))
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -214,6 +214,21 @@ def test_decode_refuses(
     assert words in result.err
 
 
+def test_embed_compares_with_pytorch(attune: Attune, bundle: Path, source: Path) -> None:
+    arguments = ("--source", source, "--tokens", 16, "--rounds", 3, "--threads", 1, "--json")
+    (run,) = attune("bench", "embed", bundle, *arguments).json()["runs"]
+    ours, theirs = (engine["rounds"] for engine in run["engines"].values())
+    ratios = sorted(own / other for own, other in zip(ours, theirs, strict=True))
+    assert run["ratio_to_torch"] == pytest.approx(ratios[1])
+    assert run["tokens_per_second"] == pytest.approx(sorted(ours)[1])
+
+
+def test_embed_refuses_more_than_the_program_reads(attune: Attune, bundle: Path) -> None:
+    done = attune("bench", "embed", bundle, "--tokens", 100_000)
+    assert done.code == 2
+    assert "embed program reads" in done.err
+
+
 def test_another_model_is_not_the_source(bundle: Path, tmp_path: Path) -> None:
     manifest = open_bundle(bundle)
     with pytest.raises(BundleError, match="not the model that this bundle was made from"):

@@ -6,10 +6,19 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from toolchain.benchmarks.engines import Engine
 
 Measurement = Callable[[Engine], float]  # -> seconds
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Contestant = TypeVar("Contestant", bound=Named)
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,8 @@ def prefill(prompt: Sequence[int]) -> Measurement:
 
 
 def interleave(
-    engines: Mapping[str, Engine],
-    measure: Measurement,
+    engines: Mapping[str, Contestant],
+    measure: Callable[[Contestant], float],
     rounds: int,
     tokens: int,
     progress: Callable[[str], None] = lambda name: None,

@@ -102,6 +102,42 @@ def prefill(
 
 
 @app.command()
+def embed(
+    bundle: _Bundle,
+    threads: _Threads = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the dialogue.", min=2)] = 256,
+    source: _SourceOption = None,
+    rounds: _Rounds = 5,
+    as_json: _Json = False,
+) -> None:
+    """Measure the embedding of a dialogue, which selection waits for.
+
+    Example: [bold]attune bench embed out/tiny --tokens 256[/]
+    """
+    from rich.table import Table
+
+    from toolchain.benchmarks import embed as run
+    from toolchain.benchmarks.machine import usable_cores
+    from toolchain.console import Stages, output, print_json
+
+    with Stages(f"bench {bundle.name}", quiet=as_json) as stages:
+        report = run.bench(
+            bundle, tokens, tuple(threads or (usable_cores(),)), source, rounds, stages
+        )
+    if as_json:
+        print_json(run.as_json(report))
+        return
+    table = Table("threads", "engine", "tokens/s", "bundle is", box=None, pad_edge=False)
+    for own in report.runs:
+        for key, timing in own.timings.items():
+            times = "" if key == "bundle" else f"{own.ratio_to_torch:.2f} × as fast"
+            table.add_row(str(own.threads), report.names[key], f"{timing.median:,.0f}", times)
+    output.print(table)
+    if report.reason:
+        output.print(f"PyTorch: {report.reason}")
+
+
+@app.command()
 def train(
     bundle: _Bundle,
     threads: _Threads = None,

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from toolchain.console import console, output, print_json
+from toolchain.console import console, counted_progress, output, print_json
 
 if TYPE_CHECKING:
     from toolchain.simulate.run import Prepared
@@ -96,16 +95,7 @@ def simulate(
         prepared = prepare(request)
         if not as_json:
             _announce(prepared)
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=as_json or not console.is_terminal,
-        ) as progress:
+        with counted_progress(as_json) as progress:
             task = progress.add_task("the phone starts", total=len(prepared.stream.blocks))
 
             def told(event: dict[str, Any]) -> None:

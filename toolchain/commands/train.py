@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from toolchain.console import console, output, print_json
+from toolchain.console import console, counted_progress, output, print_json
 
 
 def train(
@@ -77,16 +76,7 @@ def train(
         refuse_long=refuse_long,
         threads=threads,
     )
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=as_json or not console.is_terminal,
-    ) as progress:
+    with counted_progress(as_json) as progress:
         task = progress.add_task("train", total=1)
 
         def told(step: Step, rate: float) -> None:
