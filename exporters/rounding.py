@@ -159,7 +159,7 @@ def _search_rows(
             consider(s, mean_w - s * mean_q)
         else:
             consider(_storable(torch.where(fit_q > 0, fit_w / fit_q, s), bits, unit), o)
-    return scale * unit, offset * unit
+    return _storable(scale * unit, bits), offset * unit
 
 
 def _search(

@@ -36,7 +36,8 @@ class Choice:
 
 
 def rounded_for_coreml(model: Transformer, quantize: str) -> Transformer:
-    """The model with the float32 values that a Core ML package's constants stand for."""
+    """The model with the float32 values that a Core ML package's weights stand for; rotary tables
+    are left, as part of its arithmetic."""
     if quantize == "none":
         return model
     result = share(model)
@@ -44,6 +45,8 @@ def rounded_for_coreml(model: Transformer, quantize: str) -> Transformer:
     values: dict[int, Tensor] = {}  # a matrix that is both table and head stays one
     for name, tensor in list(result.named_buffers(remove_duplicate=False)):
         path, _, buffer = name.rpartition(".")
+        if buffer not in ("weight", "bias"):
+            continue
         if tensor.data_ptr() not in values:
             grid = grids.get(name)
             values[tensor.data_ptr()] = (

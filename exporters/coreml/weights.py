@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -61,10 +62,19 @@ def stored_values(weight: Tensor, grid: Grid) -> Tensor:
 
     blocks = [1, grid.block]
     half = weight.half().numpy()
-    found = _utils.compute_qparams(half, grid.bits, True, "LINEAR_SYMMETRIC", half.dtype, blocks)
-    assert found is not None
-    q, scale, _ = found
-    return torch.from_numpy(_utils.dequantize_by_scale_and_zp(q, scale, None)).float()
+    # It takes the range of a row, twice its largest value, in float16. A row of zeros is fine.
+    if not np.abs(half).max(initial=0) < np.finfo(np.float16).max / 2:
+        raise ExportError(
+            f"a matrix has a weight of {float(weight.abs().max()):.3g}, which float16 cannot round "
+            f"on a grid: export with --quantize none."
+        )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = _utils.compute_qparams(
+            half, grid.bits, True, "LINEAR_SYMMETRIC", half.dtype, blocks
+        )
+        assert found is not None
+        q, scale, _ = found
+        return torch.from_numpy(_utils.dequantize_by_scale_and_zp(q, scale, None)).float()
 
 
 def ideal_bytes(model: nn.Module, grids: dict[str, Grid], width: int) -> int:

@@ -13,7 +13,7 @@ from exporters.coreml.functions import Decode, Embed, Prefill, adapter_inputs
 from exporters.coreml.half import SafeNorm, for_half
 from exporters.coreml.lower import lower
 from exporters.coreml.package import check, read_signatures, weight_bytes
-from exporters.coreml.weights import ideal_bytes, plan, stored_values
+from exporters.coreml.weights import Grid, ideal_bytes, plan, stored_values
 from exporters.errors import ExportError
 from exporters.model import LoRA, Norm, Transformer, build, masked_attention, plain_attention
 from exporters.signature import ProgramSignature
@@ -276,6 +276,18 @@ def test_a_wrong_package_is_refused(tmp_path: Path) -> None:
         check(out, [prefill, decode, ProgramSignature("embed", prefill.inputs, ())], ideal, 60)
     with pytest.raises(ExportError, match="its functions are"):
         check(out, [prefill, decode], ideal, 60)
+
+
+def test_stored_values_of_rows_of_zeros_and_of_weights_beyond_float16() -> None:
+    weight = torch.randn(3, 64)
+    weight[1] = 0
+    for grid in (Grid(8, 0), Grid(4, 32)):
+        found = stored_values(weight, grid)
+        assert (found[1] == 0).all()
+        step = weight.abs().max() / (2 ** (grid.bits - 1) - 1)
+        assert (found - weight).abs().max() <= 0.51 * step
+        with pytest.raises(ExportError, match="float16"):
+            stored_values(weight * 4e4, grid)
 
 
 def test_a_model_without_an_adapter_has_no_such_inputs() -> None:

@@ -19,9 +19,11 @@ from toolchain.arm64 import build
 from toolchain.arm64.run import Call, RunError
 from toolchain.export import Request, export
 from toolchain.parity import ladder, report
+from toolchain.parity.cases import EFFECT, INITIAL
 from toolchain.parity.child import run_calls
+from toolchain.parity.lm import Said, effects
 from toolchain.parity.page import page
-from toolchain.parity.tolerances import TABLE
+from toolchain.parity.tolerances import TABLE, of_adapter
 from toolchain.parity.verdict import RUNGS, Report, Rung, compare
 
 ALL = {"rung", "status", "reason", "checks"}
@@ -206,6 +208,32 @@ def test_numbers_of_a_verdict() -> None:
     odd = compare("lm", "case", "logits", found[:1], expected, TABLE["float32"])
     assert not odd.passed
     assert "shape" in odd.note
+
+
+@pytest.mark.parametrize(
+    ("quantize", "scale", "noise", "note"),
+    [
+        ("none", 1.0, 0.0, None),
+        ("8da4w", 1.0, 0.5, None),
+        ("8da4w", 2.0, 0.5, "times what it should be"),
+        ("8da4w", 0.5, 0.5, "times what it should be"),
+        ("none", 1.0, 0.2, ""),
+        ("8da4w", 0.0, 0.0, "it is not used"),
+        ("8da4w", -1.0, 0.0, ""),
+    ],
+)
+def test_effect_of_an_adapter(quantize: str, scale: float, noise: float, note: str | None) -> None:
+    """``note`` is None where it passes; ``noise`` is of each of the two runs, in its effect."""
+    random = np.random.default_rng(0)
+    base, effect = random.normal(size=(2, 4, 500))
+
+    def said(scale: float, noise: float) -> Said:
+        own = base + scale * effect + noise * random.normal(size=base.shape)
+        return Said({(INITIAL, "case"): base, (EFFECT, "case"): own}, {}, {}, {}, {})
+
+    (check,) = effects(said(scale, noise), said(1.0, noise), of_adapter(quantize), "lm")
+    assert check.passed == (note is None)
+    assert (note or "") in check.note
 
 
 CLEAN = [

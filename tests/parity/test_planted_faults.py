@@ -315,6 +315,19 @@ def test_a_core_ml_state_that_is_not_written(faulty: Faulty) -> None:
     caught(faulty.climb("coreml"), "decode does not write state v_3", layer=3)
 
 
+def test_an_epsilon_that_is_off_in_a_core_ml_norm(faulty: Faulty) -> None:
+    """Of the third block, by what changes its input by a few hundredths."""
+
+    def edit(block) -> None:
+        norm = [op for op in block.operations if op.type == "rsqrt"][4]
+        name = norm.inputs["epsilon"].arguments[0].name
+        (const,) = (op for op in block.operations if op.outputs and op.outputs[0].name == name)
+        const.attributes["val"].immediateValue.tensor.floats.values[0] = 5e-3
+
+    edit_package(faulty, "prefill", edit)
+    caught(faulty.climb("coreml"), "prefill writes other values into state k_2", layer=2)
+
+
 def test_a_padding_token_that_is_counted(faulty: Faulty) -> None:
     def edit(block) -> None:
         op = next(op for op in block.operations if op.type == "less")

@@ -18,6 +18,8 @@ from toolchain.benchmarks.report import BUNDLE, TORCH
 from toolchain.benchmarks.run import text_ids
 from toolchain.benchmarks.source import android_files, find_source
 
+TOKENS = 256
+
 
 class _Bundle:
     def __init__(self, name: str, program: Path, adapter: Path | None, threads: int) -> None:
@@ -72,15 +74,17 @@ class Report:
 
 def bench(
     bundle: Path,
-    tokens: int,
+    tokens: int | None,
     threads: Sequence[int],
     source: str | None,
     count: int,
     told: Callable[[str], None],
 ) -> Report:
-    """Raises ``BundleError`` and ``ExportError`` for what cannot be run."""
+    """``tokens``: None for ``TOKENS``, or as many as the program reads. Raises ``BundleError`` and
+    ``ExportError`` for what cannot be run."""
     manifest = open_bundle(bundle)
     files = android_files(bundle, manifest)
+    tokens = tokens or min(TOKENS, manifest.policy.embed_length)
     if tokens > manifest.policy.embed_length:
         raise BundleError(
             f"--tokens {tokens} is more than the {manifest.policy.embed_length} that this bundle's "

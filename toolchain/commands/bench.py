@@ -105,7 +105,10 @@ def prefill(
 def embed(
     bundle: _Bundle,
     threads: _Threads = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of the dialogue.", min=2)] = 256,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the dialogue. Default: 256, or all that it reads.", min=2),
+    ] = None,
     source: _SourceOption = None,
     rounds: _Rounds = 5,
     as_json: _Json = False,

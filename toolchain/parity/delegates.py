@@ -18,7 +18,7 @@ from toolchain.parity.child import run_calls
 from toolchain.parity.context import Context
 from toolchain.parity.models import set_adapter
 from toolchain.parity.recording import Recorded
-from toolchain.parity.tolerances import of_logits, of_pooled
+from toolchain.parity.tolerances import of_adapter, of_logits, of_pooled, same_program
 from toolchain.parity.verdict import Check, Found, Rung, not_run, rung, stated
 
 _FLOAT, _ROUNDED = 2e-5, 0.02  # least differences inside of lm.pte that are looked at
@@ -74,7 +74,7 @@ def executorch(context: Context) -> Rung:
         )  # fmt: skip
         context.executorch = said
         checks += lm.constants(said, context.manifest)
-        bounds = of_logits(quantize), of_pooled(quantize)
+        bounds = of_logits(quantize), of_pooled(quantize), of_adapter(quantize)
         own = lm.compared(said, context.android, context.cases, *bounds)
         checks += own
         context.told("executorch: layer by layer")
@@ -186,13 +186,13 @@ def arm64(context: Context) -> Rung:
             context.bundle, context.manifest, there, cases, adapters, context.scratch,
             steps=_ARM_STEPS, constants=False,
         )  # fmt: skip
-        bounds = of_logits(quantize), of_pooled(quantize)
-        checks += lm.compared(said, context.executorch, cases, *bounds)
+        same = same_program(quantize)
+        checks += lm.compared(said, context.executorch, cases, same, same, of_adapter(quantize))
         context.told("arm64: training programs")
         signatures = _training(context)
         files = {name: context.bundle / p.file for name, p in signatures.items()}
         outputs = train.again(context.replayed, there, files)
-        more, found = train.judged(context.replayed, outputs, signatures, "layer 0")
+        more, found = train.judged(context.replayed, outputs, signatures, "layer 0", same=True)
         checks += more
     except RunError as error:
         checks.append(stated("process", "arm64", "runs", False, str(error)))

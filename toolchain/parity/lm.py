@@ -104,14 +104,15 @@ def compared(
     cases: Sequence[Case],
     logits: Tolerance,
     pooled: Tolerance,
+    adapter: Tolerance,
     program: str = "lm",
 ) -> list[Check]:
     """``expected``'s logits may have more steps than ``found``'s."""
     checks: list[Check] = []
     known = {case.name: case for case in cases}
-    for (adapter, case), own in found.logits.items():
-        want = expected.logits[adapter, case][: len(own)]
-        place = f"{case}, {adapter}"
+    for (name, case), own in found.logits.items():
+        want = expected.logits[name, case][: len(own)]
+        place = f"{case}, {name}"
         prompt = f"{program}: {known[case].prompt} tokens in"
         checks.append(compare(prompt, place, "logits", own[:1], want[:1], logits, logits=True))
         if len(own) > 1:
@@ -123,10 +124,10 @@ def compared(
         checks.append(
             compare("embed", case, "entropy", found.entropy[case], entropy, pooled, scale=1.0)
         )
-    return checks + effects(found, expected, program)
+    return checks + effects(found, expected, adapter, program)
 
 
-def effects(found: Said, expected: Said, program: str) -> list[Check]:
+def effects(found: Said, expected: Said, bound: Tolerance, program: str) -> list[Check]:
     """What the adapter changes, which a comparison of logits may miss where it changes little; and
     that what was in the cache before changes nothing."""
     checks = []
@@ -141,7 +142,7 @@ def effects(found: Said, expected: Said, program: str) -> list[Check]:
             for said in (found, expected)
         ]
         own, want = (np.concatenate(part) for part in rows)
-        check = compare(program, "all", "effect of the adapter", own, want, TABLE["adapter"])
+        check = compare(program, "all", "effect of the adapter", own, want, bound)
         ratio = float(np.linalg.norm(own)) / max(float(np.linalg.norm(want)), 1e-30)
         if ratio < 1e-3:
             note = "nothing: another adapter gives the same logits, so it is not used"

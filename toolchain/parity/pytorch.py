@@ -104,7 +104,7 @@ def captured(context: Context) -> Rung:
     found = said_by(model, context.cases, context.adapters, manifest)
     expected = context.eager or _eager_said(context)
     bound = TABLE["float32"]
-    checks = compared(found, expected, context.cases, bound, bound)
+    checks = compared(found, expected, context.cases, bound, bound, TABLE["adapter, float32"])
     where, layers = None, []
     if manifest.training is not None:
         engine = StreamingEngine(context.float_programs, context.float_weights, manifest.training)
@@ -160,16 +160,16 @@ def quantized(context: Context) -> Rung:
     found: Found | None = None
     expected = context.eager or _eager_said(context)
     layers: list[tuple[str, float]] = []
-    bound = TABLE["rounded weights"]
+    bounds = TABLE["rounded weights"], TABLE["rounded weights"], TABLE["adapter, 8-bit weights"]
     if manifest.android is not None:
-        checks += compared(context.android, expected, context.cases, bound, bound, "android lm")
+        checks += compared(context.android, expected, context.cases, *bounds, "android lm")
         tokens = context.cases[0].tokens
         set_adapter(models.captured, context.adapters[INITIAL])
         places = [probes.of_transformer(m, tokens) for m in (models.android, models.captured)]
         layers = probes.differences(*places)
     if manifest.ios is not None:
         said = said_by(models.ios, context.cases, context.adapters, manifest)
-        checks += compared(said, expected, context.cases, bound, bound, "ios lm")
+        checks += compared(said, expected, context.cases, *bounds, "ios lm")
         context.ios = said
     if manifest.training is not None:
         context.told("quantized: the weights file")

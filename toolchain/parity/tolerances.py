@@ -23,7 +23,7 @@ class Tolerance:
     reason: str
 
 
-FLOAT16_ABOVE = 3.0  # times PyTorch's own float16
+FLOAT16_ABOVE, FLOAT16_MOST = 3.0, 0.05  # times PyTorch's own float16; never more than
 ADAPTER_RATIO = 4 / 3  # of what an adapter changes to what it should, or the inverse
 _ROWS = (
     Tolerance("exact", 0.0, None, "the same bytes, or the same integers: nothing is computed"),
@@ -60,6 +60,13 @@ _ROWS = (
         "differences of nearly equal products (softmax, norm) lose digits: 1e-5 is usual",
     ),
     Tolerance(
+        "float32, same program",
+        1e-4,
+        None,
+        "the same file on other vector widths: up to 1.5e-5 of logits was measured, and 2.9e-5 of "
+        "the gradient of a head with 49,152 rows",
+    ),
+    Tolerance(
         "int8 activations",
         None,
         QUANTIZED_CORRELATION,
@@ -74,12 +81,20 @@ _ROWS = (
         "the same for a mean over all tokens, in which single flips nearly cancel",
     ),
     Tolerance(
+        "int8 activations, same program",
+        0.15,
+        0.97,
+        "the same file rounds an activation the other way where sums have another order: 0.1 with "
+        "a correlation of 0.987 was measured on 30 layers at 4 bits",
+    ),
+    Tolerance(
         "float16",
         1e-2,
         0.999,
         "each operation rounds to 11 bits: 1e-3 to 6e-3 of the logits' range was measured. Where "
-        "PyTorch's own float16 is off by more than a third of it on the same inputs (1.1e-2 on 30 "
-        f"layers and repeated tokens), {FLOAT16_ABOVE:g} times as much as PyTorch is allowed",
+        "PyTorch's float16 does more than a third of that to the same module (1e-2 on 30 layers "
+        f"and repeated tokens), {FLOAT16_ABOVE:g} times as much is allowed, up to "
+        f"{FLOAT16_MOST:g}",
     ),
     Tolerance(
         "rounded weights",
@@ -89,13 +104,31 @@ _ROWS = (
         "that are less alike come from other weights, not from rounded ones",
     ),
     Tolerance(
-        "adapter",
+        "adapter, float32",
+        None,
+        0.999,
+        "the logits with an adapter less those without: alike to the last digits",
+    ),
+    Tolerance(
+        "adapter, float16",
+        None,
+        0.85,
+        "the same, where all of the rounding of two runs is left in a small difference: 0.92 was "
+        "measured on 30 layers with one token repeated, 0.99 on four",
+    ),
+    Tolerance(
+        "adapter, 8-bit weights",
+        None,
+        0.8,
+        "the same, with int8 activations or rounded weights: 0.84 to 0.99 was measured",
+    ),
+    Tolerance(
+        "adapter, 4-bit weights",
         None,
         0.6,
-        "the logits with an adapter less those without, in which all of quantization's noise is "
-        "left: PyTorch with a last bit changed is like itself by 0.83 on 30 layers at 4 bits, and "
-        "two such runs by 0.72; another adapter's effect is not alike at all. How large it is "
-        f"shows the scale: within a factor of {ADAPTER_RATIO:.2f}, where 1.0 to 1.2 was measured",
+        "the same at 4 bits: PyTorch with a last bit changed is like itself by 0.83 on 30 layers, "
+        "and two such runs by 0.72. How large the effect is shows a wrong scale: within a factor "
+        f"of {ADAPTER_RATIO:.2f} at any precision, where 1.0 to 1.2 was measured",
     ),
     Tolerance(
         "training run",
@@ -124,3 +157,21 @@ def of_logits(quantize: str) -> Tolerance:
 def of_pooled(quantize: str) -> Tolerance:
     own = of_logits(quantize)
     return TABLE["int8 activations, pooled"] if own.name == "int8 activations" else own
+
+
+def of_adapter(quantize: str) -> Tolerance:
+    """For what an adapter changes, with the same weights on both sides."""
+    names = {
+        "none": "float32",
+        "fp16": "float16",
+        "int8": "float16",
+        "int4": "float16",
+        "8da8w": "8-bit weights",
+        "8da4w": "4-bit weights",
+    }
+    return TABLE[f"adapter, {names[quantize]}"]
+
+
+def same_program(quantize: str) -> Tolerance:
+    kind = "float32" if quantize == "none" else "int8 activations"
+    return TABLE[f"{kind}, same program"]
