@@ -229,6 +229,20 @@ def test_embed_refuses_more_than_the_program_reads(attune: Attune, bundle: Path)
     assert "embed program reads" in done.err
 
 
+def test_selection_is_measured_with_full_bins(attune: Attune) -> None:
+    said = attune("bench", "selection", "--bins", 3, "--bins", 9, "--hidden", 8, "--json").json()
+    assert [row["bins"] for row in said["rows"]] == [3, 9]
+    for row in said["rows"]:
+        assert 0 < row["median_ms"] <= row["slowest_ms"]
+        assert 0 < row["kept"] < row["observed"]
+
+
+def test_selection_refuses_an_unknown_policy(attune: Attune) -> None:
+    done = attune("bench", "selection", "--policy", "best")
+    assert done.code == 2
+    assert "best" in done.err
+
+
 def test_another_model_is_not_the_source(bundle: Path, tmp_path: Path) -> None:
     manifest = open_bundle(bundle)
     with pytest.raises(BundleError, match="not the model that this bundle was made from"):

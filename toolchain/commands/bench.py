@@ -206,3 +206,35 @@ def growth(as_json: _Json = False) -> None:
         sizes = (row.peak, row.inputs, row.adapter, row.file)
         table.add_row(str(row.layers), str(row.tokens), *map(megabytes, sizes))
     output.print(table)
+
+
+@app.command()
+def selection(
+    bins: Annotated[
+        list[int] | None, typer.Option(help="Bins of the buffer, all full. Default: 128 and 10000.")
+    ] = None,
+    hidden: Annotated[int, typer.Option(help="Numbers of a pooled vector.", min=1)] = 576,
+    policy: Annotated[str, typer.Option(help="The selection policy.")] = "paper",
+    as_json: _Json = False,
+) -> None:
+    """Measure what selection takes beyond the embedding, with the store's transaction.
+
+    Example: [bold]attune bench selection --bins 128[/]
+    """
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from toolchain.benchmarks.selection import bench as run
+    from toolchain.console import Stages, output, print_json
+
+    with Stages("bench selection", quiet=as_json) as stages:
+        rows = run(tuple(bins or (128, 10_000)), hidden, policy, stages)
+    if as_json:
+        print_json({"policy": policy, "hidden": hidden, "rows": [asdict(row) for row in rows]})
+        return
+    table = Table("bins", "median", "slowest", "kept", box=None, pad_edge=False)
+    for row in rows:
+        times = f"{row.median_ms:.2f} ms", f"{row.slowest_ms:.2f} ms"
+        table.add_row(f"{row.bins:,}", *times, f"{row.kept} of {row.observed}")
+    output.print(table)
