@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from exporters.spec import read_spec
-from runtime_py.manifest import CHECKSUM, MANIFEST, BundleError, open_bundle
+from runtime_py.manifest import CHECKSUM, MANIFEST, BundleError, Program, open_bundle
 from tests import tiny
 from tests.toolchain.conftest import Attune, Exported, Said, command
 from toolchain import training
@@ -352,10 +352,14 @@ def instant_android(fp32: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.copyfile(fp32.bundle / "android/lm.pte", out)
         return Lowered()
 
-    def lower_training(target: str, folder: Path, *arguments: object) -> tuple[()]:
+    manifest = open_bundle(fp32.bundle)
+    assert manifest.android is not None
+    programs = manifest.android.programs
+
+    def lower_training(target: str, folder: Path, *arguments: object) -> tuple[Program, ...]:
         name = training.PROGRAMS[target]
         shutil.copyfile(fp32.bundle / name, folder / name)
-        return ()
+        return tuple(program for program in programs if program.file == name)
 
     monkeypatch.setattr("toolchain.export.lower_lm", lower_lm)
     monkeypatch.setattr(training, "lower_programs", lower_training)
@@ -375,7 +379,7 @@ def test_a_disk_that_is_full_at_any_moment(fp32: Exported, attune: Attune, tmp_p
     written = ["android/lm.pte", "android/adapter.ptd", training.WEIGHTS, "android/training.pte"]
     written += ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
     written += ["tokenizer.json", "chat_template.jinja"]
-    pages[MANIFEST] = 1  # at most: without the programs it is shorter than the one looked at here
+    pages[MANIFEST] = 1  # at least: it lacks a program of the one looked at here
     written += [*sorted(pages.keys() - {*written, MANIFEST, CHECKSUM}), MANIFEST]
     assert pages.keys() == {*written, CHECKSUM}
     export = ("export", "tiny", "--target", "android", "--quantize", "none", "--out")
