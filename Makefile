@@ -57,7 +57,7 @@ lint: $(STAMP)  ## Format, ruff's rules and types, without changing a file
 	$(BIN)/mypy
 
 model: $(STAMP)  ## Train the built-in model again (CORPUS=..., MODEL_OUT=...); docs/builtin-model.md
-	HF_HUB_OFFLINE=1 $(BIN)/python -m toolchain.builtin.train --corpus $(CORPUS) --out $(MODEL_OUT)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m toolchain.compile.builtin.recipe --corpus $(CORPUS) --out $(MODEL_OUT)
 
 constraints: $(STAMP)  ## Write constraints.txt anew from what .venv holds
 	{ sed -n '/^#/p' constraints.txt; \

@@ -17,9 +17,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from exporters.spec import ModelSpec
-from runtime_py import manifest
-from toolchain.adapters import layout
+from exporters.model.spec import ModelSpec
+from runtime_py.bundle import manifest
+from toolchain.compile.adapter_layout import layout
 
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
 WINDOW = 8  # tokens, fewer than any test's text

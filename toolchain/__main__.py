@@ -1,5 +1,5 @@
 """``python -m toolchain``: the same as the command ``attune``."""
 
-from toolchain.cli import main
+from toolchain.cli.app import main
 
 main()

@@ -9,19 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-from exporters.executorch.flat_tensor import write_ptd
-from runtime_py.chat_text import ChatText
-from runtime_py.manifest import Manifest, open_bundle
-from runtime_py.peft_adapter import read_peft, write_peft
-from runtime_py.stream import read_stream
-from runtime_py.training.adapter_state import AdapterState
-from runtime_py.training.errors import TrainingError
-from runtime_py.training.examples import Example, fit
-from runtime_py.training.trainer import Settings, Step, evaluate, train
-from toolchain.adapters import from_runtime, to_runtime
-from toolchain.commands.adapter import load
-from toolchain.curves import Series, write_svg
-from toolchain.training import open_engine
+from runtime_py.bundle.adapter_state import AdapterState
+from runtime_py.bundle.adapter_tensors import from_runtime, load_adapter, to_runtime
+from runtime_py.bundle.chat_text import ChatText
+from runtime_py.bundle.flat_tensor import write_ptd
+from runtime_py.bundle.manifest import Manifest, open_bundle
+from runtime_py.bundle.peft_adapter import read_peft, write_peft
+from runtime_py.engine.examples import Example, fit
+from runtime_py.engine.trainer import Settings, Step, evaluate, train
+from runtime_py.engine.training_error import TrainingError
+from runtime_py.loop.stream import read_stream
+from toolchain.compile.training_part import open_engine
+from toolchain.report.curves import Series, write_svg
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -146,7 +145,7 @@ def fine_tune(
     assert manifest.training is not None
     training, held, cut, left_out = _examples(request, manifest, said)
     source = (
-        load(request.adapter)
+        load_adapter(request.adapter)
         if request.adapter
         else read_peft(request.bundle / manifest.adapter.peft)
     )

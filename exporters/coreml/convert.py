@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from exporters.coreml.compression import Grid
 from exporters.coreml.functions import Pool
 from exporters.coreml.patches import DECOMPOSITIONS
-from exporters.coreml.weights import Grid
 from exporters.signature import ProgramSignature, TensorSpec
 
 if TYPE_CHECKING:

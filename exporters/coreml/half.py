@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from exporters.model import Block, LoRA, Norm, Projection, Transformer
-from exporters.quantize import share
+from exporters.model.quantize import share
+from exporters.model.transformer import Block, LoRA, Norm, Projection, Transformer
 
 SMALLEST = 2.0**-14  # the least normal float16
 HEADROOM = 2.0**-4  # the residual stream's scale

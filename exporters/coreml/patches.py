@@ -16,7 +16,7 @@ import torch
 DECOMPOSITIONS = {torch.ops.aten.__and__.Tensor: torch.bitwise_and}
 
 # coremltools 9.0 validates the whole program after each of its passes, a third of a conversion's
-# time; the finished package is checked instead (``exporters.coreml.package.check``).
+# time; the finished package is checked instead (``exporters.coreml.multifunction.check``).
 _PROGRAM = "coremltools.converters.mil.mil.program"
 
 # Where coremltools 9.0 has bound tqdm at import; it has no switch for its progress bars.

@@ -26,8 +26,8 @@ from torch.export import Dim, ExportedProgram
 
 from exporters.errors import ExportError
 from exporters.executorch.delegation import flops_of
-from exporters.model import Block, Dense, LoRA, Norm, Rotation, Transformer
-from exporters.quantize import QuantizedLinear, share
+from exporters.model.quantize import QuantizedLinear, share
+from exporters.model.transformer import Block, Dense, LoRA, Norm, Rotation, Transformer
 
 ENTER, LEAVE = ("qkv",), ("o", "gate_up", "down")  # sites before and after attention
 # Runs only the pass that our graphs need, instead of the whole list.

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from exporters.model import Target, activate, site_targets
-from exporters.spec import ModelSpec
+from exporters.model.spec import ModelSpec
+from exporters.model.transformer import Target, activate, site_targets
 from exporters.training import primitives as p
-from exporters.training.stored import PRECISIONS, Precision
+from exporters.training.storage import PRECISIONS, Precision
 
 Tensors = Mapping[str, Tensor]
 MATRICES = {

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from exporters.spec import ModelSpec
+from exporters.model.spec import ModelSpec
 from exporters.training import primitives as p
-from exporters.training.stored import Precision
+from exporters.training.storage import Precision
 
 SLICE = 4096  # rows of the head in one product
 _SMALLEST = 1e-37  # of p': a loss is at most 85

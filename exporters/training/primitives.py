@@ -73,7 +73,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def activation_slope(name: str, x: Tensor) -> Tensor:
-    """The derivative of ``exporters.model.activate`` at x."""
+    """The derivative of ``exporters.model.transformer.activate`` at x."""
     if name == "silu":
         s = torch.sigmoid(x)
         return s * (1.0 + x * (1.0 - s))

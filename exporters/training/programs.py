@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from exporters.errors import ExportError
-from exporters.model import Target, lora_targets
+from exporters.model.spec import ModelSpec
+from exporters.model.transformer import Target, lora_targets
 from exporters.signature import ProgramSignature, TensorSpec
-from exporters.spec import ModelSpec
 from exporters.training.adamw import COLUMNS, AdamW
 from exporters.training.block import MATRICES, Places, Softmax, TrainingBlock
 from exporters.training.head import TrainingHead
-from exporters.training.stored import PRECISIONS
+from exporters.training.storage import PRECISIONS
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # PyTorch's defaults
 

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporters.model import Block, Dense, LoRA, Norm, Table, Transformer, rope_tables
-from exporters.quantize import QuantizedLinear, QuantizedTable, share
-from exporters.rounding import Rounded
+from exporters.model.quantize import QuantizedLinear, QuantizedTable, share
+from exporters.model.rounding import Rounded
+from exporters.model.transformer import Block, Dense, LoRA, Norm, Table, Transformer, rope_tables
 from exporters.training.block import MATRICES
 from exporters.training.programs import TrainingSpec
-from exporters.training.stored import GROUP, PRECISIONS, Part, Precision
+from exporters.training.storage import GROUP, PRECISIONS, Part, Precision
 
 _DTYPES = {"float32": "F32", "int8": "I8"}
 _ALIGNMENT = 64

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from toolchain import cli
+from toolchain.cli import app
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def attune(capfd: pytest.CaptureFixture[str]) -> Attune:
         capfd.readouterr()
         code: object = 0
         try:
-            cli.run([str(a) for a in arguments])
+            app.run([str(a) for a in arguments])
         except SystemExit as end:
             code = end.code or 0
         out, err = capfd.readouterr()
@@ -83,6 +83,6 @@ def fp32(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("fp32")
     export = ["export", "tiny", "--target", "android", "--quantize", "none", "--json", "--out"]
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        cli.app([*export, str(folder / "tiny")], standalone_mode=False)
+        app.app([*export, str(folder / "tiny")], standalone_mode=False)
     said = json.loads(out.getvalue())
     return Exported(folder / "tiny", said, sorted(p.name for p in folder.iterdir()))

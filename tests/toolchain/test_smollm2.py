@@ -17,22 +17,22 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from exporters.checkpoint import Checkpoint, load_checkpoint
-from exporters.executorch.flat_tensor import write_ptd
-from runtime_py.lm import ExecutorchLm
-from runtime_py.manifest import Manifest, open_bundle
-from runtime_py.peft_adapter import read_peft
-from runtime_py.training.adapter_state import AdapterState
-from runtime_py.training.examples import IGNORED, Example
-from runtime_py.training.reference import TorchEngine
-from runtime_py.training.trainer import Settings, train
-from toolchain.adapters import to_runtime
-from toolchain.benchmarks.train_engines import peft_model
-from toolchain.benchmarks.train_run import Request as TrainingRequest
-from toolchain.benchmarks.train_run import pick_sequence
-from toolchain.commands.chat import StockRunner
-from toolchain.export import Request, export
-from toolchain.training import open_engine
+from exporters.model.checkpoint import Checkpoint, load_checkpoint
+from runtime_py.bundle.adapter_state import AdapterState
+from runtime_py.bundle.adapter_tensors import to_runtime
+from runtime_py.bundle.flat_tensor import write_ptd
+from runtime_py.bundle.manifest import Manifest, open_bundle
+from runtime_py.bundle.peft_adapter import read_peft
+from runtime_py.engine.examples import IGNORED, Example
+from runtime_py.engine.lm import ExecutorchLm
+from runtime_py.engine.trainer import Settings, train
+from toolchain.bench.training_engines import peft_model
+from toolchain.bench.training_speed import Request as TrainingRequest
+from toolchain.bench.training_speed import pick_sequence
+from toolchain.cli.chat import StockRunner
+from toolchain.compile.bundle_export import Request, export
+from toolchain.compile.training_part import open_engine
+from toolchain.verify.autograd import TorchEngine
 
 SHARED = Path(__file__).parents[3] / "shared"
 GGUF = SHARED / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -18,14 +18,14 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from runtime_py.chat_text import ChatText
-from runtime_py.fine_tuner import peft_writer, read_values, write_values
-from runtime_py.manifest import open_bundle
-from runtime_py.stream import read_stream
-from runtime_py.training.checkpoint import FILE
-from runtime_py.training.examples import IGNORED, example
+from runtime_py.bundle.chat_text import ChatText
+from runtime_py.bundle.manifest import open_bundle
+from runtime_py.engine.examples import IGNORED, example
+from runtime_py.engine.job_runner import peft_writer, read_values, write_values
+from runtime_py.engine.run_state import FILE
+from runtime_py.loop.stream import read_stream
 from tests.toolchain.conftest import Attune, Exported
-from toolchain.export import builtin_folder
+from toolchain.compile.bundle_export import builtin_folder
 from toolchain.fine_tune import Request, fine_tune
 
 STYLE = [

@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from runtime_py.errors import LoopError
+from runtime_py.loop.errors import LoopError
 
-FOLDER = Path(__file__).resolve().parents[1] / "devices"
+FOLDER = Path(__file__).resolve().parent / "devices"
 CLASSES = ("flagship", "mid-range", "low-end", "computer")
 SYSTEMS = ("android", "ios", "linux")
 

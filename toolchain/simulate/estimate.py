@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime_py.errors import LoopError
-from runtime_py.fine_tuner import training_bytes
-from runtime_py.loop_policy import LoopPolicy
-from runtime_py.manifest import BundleError, Manifest
+from runtime_py.bundle.manifest import BundleError, Manifest
+from runtime_py.engine.job_runner import training_bytes
+from runtime_py.loop.errors import LoopError
+from runtime_py.loop.policy import LoopPolicy
 from toolchain.simulate.device import Device
 from toolchain.simulate.roofline import Counter
 

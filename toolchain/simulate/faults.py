@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from runtime_py.random_stream import SplitMix64
+from runtime_py.loop.random_stream import SplitMix64
 
 Kind = Literal["kill", "full_disk", "low_memory"]
 _LONGEST_FUSE_S = {"dialogue": 0.25, "night": 2.0}

@@ -13,18 +13,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runtime_py.annotation import Question
-from runtime_py.dialogue import Dialogue, check_text
-from runtime_py.errors import LoopError, StoreFull
-from runtime_py.fine_tuner import StreamedFineTuner, peft_writer
-from runtime_py.lexicons import BUILTIN, read_lexicons
-from runtime_py.loop_policy import LoopPolicy
-from runtime_py.manifest import Manifest
-from runtime_py.metrics import rouge1
-from runtime_py.personalizer import Personalizer
-from runtime_py.phone_engine import PhoneEngine
-from runtime_py.stream import read_stream
-from runtime_py.words import words
+from runtime_py.bundle.manifest import Manifest
+from runtime_py.engine.job_runner import StreamedFineTuner, peft_writer
+from runtime_py.engine.phone_engine import PhoneEngine
+from runtime_py.loop.annotation import Question
+from runtime_py.loop.dialogue import Dialogue, check_text
+from runtime_py.loop.errors import LoopError, StoreFull
+from runtime_py.loop.lexicons import BUILTIN, read_lexicons
+from runtime_py.loop.metrics import rouge1
+from runtime_py.loop.personalizer import Personalizer
+from runtime_py.loop.policy import LoopPolicy
+from runtime_py.loop.stream import read_stream
+from runtime_py.loop.words import words
 from toolchain.simulate.device import Device, find_device
 from toolchain.simulate.limits import Quota, available_mb
 from toolchain.simulate.metered import Meter, NightTuner

@@ -15,8 +15,8 @@ import resource
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime_py.errors import LoopError, StoreFull
-from runtime_py.store import Store
+from runtime_py.loop.errors import LoopError, StoreFull
+from runtime_py.loop.store import Store
 
 PAGE = 4096  # bytes, SQLite's default
 SLACK = 64 * 1024  # bytes that an ordinary change may take

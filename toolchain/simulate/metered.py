@@ -15,12 +15,12 @@ from typing import Any
 
 from safetensors import safe_open
 
-from runtime_py.dialogue import Dialogue, Turn
-from runtime_py.engine import Embedding, Engine, FineTuneJob, FineTuner, FineTuneResult
-from runtime_py.fine_tuner import TrainingCall
-from runtime_py.manifest import Manifest
-from runtime_py.phone_engine import LmCall
-from runtime_py.training.checkpoint import FILE
+from runtime_py.bundle.manifest import Manifest
+from runtime_py.engine.job_runner import TrainingCall
+from runtime_py.engine.phone_engine import LmCall
+from runtime_py.engine.run_state import FILE
+from runtime_py.loop.dialogue import Dialogue, Turn
+from runtime_py.loop.protocols import Embedding, Engine, FineTuneJob, FineTuner, FineTuneResult
 from toolchain.simulate.device import Compute
 from toolchain.simulate.limits import Quota
 from toolchain.simulate.rhythm import Clock

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime_py.manifest import Manifest
+from runtime_py.bundle.manifest import Manifest
 from toolchain.simulate.device import Device
 from toolchain.simulate.estimate import Estimate
 from toolchain.simulate.life import Life
-from toolchain.simulate.watch import Watched
+from toolchain.simulate.watcher import Watched
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from runtime_py.loop_policy import LoopPolicy
-from runtime_py.schedule import Conditions, Moment
+from runtime_py.loop.policy import LoopPolicy
+from runtime_py.loop.schedule import Conditions, Moment
 from toolchain.simulate.device import Device
 
 GRID = 2.0**-26  # seconds

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from runtime_py.fine_tuner import TrainingCall
-from runtime_py.manifest import BundleError, Manifest, Program, Training
-from runtime_py.phone_engine import LmCall
+from runtime_py.bundle.manifest import BundleError, Manifest, Program, Training
+from runtime_py.engine.job_runner import TrainingCall
+from runtime_py.engine.phone_engine import LmCall
 from toolchain.simulate.device import Compute
 
 _SIZES = {"float32": 4, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "float16": 2}

@@ -1,0 +1,181 @@
+"""Lowers the inference programs to ``lm.pte``: XNNPACK for the arithmetic, the adapter outside.
+
+The adapter's tensors are constants that the program names but does not hold; the runtime binds
+them from a ``.ptd`` file. They enter the delegates as ordinary inputs, so that another file is
+another adapter, without a new export.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import (
+    EdgeProgramManager,
+    ExecutorchBackendConfig,
+    to_edge_transform_and_lower,
+)
+from torch.export import Dim, ExportedProgram
+
+from exporters.errors import ExportError
+from exporters.executorch.delegation import Delegation, measure
+from exporters.executorch.methods import EmbedProgram, LmProgram
+from exporters.executorch.pieces import ENTER, LEAVE, PieceFactory, edge_config, lora_buffers
+from exporters.model.transformer import Transformer
+from exporters.signature import ProgramSignature, TensorSpec
+
+MOST_MISSED = 0.05  # share of an lm's FLOPs that neither XNNPACK nor the LLM attention takes
+ADAPTER_FILE = "adapter"
+
+
+@dataclass(frozen=True)
+class LoweredLm:
+    """What ``lower_lm`` wrote. ``adapter``: the names the program binds, with their shapes."""
+
+    programs: tuple[ProgramSignature, ...]
+    delegation: dict[str, Delegation]
+    adapter: dict[str, tuple[int, ...]]
+
+
+def adapter_tensors(model: Transformer) -> dict[str, torch.Tensor]:
+    """The model's LoRA tensors under the names that programs and files use, such as
+    ``layers.0.self_attn.q_proj.lora_A``; the tensors themselves, not copies."""
+    return {
+        f"layers.{index}.{public}": block.get_buffer(path)
+        for index, block in enumerate(model.blocks)
+        for path, public in lora_buffers(block, ENTER + LEAVE)
+    }
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences the warnings that the lowering stack prints for its own reasons."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        level = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
+def _capture(module: torch.nn.Module, longest: int, cached: bool) -> ExportedProgram:
+    tokens = torch.zeros(1, min(8, longest), dtype=torch.int64)
+    length = Dim("length", min=1, max=longest)
+    start = torch.zeros(1, dtype=torch.int64)
+    args, shapes = ((tokens, start), ({1: length}, None)) if cached else ((tokens,), ({1: length},))
+    with torch.no_grad():
+        return torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+
+
+def lower_lm(
+    model: Transformer,
+    out: Path,
+    *,
+    prefill_length: int,
+    embed_length: int,
+    bos_id: int,
+    eos_ids: list[int],
+    progress: Callable[[str], None] = lambda step: None,
+) -> LoweredLm:
+    """Writes ``out`` (.pte) with the methods ``forward`` and ``embed``, sharing their weights.
+
+    ``forward``: tokens [1, 1..prefill_length] int64, start_pos [1] int64 -> logits of the last
+    token [1, vocab] float32. ``embed``: tokens [1, 1..embed_length] int64 -> pooled [hidden]
+    float32, entropy [1] float32. Raises ``ExportError`` where the result is not what it must be:
+    too little in the delegate, or adapter names missing.
+    """
+    spec = model.spec
+    prefill_length, embed_length = (
+        min(prefill_length, spec.context),
+        min(embed_length, spec.context),
+    )
+    adapter = adapter_tensors(model)
+    with quiet():
+        progress("lower the blocks")
+        pieces = PieceFactory(model, prefill_length)
+        forward_module = LmProgram(model, pieces)
+        embed_pieces = PieceFactory(model, embed_length)
+        embed_module = EmbedProgram(model, embed_pieces)
+        progress("capture")
+        forward = _capture(forward_module.eval(), prefill_length, cached=True)
+        embed = _capture(embed_module.eval(), embed_length, cached=False)
+        progress("lower the rest")
+        # What is left around the delegates has products only where attention is soft-capped.
+        rest = [XnnpackPartitioner()] if spec.attention_softcap is not None else []
+        edge: EdgeProgramManager = to_edge_transform_and_lower(
+            {"forward": forward, "embed": embed},
+            partitioner={"forward": rest, "embed": rest},
+            compile_config=edge_config(),
+            constant_methods={
+                "get_bos_id": bos_id,
+                "get_eos_ids": eos_ids,
+                "get_vocab_size": spec.vocab,
+                "get_max_seq_len": prefill_length,
+                "get_max_context_len": spec.context,
+                "use_kv_cache": True,
+                "use_sdpa_with_kv_cache": spec.attention_softcap is None,
+                "enable_dynamic_shape": True,
+            },
+        )
+        delegation = {
+            name: measure(edge.exported_program(name), factory.flops)
+            for name, factory in (("forward", pieces), ("embed", embed_pieces))
+        }
+        buffers = edge.exported_program("forward").graph_signature.inputs_to_buffers
+        outside = {node for node, name in buffers.items() if name in adapter}
+        progress("serialize")
+        program = edge.to_executorch(
+            ExecutorchBackendConfig(
+                external_constants=lambda node: ADAPTER_FILE if node.name in outside else None
+            )
+        )
+    _check(delegation["forward"], set(adapter) - set(buffers.values()))
+    with out.open("wb") as file:
+        program.write_to_file(file)
+    return LoweredLm(
+        programs=_signatures(model, prefill_length, embed_length),
+        delegation=delegation,
+        adapter={name: tuple(t.shape) for name, t in adapter.items()},
+    )
+
+
+def _check(forward: Delegation, lost: set[str]) -> None:
+    if lost:
+        raise ExportError(f"the lowered program lost these adapter tensors: {sorted(lost)}.")
+    if forward.missed > MOST_MISSED:
+        rest = ", ".join(f"{op} ({flops:.3g} FLOPs)" for op, flops in forward.outside.items())
+        raise ExportError(
+            f"XNNPACK does not take {forward.missed:.1%} of the FLOPs of lm, at most "
+            f"{MOST_MISSED:.0%} are expected; outside are: {rest}."
+        )
+
+
+def _signatures(
+    model: Transformer, prefill_length: int, embed_length: int
+) -> tuple[ProgramSignature, ...]:
+    spec = model.spec
+    forward = ProgramSignature(
+        "forward",
+        inputs=(
+            TensorSpec("tokens", (1, f"1..{prefill_length}"), "int64"),
+            TensorSpec("start_pos", (1,), "int64"),
+        ),
+        outputs=(TensorSpec("logits", (1, spec.vocab), "float32"),),
+    )
+    embed = ProgramSignature(
+        "embed",
+        inputs=(TensorSpec("tokens", (1, f"1..{embed_length}"), "int64"),),
+        outputs=(
+            TensorSpec("pooled", (spec.hidden,), "float32"),
+            TensorSpec("entropy", (1,), "float32"),
+        ),
+    )
+    return forward, embed

@@ -1,0 +1,267 @@
+"""How a float matrix becomes integers and scales, on the grids that XNNPACK's dynamic linears take.
+
+Two grids, both symmetric with a positive scale: 8 bits, one scale per output channel, integers in
+[-127, 127] (kernels that add two products in 16 bits overflow at -128); 4 bits, one scale per
+group of inputs, integers in [-8, 7], scales exact in bfloat16. A matrix may carry an *offset* per
+group besides, which makes its grid asymmetric: ``Rounded`` says how a program computes it.
+
+``round_nearest`` looks at each group's extremes, ``round_search`` at all its weights, and
+``round_gptq`` also at what the inputs look like, given as their Gram matrix
+(``exporters.model.calibration`` collects them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exporters.errors import ExportError
+
+_RANGES = {4: (-8, 7), 8: (-127, 127)}
+# XNNPACK refuses zero and subnormal scales, and divides those of 4-bit groups by 16 once more.
+_SMALLEST = 2.0**-100
+# Steps that the search tries, as parts of the one that just covers the group: for 4 bits those
+# that spread its range over 10 to 21 intervals. Whole numbers up to 15 find the step of a file
+# whose groups did not use all 16 values.
+_FACTORS = {
+    4: tuple(15 / n for n in (15, 10, 11, 12, 13, 14, 15.5, 16, 16.5, 17, 17.5, 18, 19, 20, 21)),
+    8: (1.0, 0.99, 0.97, 0.95, 0.9),
+}
+_CHUNK = 1 << 17  # elements searched at once: what fits a core's cache
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix W [out, in] as ``scale * q + offset``.
+
+    ``q`` int8 [out, in]; ``scale`` float32 [out, groups]; ``offset`` is itself a rounded matrix
+    [out, groups], or None for 0. As one constant serves a whole group, a program computes
+    ``W x = (scale * q) x + offset s`` with s [groups] the sums of x over each group: the offset
+    costs a second linear, 1/group of the first.
+    """
+
+    q: Tensor
+    scale: Tensor
+    offset: Rounded | None = None
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.q.shape[1] // self.scale.shape[1]
+
+    def dequantize(self) -> Tensor:
+        """float32 [out, in]"""
+        grouped = self.q.float().view(*self.scale.shape, -1) * self.scale[..., None]
+        if self.offset is not None:
+            grouped = grouped + self.offset.dequantize()[..., None]
+        return grouped.flatten(1)
+
+
+def _grouped(weight: Tensor, bits: int, group: int) -> Tensor:
+    """[out, in] -> float32 [out, in / group, group]"""
+    if bits not in _RANGES:
+        raise ExportError(f"weights of {bits} bits are not supported; supported: {[*_RANGES]}.")
+    if weight.dim() != 2 or group < 1 or weight.shape[1] % group:
+        raise ExportError(
+            f"a matrix of shape {list(weight.shape)} cannot be rounded in groups of {group} inputs."
+        )
+    if not torch.isfinite(weight).all():
+        raise ExportError("a matrix with NaN or infinite weights cannot be quantized.")
+    return weight.detach().float().view(weight.shape[0], -1, group)
+
+
+def _storable(scale: Tensor, bits: int, unit: Tensor | float = 1.0) -> Tensor:
+    """Scales as the delegate keeps them, in multiples of ``unit``, a power of two."""
+    scale = torch.maximum(scale, torch.as_tensor(_SMALLEST / unit))
+    return scale.to(torch.bfloat16).float() if bits == 4 else scale
+
+
+def _unit(weight: Tensor) -> Tensor:
+    """The power of two that brings the last dimension near 1, where squares neither vanish nor
+    overflow, with nothing rounded on the way there or back: [..., n] -> [...]."""
+    return torch.exp2(torch.frexp(weight.abs().amax(-1)).exponent.clamp(-100, 120).float())
+
+
+def _integers(weight: Tensor, scale: Tensor, offset: Tensor | None, bits: int) -> Tensor:
+    """The nearest integers, as float32; ``scale`` and ``offset`` broadcast against ``weight``."""
+    low, high = _RANGES[bits]
+    shifted = weight if offset is None else weight - offset
+    return (shifted / scale).round_().clamp_(low, high)
+
+
+def _covering(grouped: Tensor, bits: int, affine: bool) -> Tensor:
+    """The smallest step with which no weight is clipped, [..., group] -> [...]."""
+    low, high = _RANGES[bits]
+    least, most = grouped.aminmax(dim=-1)
+    if affine:
+        return (most - least) / (high - low)
+    return torch.maximum(most / high, least / low)
+
+
+def round_nearest(weight: Tensor, bits: int, group: int) -> Rounded:
+    """The nearest points of the finest grid that clips no weight (but for its scale's rounding)."""
+    grouped = _grouped(weight, bits, group)
+    scale = _storable(_covering(grouped, bits, affine=False), bits)
+    return _assign(weight, scale, None, bits)
+
+
+def _assign(weight: Tensor, scale: Tensor, offset: Rounded | None, bits: int) -> Rounded:
+    grouped = weight.detach().float().view(*scale.shape, -1)
+    shift = None if offset is None else offset.dequantize()[..., None]
+    q = _integers(grouped, scale[..., None], shift, bits)
+    return Rounded(q.flatten(1).to(torch.int8), scale, offset)
+
+
+def _search_rows(
+    grouped: Tensor, importance: Tensor, bits: int, affine: bool
+) -> tuple[Tensor, Tensor]:
+    """The best scale and offset found for each group: [out, G, group] -> two of [out, G].
+
+    Every candidate step is tried as it is and after one weighted least-squares fit of scale and
+    offset to the integers that it gave.
+    """
+    low, high = _RANGES[bits]
+    unit = _unit(grouped)
+    grouped = grouped / unit[..., None]
+    step = _covering(grouped, bits, affine)
+    least, most = grouped.aminmax(dim=-1)
+    best = torch.full_like(step, torch.inf)
+    scale, offset = _storable(step, bits, unit), torch.zeros_like(step)
+    mass = importance.sum(-1)
+
+    def consider(s: Tensor, o: Tensor) -> Tensor:
+        nonlocal best, scale, offset
+        shift = o[..., None] if affine else None
+        q = _integers(grouped, s[..., None], shift, bits)
+        gap = grouped - q * s[..., None]
+        if shift is not None:
+            gap = gap - shift
+        error = (gap.square_() * importance).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, offset = torch.where(better, s, scale), torch.where(better, o, offset)
+        return q
+
+    for factor in _FACTORS[bits]:
+        s = _storable(step * factor, bits, unit)
+        # Anchored at the least weight while all fit, else clipped alike at both ends.
+        o = least - low * s + ((most - least) - (high - low) * s).clamp_min(0) / 2
+        q = consider(s, o)
+        hq = q * importance
+        fit_q = (hq * q).sum(-1)
+        fit_w = (hq * grouped).sum(-1)
+        if affine:
+            mean_q, mean_w = hq.sum(-1) / mass, (importance * grouped).sum(-1) / mass
+            fit_q, fit_w = fit_q - mass * mean_q**2, fit_w - mass * mean_q * mean_w
+            s = _storable(torch.where(fit_q > 1e-6 * mass, fit_w / fit_q, s), bits, unit)
+            consider(s, mean_w - s * mean_q)
+        else:
+            consider(_storable(torch.where(fit_q > 0, fit_w / fit_q, s), bits, unit), o)
+    return _storable(scale * unit, bits), offset * unit
+
+
+def _search(
+    weight: Tensor, bits: int, group: int, importance: Tensor | None, affine: bool
+) -> tuple[Tensor, Rounded | None]:
+    grouped = _grouped(weight, bits, group)
+    out, groups, _ = grouped.shape
+    each = torch.ones(groups, group) if importance is None else importance.float().view(groups, -1)
+    # Inputs never seen still count a little, so that every group has a best scale.
+    each = each / each.mean().clamp_min(1e-30) + 1e-6
+    scale, offset = torch.empty(out, groups), torch.empty(out, groups)
+    rows = max(1, _CHUNK // weight.shape[1])
+    for start in range(0, out, rows):
+        part = slice(start, start + rows)
+        scale[part], offset[part] = _search_rows(grouped[part], each, bits, affine)
+    return scale, round_nearest(offset, 8, groups) if affine else None
+
+
+def round_search(
+    weight: Tensor, bits: int, group: int, importance: Tensor | None = None, affine: bool = False
+) -> Rounded:
+    """The scale of each group chosen to minimise ``Σ importance_i (w_i - ŵ_i)²`` over candidates.
+
+    weight [out, in]; importance [in], such as the mean square of each input (llama.cpp calls it an
+    importance matrix), None for equal. ``affine`` adds an 8-bit offset per group: weights that come
+    from an asymmetric 4-bit file (GGUF's Q4_1: w = d q + m) are then recovered, not rounded again.
+    """
+    scale, offset = _search(weight, bits, group, importance, affine)
+    return _assign(weight, scale, offset, bits)
+
+
+def error_rows(weight: Tensor, rounded: Rounded, gram: Tensor) -> Tensor:
+    """What rounding does to each output over the inputs that ``gram`` was made of:
+    ``(w - ŵ) H (w - ŵ)ᵀ`` for each row, float64 [out]."""
+    gap = weight.detach().float() - rounded.dequantize()
+    unit = _unit(weight.detach())
+    gap = gap / unit[:, None]
+    return ((gap @ gram) * gap).sum(1).double() * unit.double().square()
+
+
+def _compensate(
+    weight: Tensor, rounded: Rounded, bits: int, gram: Tensor, damping: float
+) -> Tensor:
+    """The integers of GPTQ on the grid of ``rounded``, int8 [out, in].
+
+    Inputs are rounded one by one, those of most energy first, and each one's error is spread over
+    the inputs still to come. With H = R Rᵀ, R upper triangular, U = R⁻¹ is the Cholesky factor of
+    H⁻¹ (H⁻¹ = Uᵀ U) that Frantar et al. (2022), section 4, take each step's coefficients from.
+    """
+    size = weight.shape[1]
+    energy = gram.diagonal()
+    order = torch.argsort(energy, descending=True, stable=True)
+    h = gram[order][:, order].double()
+    h.diagonal().add_(damping * energy.double().mean().clamp_min(1e-30))
+    r = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
+    u = torch.linalg.solve_triangular(r, torch.eye(size, dtype=r.dtype), upper=True).float()
+    group = order // rounded.group
+    left = weight.detach().float()[:, order].T.contiguous()  # [in, out], so that an input is a row
+    scale = rounded.scale.T.contiguous()
+    offset = None if rounded.offset is None else rounded.offset.dequantize().T.contiguous()
+    q = torch.empty_like(left)
+    block = 64
+    for start in range(0, size, block):
+        end = min(start + block, size)
+        errors = torch.empty(end - start, weight.shape[0])
+        for i in range(start, end):
+            s, o = scale[group[i]], None if offset is None else offset[group[i]]
+            q[i] = _integers(left[i], s, o, bits)
+            error = left[i] - q[i] * s
+            if o is not None:
+                error -= o
+            errors[i - start] = error.div_(u[i, i])
+            left[i + 1 : end].addr_(u[i, i + 1 : end], error, alpha=-1)
+        left[end:].addmm_(u[start:end, end:].T, errors, alpha=-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(size)
+    return q[back].T.contiguous().to(torch.int8)
+
+
+def round_gptq(
+    weight: Tensor,
+    bits: int,
+    group: int,
+    gram: Tensor,
+    affine: bool = False,
+    damping: float = 0.01,
+) -> Rounded:
+    """GPTQ (Frantar et al., 2022) on the searched grid: integers chosen for small ``error_rows``.
+
+    weight [out, in]; gram [in, in] = Σ x xᵀ over calibration inputs. A row for which plain rounding
+    on the same grid, or ``round_nearest``, does better by that measure keeps it.
+    """
+    searched = round_search(weight, bits, group, gram.diagonal(), affine)
+    best = Rounded(
+        _compensate(weight, searched, bits, gram, damping), searched.scale, searched.offset
+    )
+    others = [searched] if affine else [searched, round_nearest(weight, bits, group)]
+    error = error_rows(weight, best, gram)
+    for other in others:
+        other_error = error_rows(weight, other, gram)
+        worse = (other_error < error)[:, None]
+        q = torch.where(worse, other.q, best.q)
+        best = Rounded(q, torch.where(worse, other.scale, best.scale), best.offset)
+        error = torch.minimum(error, other_error)
+    return best

@@ -1,0 +1,67 @@
+"""A bundle's chat template and tokenizer: from turns to text to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtime_py.bundle.manifest import BundleError, Manifest
+from runtime_py.loop.dialogue import Turn
+
+
+class ChatText:
+    """Renders and encodes as docs/bundle.md says under "Text"."""
+
+    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+        from transformers import PreTrainedTokenizerFast
+
+        own = manifest.tokenizer
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(bundle / own.file))
+        special = {"bos_token": own.bos_id, "eos_token": own.eos_ids[0]}
+        for name, index in special.items():  # chat templates write them out
+            if index is not None:
+                setattr(self.tokenizer, name, self.tokenizer.convert_ids_to_tokens(index))
+        self.template = (bundle / own.chat_template).read_text(encoding="utf-8")
+        self.stops = [str(self.tokenizer.convert_ids_to_tokens(index)) for index in own.eos_ids]
+
+    def render(self, turns: Sequence[Turn], reply: bool = False) -> str:
+        """The template's text; ``reply``: up to where the assistant begins to speak."""
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        text = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.template, tokenize=False, add_generation_prompt=reply
+        )
+        assert isinstance(text, str)
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; special tokens in the text count as such, none are added."""
+        return self.encode_with_offsets(text)[0]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and which characters of the text each stands for: [begin, end)."""
+        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def assistant_spans(self, turns: Sequence[Turn]) -> list[tuple[int, int]]:
+        """Where the assistant speaks in ``render(turns)``: characters [begin, end) of each of its
+        turns, the token that ends it included.
+
+        Raises ``BundleError`` where the template writes a turn differently once more turns follow.
+        """
+        whole, spans = self.render(turns), []
+        for index, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            before = self.render(turns[:index], reply=True)
+            after = self.render(turns[: index + 1])
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise BundleError(
+                    "the chat template changes what it wrote of earlier turns when later ones "
+                    "follow, so the assistant's tokens cannot be told from the others: export with "
+                    "another --chat-template."
+                )
+            ends = [
+                after.rfind(stop) + len(stop) for stop in self.stops if stop in after[len(before) :]
+            ]
+            spans.append((len(before), max(ends) if ends else len(after)))
+        return spans

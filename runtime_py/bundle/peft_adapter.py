@@ -1,0 +1,262 @@
+"""LoRA adapters in PEFT's own format: adapter_config.json and adapter_model.safetensors.
+
+Needs NumPy and safetensors only, so that a phone's library can mirror it. What is read means what
+it means to PEFT 0.21.2; a kind of adapter that would mean more than B·A·scaling is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, TensorSpec, deserialize, serialize_file
+
+from runtime_py.bundle.peft_config import AdapterError, check_config, fresh_config, resolve
+
+__all__ = [
+    "AdapterError",
+    "PeftAdapter",
+    "check_fits",
+    "fresh_config",
+    "read_peft",
+    "write_peft",
+]
+
+Tensors = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, eq=False)
+class PeftAdapter:
+    """A LoRA adapter. ``tensors`` maps a module's path in the base model, such as
+    ``model.layers.0.self_attn.q_proj``, to A [r, in] and B [out, r].
+
+    The arrays are always float32, which holds float16 and bfloat16 exactly (NumPy has no bfloat16);
+    ``dtype`` is the one in the file ("float32", "float16" or "bfloat16"), in which ``write_peft``
+    writes them again. ``config`` is adapter_config.json as it is.
+    """
+
+    config: dict
+    tensors: Tensors
+    dtype: str = "float32"
+
+    @property
+    def rank(self) -> int:
+        """The default rank; ``rank_of`` is that of one module."""
+        return self.config.get("r", 8)  # PEFT's default
+
+    @property
+    def alpha(self) -> float:
+        return self.config.get("lora_alpha", 8)
+
+    def rank_of(self, module: str) -> int:
+        return resolve(self.config.get("rank_pattern"), module, self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        return resolve(self.config.get("alpha_pattern"), module, self.alpha)
+
+    def scaling(self, module: str) -> float:
+        """The factor of B·A: α/r (Hu et al., 2021) or α/√r (rsLoRA, Kalajdzievski, 2023)."""
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def read_peft(folder: Path) -> PeftAdapter:
+    """Read an adapter folder. Raises ``AdapterError`` for anything but a sound, plain LoRA."""
+    config = _read_config(folder)
+    check_config(config, folder / _CONFIG)
+    tensors, dtype = _read_tensors(folder)
+    adapter = PeftAdapter(config, tensors, dtype)
+    _check_tensors(adapter, str(folder / _WEIGHTS))
+    return adapter
+
+
+def write_peft(folder: Path, adapter: PeftAdapter) -> None:
+    """Write an adapter folder that ``peft.PeftModel.from_pretrained`` loads, whole or not at all.
+
+    Values are rounded to nearest even in ``adapter.dtype``: unchanged if they were read in it.
+    Raises ``AdapterError`` if the folder exists, the adapter is unsound, or writing fails.
+    """
+    if os.path.lexists(folder):
+        raise AdapterError(f"{folder} exists already; choose another name or remove it.")
+    check_config(adapter.config, folder / _CONFIG)
+    _check_tensors(adapter, "the adapter to write")
+    stored = {
+        f"base_model.model.{module}.lora_{part}.weight": _encode(array, adapter.dtype)
+        for module, pair in sorted(adapter.tensors.items())
+        for part, array in zip("AB", pair, strict=True)
+    }
+    specs = {
+        name: TensorSpec(
+            dtype=adapter.dtype,
+            shape=array.shape,
+            data_ptr=array.ctypes.data,
+            data_len=array.nbytes,
+        )
+        for name, array in stored.items()
+    }
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        beside.mkdir(parents=True)
+        text = json.dumps(adapter.config, indent=2, ensure_ascii=False, allow_nan=False)
+        (beside / _CONFIG).write_text(text + "\n", encoding="utf-8")
+        serialize_file(specs, beside / _WEIGHTS, metadata={"format": "pt"})
+        beside.rename(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise AdapterError(f"{folder} cannot be written: {reason}.") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_fits(adapter: PeftAdapter, expected: Mapping[str, tuple[int, int]]) -> None:
+    """Check an adapter against a base model: ``expected`` maps a module's path to (in, out).
+
+    Raises one ``AdapterError`` that lists every misfit, with both shapes.
+    """
+    misfits = []
+    for module, (a, b) in sorted(adapter.tensors.items()):
+        if module not in expected:
+            misfits.append(f"{module} does not exist in the base model")
+            continue
+        into, out = expected[module]
+        rank = adapter.rank_of(module)
+        for part, array, wanted in (("A", a, (rank, into)), ("B", b, (out, rank))):
+            if array.shape != wanted:
+                misfits.append(f"{module} {part} is {list(array.shape)}, expected {list(wanted)}")
+    if misfits:
+        base = adapter.config.get("base_model_name_or_path") or "another base model"
+        raise AdapterError(
+            f"the adapter (made for {base}) does not fit this model, {len(misfits)} misfits: "
+            f"{'; '.join(misfits)}. Use the base model that it was trained on."
+        )
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / _CONFIG
+    if not folder.is_dir():
+        raise AdapterError(f"no such adapter folder: {folder}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{folder} has no {_CONFIG}; expected a PEFT adapter folder.") from None
+    except UnicodeDecodeError:
+        raise AdapterError(f"{path} is not UTF-8 text; expected a JSON object.") from None
+    except json.JSONDecodeError as error:
+        raise AdapterError(
+            f"{path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})."
+        ) from None
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror}.") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path} holds a {type(config).__name__}; expected a JSON object.")
+    return config
+
+
+def _read_tensors(folder: Path) -> tuple[Tensors, str]:
+    path = folder / _WEIGHTS
+    try:
+        entries = deserialize(path.read_bytes())
+    except FileNotFoundError:
+        if (folder / "adapter_model.bin").exists():
+            raise AdapterError(
+                f"{folder} has its weights only as a pickle (adapter_model.bin), which can run "
+                f"code when read and never is; save the adapter again as safetensors."
+            ) from None
+        raise AdapterError(f"{folder} has no {_WEIGHTS}.") from None
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is truncated or corrupt ({error}); copy it again.") from None
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror}.") from None
+    found: dict[str, dict[str, np.ndarray]] = {}
+    odd, dtypes = [], set()
+    for name, entry in entries:
+        if match := _KEY.fullmatch(name):
+            dtypes.add(entry["dtype"])
+            found.setdefault(match[1], {})[match[2]] = _decode(entry)
+        else:
+            odd.append(name)
+    if odd:
+        raise AdapterError(
+            f"{path} has {len(odd)} tensors that are not a linear layer's lora_A or lora_B "
+            f"({', '.join(sorted(odd)[:5])}); only plain LoRA on linear layers is supported."
+        )
+    if not found:
+        raise AdapterError(f"{path} has no LoRA tensors.")
+    if halves := sorted(m for m, parts in found.items() if len(parts) == 1):
+        raise AdapterError(f"{path} has only one of lora_A and lora_B for {', '.join(halves)}.")
+    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
+        raise AdapterError(
+            f"{path} has tensors of {', '.join(sorted(dtypes))}; expected one of "
+            f"{', '.join(_DTYPES)} for all."
+        )
+    tensors = {module: (parts["A"], parts["B"]) for module, parts in sorted(found.items())}
+    return tensors, _DTYPES[dtypes.pop()]
+
+
+def _decode(entry: dict) -> np.ndarray:
+    """A stored tensor as float32, exactly. Another dtype is refused by the caller, unread."""
+    data, shape = entry["data"], entry["shape"]
+    if entry["dtype"] == "BF16":  # the upper half of a float32
+        wide = np.frombuffer(data, "<u2").astype(np.uint32) << 16
+        return wide.view(np.float32).reshape(shape)
+    if entry["dtype"] in ("F32", "F16"):
+        form = "<f4" if entry["dtype"] == "F32" else "<f2"
+        return np.frombuffer(data, form).astype(np.float32).reshape(shape)
+    return np.zeros(shape, np.float32)
+
+
+def _encode(array: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 to the bits of ``dtype``, contiguous and little endian, rounded to nearest even."""
+    wide = np.ascontiguousarray(array, "<f4")
+    if dtype == "float32":
+        return wide
+    if dtype == "float16":
+        with np.errstate(over="ignore"):  # reported below
+            narrow = wide.astype("<f2")
+        too_large = ~np.isfinite(narrow)
+    else:
+        bits = wide.view("<u4")
+        narrow = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+        too_large = (narrow & 0x7FFF) >= 0x7F80  # the bits of infinity
+    if too_large.any():
+        raise AdapterError(f"the adapter has values too large for {dtype}; write it as float32.")
+    return narrow
+
+
+def _check_tensors(adapter: PeftAdapter, where: str) -> None:
+    wrong = []
+    if adapter.dtype not in _DTYPES.values():
+        raise AdapterError(f"dtype is {adapter.dtype}; expected {', '.join(_DTYPES.values())}.")
+    for module, (a, b) in adapter.tensors.items():
+        rank = adapter.rank_of(module)
+        sound = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] == rank
+        if not sound or 0 in a.shape + b.shape:
+            wrong.append(
+                f"{module}: A {list(a.shape)} and B {list(b.shape)}, expected A [{rank}, in] and "
+                f"B [out, {rank}]"
+            )
+        elif not (np.isfinite(a).all() and np.isfinite(b).all()):
+            wrong.append(f"{module} has values that are not finite")
+        if not _targeted(adapter.config.get("target_modules"), module):
+            wrong.append(f"{module} is not among target_modules, so PEFT would ignore it")
+    if wrong:
+        raise AdapterError(f"{where} is unsound ({len(wrong)}): {'; '.join(wrong)}.")
+
+
+def _targeted(targets: object, module: str) -> bool:
+    if isinstance(targets, list):
+        return any(module == t or module.endswith(f".{t}") for t in targets)
+    if isinstance(targets, str) and targets != "all-linear":
+        return re.fullmatch(targets, module) is not None
+    return True

@@ -1,0 +1,156 @@
+"""The loop's engine on a bundle's ``lm.pte``: embeds dialogues, and writes text.
+
+Text comes from a chat template, logits, and a seed: the same ones give the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from runtime_py.bundle.chat_text import ChatText
+from runtime_py.bundle.manifest import BundleError, Manifest
+from runtime_py.engine.job_runner import runtime_file
+from runtime_py.engine.native import silenced
+from runtime_py.loop.dialogue import Dialogue, Turn
+from runtime_py.loop.errors import LoopError
+from runtime_py.loop.protocols import Embedding
+from runtime_py.loop.random_stream import SplitMix64
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from runtime_py.engine.lm import ExecutorchLm
+
+
+@dataclass(frozen=True)
+class LmCall:
+    """What the model was asked to do: ``tokens`` after the first ``start`` ones. A ``decode`` is
+    ``tokens`` calls of one token each."""
+
+    kind: Literal["embed", "prefill", "decode"]
+    tokens: int
+    start: int
+
+
+def _unheard(call: LmCall) -> None:
+    pass
+
+
+class PhoneEngine:
+    """``told`` hears of every call, after it. The program is loaded when it is first needed.
+
+    Each of its two methods packs the weights for itself. ``lean``: only one of them is in memory,
+    and is made anew whenever the other was used in between.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        threads: int | None = None,
+        told: Callable[[LmCall], None] = _unheard,
+        lean: bool = False,
+    ) -> None:
+        if manifest.android is None or manifest.adapter.runtime is None:
+            raise BundleError(f"{bundle} has no Android part: export it with --target android.")
+        self.text = ChatText(bundle, manifest)
+        self._bundle, self._manifest, self._threads, self._told = bundle, manifest, threads, told
+        self._adapter = bundle / manifest.adapter.runtime
+        self._lm: ExecutorchLm | None = None
+        self._lean, self._method = lean, ""
+
+    def use_adapter(self, file: Path) -> None:
+        adapter = runtime_file(self._bundle, self._manifest, file)
+        if adapter != self._adapter:
+            self.release()
+            self._adapter = adapter
+
+    def release(self) -> None:
+        """Gives the program's memory back until it is needed again."""
+        self._lm = None
+
+    def _loaded(self, method: str) -> ExecutorchLm:
+        if self._lean and method != self._method:
+            self.release()
+        self._method = method
+        if self._lm is None:
+            from runtime_py.engine.lm import (
+                ExecutorchLm,  # heavy; whoever only counts calls has no need
+            )
+
+            program = self._bundle / "android" / "lm.pte"
+            try:
+                with silenced():  # the runtime talks of the processor
+                    self._lm = ExecutorchLm(program, self._adapter, self._threads)
+            except RuntimeError as error:
+                raise LoopError(
+                    f"{program} cannot be loaded with {self._adapter} ({error}): the memory does "
+                    f"not suffice, or the adapter is not one of this bundle."
+                ) from error
+            self._threads = None  # the pool stays for the process
+        return self._lm
+
+    def embed(self, dialogue: Dialogue) -> Embedding:
+        ids = self.text.encode(self.text.render(dialogue.turns))
+        ids = ids[: self._manifest.policy.embed_length]
+        pooled, entropy = self._loaded("embed").embed(_tokens(ids))  # [1, n] -> [hidden]
+        self._told(LmCall("embed", len(ids), 0))
+        return Embedding(pooled.numpy().astype(np.float32, copy=True), entropy)
+
+    def generate(
+        self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
+    ) -> str:
+        """Ends at an end token, after ``max_new_tokens``, or with the context. Where the messages
+        fill the context the oldest exchanges are left out; "" where even the last one does."""
+        lm = self._loaded("forward")
+        prompt = self._prompt(messages)
+        if not prompt:
+            return ""
+        stops = set(self._manifest.tokenizer.eos_ids)
+        chance = SplitMix64(seed)
+        logits = lm.prefill(_tokens(prompt))
+        self._told(LmCall("prefill", len(prompt), 0))
+        written: list[int] = []
+        end = min(len(prompt) + max_new_tokens, self._manifest.model.context)
+        for position in range(len(prompt), end):
+            token = sample(logits[0].numpy(), temperature, chance)
+            if token in stops:
+                break
+            written.append(token)
+            if position + 1 < end:
+                logits = lm.forward(_tokens([token]), position)
+        self._told(LmCall("decode", len(written), len(prompt)))
+        text = self.text.tokenizer.decode(written, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text.strip()
+
+    def _prompt(self, messages: Sequence[Turn]) -> list[int]:
+        for first in range(0, len(messages), 2):
+            ids = self.text.encode(self.text.render(messages[first:], reply=True))
+            if len(ids) < self._manifest.model.context:
+                return ids
+        return []
+
+
+def _tokens(ids: Sequence[int]) -> Tensor:
+    """int64 [1, n]"""
+    import torch
+
+    return torch.tensor([list(ids)])
+
+
+def sample(logits: np.ndarray, temperature: float, chance: SplitMix64) -> int:
+    """One token of ``logits`` [vocab]. At 0 the most likely, and nothing is drawn; else the first
+    token at which the sum of probabilities exceeds a number drawn from [0, 1)."""
+    if temperature == 0.0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())
+    sums = np.cumsum(weights)
+    drawn = (chance.next() >> 11) * 2.0**-53 * sums[-1]
+    return min(int(np.searchsorted(sums, drawn, side="right")), len(sums) - 1)

@@ -1,0 +1,110 @@
+"""The state of a run on disk: written beside and renamed, so that a kill leaves the old or the new.
+
+One safetensors file holds the adapter and the moments; its metadata holds where the run is. What is
+read back is bit for bit what was written.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from runtime_py.bundle.adapter_state import AdapterState
+from runtime_py.engine.training_error import TrainingError
+
+FILE = "training.safetensors"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: ``step`` updates done; ``losses`` of each, nats a label; ``seconds`` of
+    training so far; ``job``: a hash of everything that the run depends on."""
+
+    step: int
+    losses: tuple[float, ...]
+    seconds: float
+    job: str
+
+
+def job_digest(values: Mapping[str, object]) -> str:
+    """A hash of JSON values: two runs with the same one do the same."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def write_beside(path: Path, data: bytes) -> None:
+    """Writes ``path`` whole or not at all, also across a loss of power."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        if error.errno not in _FULL:
+            raise
+        raise TrainingError(
+            f"{path} cannot be written (no space left on device): the state before it is whole; "
+            f"free space and train again to go on from there."
+        ) from error
+
+
+def save_state(folder: Path, state: AdapterState, progress: Progress) -> None:
+    metadata = {
+        "progress": json.dumps(asdict(progress)),
+        "layout": state.layout.digest,
+        "step": str(state.step),
+    }
+    tensors = {"parameters": state.parameters, "mean": state.mean, "square": state.square}
+    write_beside(folder / FILE, save(tensors, metadata))
+
+
+def load_state(folder: Path, state: AdapterState, job: str) -> Progress | None:
+    """Fills ``state`` from what ``save_state`` left in ``folder``; None where there is nothing.
+
+    Raises ``TrainingError`` for the state of another adapter or another job, and for a damaged one.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        progress = Progress(**json.loads(metadata["progress"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise TrainingError(
+            f"{path} is not a whole training state ({error}): remove it to begin anew."
+        ) from error
+    if metadata.get("layout") != state.layout.digest:
+        raise TrainingError(
+            f"{path} is the optimizer state of another adapter (its tensors have other names or "
+            f"shapes): train it with the bundle it belongs to, or remove it to begin anew."
+        )
+    if progress.job != job:
+        raise TrainingError(
+            f"{path} belongs to another run (other data, settings, base weights or adapter to "
+            f"start from): give the run it belongs to, or another --out, or remove it to begin "
+            f"anew."
+        )
+    for name in ("parameters", "mean", "square"):
+        target: np.ndarray = getattr(state, name)
+        target[...] = tensors[name]
+    state.step = int(metadata["step"])
+    return Progress(progress.step, tuple(progress.losses), progress.seconds, progress.job)

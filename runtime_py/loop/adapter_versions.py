@@ -1,0 +1,162 @@
+"""Adapter versions: numbered files, of which one is active; version 0 is the bundle's own.
+
+A file is complete before the store names it, so the switch is the store's transaction. What no
+row names is left from an interruption, and is removed when the store is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime_py.loop.errors import LoopError, StoreFull
+from runtime_py.loop.protocols import FineTuneResult
+from runtime_py.loop.schedule import Moment
+from runtime_py.loop.store import Store
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    name: str
+    sha256: str
+
+
+class Versions:
+    """``folder`` holds the files; ``bundle`` is the bundle's PEFT folder."""
+
+    def __init__(self, store: Store, folder: Path, bundle: Path) -> None:
+        self._store, self._folder, self._bundle = store, folder, bundle
+        if not (bundle / _WEIGHTS).is_file():
+            raise LoopError(f"there is no adapter at {bundle}; expected the bundle's PEFT folder.")
+
+    @property
+    def active(self) -> int:
+        return self._store.count("active_adapter")
+
+    def file(self, number: int) -> Path:
+        """Raises ``LoopError`` where the version's file is not what was written."""
+        if number == 0:
+            return self._bundle / _WEIGHTS
+        name, digest = self._store.rows(
+            "SELECT file, sha256 FROM adapters WHERE number = ?", number
+        )[0]
+        path = self._folder / str(name)
+        if not name or not path.is_file() or _sha256(path) != digest:
+            raise LoopError(f"the file of adapter {number} ({path}) is missing or damaged.")
+        return path
+
+    def lineage(self, number: int) -> list[int]:
+        """The version, the one that it was trained from, and so on to 0."""
+        chain = [number]
+        while chain[-1] != 0:
+            sql = "SELECT parent FROM adapters WHERE number = ?"
+            chain.append(self._store.rows(sql, chain[-1])[0][0])
+        return chain
+
+    def usable(self, number: int) -> int:
+        """The version, or its nearest ancestor whose file is sound."""
+        for candidate in self.lineage(number):
+            try:
+                self.file(candidate)
+            except LoopError:
+                continue
+            return candidate
+        return 0
+
+    def untouched_parent(self) -> int:
+        """What the next fine-tuning starts from: the active version, or where it has learnt from
+        a set that was forgotten since, the nearest ancestor that has not."""
+        chain = self.lineage(self.active)
+        marked = {
+            row[0] for row in self._store.rows("SELECT adapter FROM learnt WHERE forgotten = 1")
+        }
+        start = max((chain.index(number) + 1 for number in marked & set(chain)), default=0)
+        return self.usable(chain[start])
+
+    def learnt_from(self, id: str) -> tuple[int, ...]:
+        """The active version and its ancestors, as far back as one was trained on this set."""
+        chain = self.lineage(self.active)
+        rows = self._store.rows("SELECT adapter FROM learnt WHERE id = ?", id)
+        places = [chain.index(number) for (number,) in rows if number in chain]
+        return tuple(sorted(chain[: max(places) + 1])) if places else ()
+
+    def keep(self, result: FineTuneResult, number: int) -> AdapterFile:
+        """Copies a result's file to where version ``number`` has it; no row names it yet."""
+        name = f"{number:05d}{result.adapter.suffix}"
+        beside = self._folder / f"{name}.part"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(result.adapter, beside)
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+            beside.replace(self._folder / name)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise StoreFull(
+                f"adapter {number} cannot be written to {self._folder}: {error.strerror or error}. "
+                f"Free some space and fine-tune again; the finished run is not lost."
+            ) from None
+        return AdapterFile(name, _sha256(self._folder / name))
+
+    def activate(self, number: int) -> None:
+        """Inside a transaction."""
+        self._store.set_count("active_adapter", number)
+
+    def retire(self, kept: int) -> None:
+        """Inside a transaction: all but the active and the ``kept`` newest lose their file."""
+        rows = self._store.rows(
+            "SELECT number FROM adapters WHERE file IS NOT NULL ORDER BY number DESC"
+        )
+        for (number,) in rows[kept:]:
+            if number != self.active:
+                self._store.execute(
+                    "UPDATE adapters SET file = NULL, state = 'deleted' WHERE number = ?", number
+                )
+
+    def sweep(self) -> None:
+        """Removes files that no row names."""
+        named = {row[0] for row in self._store.rows("SELECT file FROM adapters")}
+        for path in self._folder.glob("*") if self._folder.is_dir() else ():
+            if path.name not in named:
+                path.unlink(missing_ok=True)
+
+    def heal(self, now: Moment) -> int:
+        """Where the active version's file is not sound, goes back to one that is, and logs it."""
+        active = self.active
+        sound = self.usable(active)
+        if sound != active:
+            with self._store.transaction(durable=True):
+                self.activate(sound)
+                data = {"adapter": active, "active": sound}
+                self._store.append(now, "adapter_damaged", None, data)
+        return sound
+
+    def export(
+        self, number: int, folder: Path, as_peft: Callable[[Path, Path], None] | None
+    ) -> None:
+        """Writes a PEFT folder, whole or not at all. ``as_peft`` writes a version's file as PEFT's
+        ``adapter_model.safetensors``; None where the files are that already."""
+        if os.path.lexists(folder):
+            raise LoopError(f"{folder} exists already; choose another name or remove it.")
+        beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+        try:
+            beside.mkdir(parents=True)
+            shutil.copyfile(self._bundle / _CONFIG, beside / _CONFIG)
+            convert = as_peft if number and as_peft else shutil.copyfile
+            convert(self.file(number), beside / _WEIGHTS)
+            beside.rename(folder)
+        except OSError as error:
+            raise LoopError(f"{folder} cannot be written: {error.strerror or error}.") from None
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,46 @@
+"""Questions to the user, and what an answer does to a dialogue set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime_py.loop.dialogue import Dialogue, check_text
+from runtime_py.loop.errors import LoopError
+from runtime_py.loop.policy import LoopPolicy
+
+
+@dataclass(frozen=True)
+class Question:
+    """``text`` is what to ask below the dialogue's last reply."""
+
+    id: str
+    dialogue: Dialogue
+    text: str
+
+
+def may_ask(asked_today: int, loop: LoopPolicy) -> bool:
+    """Asked only of a set that has just entered the buffer; this is the day's limit."""
+    return asked_today < loop.questions_per_day
+
+
+def annotated(dialogue: Dialogue, text: str | None, room: int) -> Dialogue:
+    """The set as it is learnt: ``text`` takes the place of the last reply; None: it is good."""
+    if text is None:
+        return dialogue
+    check_text(text, f"the answer for dialogue {dialogue.id!r}")
+    changed = dialogue.with_answer(text)
+    if changed.bytes > room:
+        raise LoopError(
+            f"the answer for dialogue {dialogue.id!r} has {len(text.encode())} bytes, which is "
+            f"{changed.bytes - room} more than its bin has left; shorten it."
+        )
+    return changed
+
+
+def is_held_out(annotated_sets: int, held_out_sets: int, loop: LoopPolicy) -> bool:
+    """Whether the set that is being answered is kept from training, for the guard.
+
+    The counts are of answered sets in the buffer, this one included in the first. The first one
+    is held out, then one in ``heldout_every``; what leaves the buffer is made up for.
+    """
+    return held_out_sets * loop.heldout_every < annotated_sets

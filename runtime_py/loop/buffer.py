@@ -1,0 +1,131 @@
+"""The buffer: a fixed number of bins, and the sums that make scoring a new set cheap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime_py.loop.lexicons import Lexicons
+from runtime_py.loop.metrics import (
+    direction,
+    domain_specific_score,
+    dominant_domain,
+    in_domain_dissimilarity,
+    on_grid,
+)
+from runtime_py.loop.neighbours import Neighbours
+from runtime_py.loop.protocols import Embedding
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Higher is better in all three; each on the grid of 2^-20."""
+
+    eoe: float
+    dss: float
+    idd: float
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A set as a policy sees it. ``domain`` indexes ``Lexicons.names``; ``number`` counts observed
+    sets from 1; ``direction`` is int64 [hidden]."""
+
+    id: str
+    number: int
+    domain: int
+    scores: Scores
+    direction: np.ndarray
+
+
+class Buffer:
+    """What policies decide on: per-bin arrays whose row is the bin's number.
+
+    ``ids`` [bins], None where free; ``scores`` float64 [bins, 3]; ``domains``, ``numbers`` int64
+    [bins]; ``directions`` int32 [bins, hidden]; ``waiting`` bool [bins], sets that were answered
+    and that no fine-tuning has used yet; ``sums`` int64 [domains, hidden], directions by domain.
+    """
+
+    def __init__(self, bins: int, domains: int, hidden: int) -> None:
+        self.ids: list[str | None] = [None] * bins
+        self.scores = np.zeros((bins, 3))
+        self.domains = np.full(bins, -1, np.int64)
+        self.numbers = np.zeros(bins, np.int64)
+        self.waiting = np.zeros(bins, bool)
+        self.directions = np.zeros((bins, hidden), np.int32)
+        self.sums = np.zeros((domains, hidden), np.int64)
+        self.counts = np.zeros(domains, np.int64)
+        self._bin_of: dict[str, int] = {}
+        self._neighbours: Neighbours | None = None
+
+    @property
+    def neighbours(self) -> Neighbours:
+        """Made when first asked for: only some policies need it."""
+        if self._neighbours is None:
+            self._neighbours = Neighbours(self.directions, self.domains >= 0)
+        return self._neighbours
+
+    def __len__(self) -> int:
+        return len(self._bin_of)
+
+    @property
+    def bins(self) -> int:
+        return len(self.ids)
+
+    @property
+    def full(self) -> bool:
+        return len(self) == self.bins
+
+    def bin_of(self, id: str) -> int | None:
+        return self._bin_of.get(id)
+
+    def first_free(self) -> int | None:
+        return None if self.full else self.ids.index(None)
+
+    def put(self, bin: int, new: Candidate) -> None:
+        """Fills a bin; whatever was in it is gone."""
+        self.clear(bin)
+        self.ids[bin] = new.id
+        self._bin_of[new.id] = bin
+        self.scores[bin] = new.scores.eoe, new.scores.dss, new.scores.idd
+        self.domains[bin] = new.domain
+        self.numbers[bin] = new.number
+        self.directions[bin] = new.direction
+        self.sums[new.domain] += new.direction
+        self.counts[new.domain] += 1
+        if self._neighbours:
+            self._neighbours.put(bin, new.direction)
+
+    def clear(self, bin: int) -> None:
+        id = self.ids[bin]
+        if id is None:
+            return
+        domain = self.domains[bin]
+        self.sums[domain] -= self.directions[bin]
+        self.counts[domain] -= 1
+        del self._bin_of[id]
+        self.ids[bin], self.domains[bin], self.waiting[bin] = None, -1, False
+        self.directions[bin] = 0
+        if self._neighbours:
+            self._neighbours.clear(bin)
+
+    def measure(
+        self,
+        id: str,
+        number: int,
+        text: Sequence[str],
+        embedding: Embedding,
+        lexicons: Lexicons,
+    ) -> Candidate:
+        """Scores a set against the buffer; ``text`` is its words."""
+        hits = lexicons.hits(text)
+        domain = dominant_domain(hits)
+        own = direction(embedding.pooled)
+        scores = Scores(
+            eoe=on_grid(embedding.entropy),
+            dss=domain_specific_score(hits, len(text)),
+            idd=in_domain_dissimilarity(own, self.sums[domain], int(self.counts[domain])),
+        )
+        return Candidate(id, number, domain, scores, own)

@@ -1,0 +1,134 @@
+"""Dialogue sets: ordered turns with an id, checked once where they enter."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from dataclasses import dataclass
+from typing import Literal
+
+from runtime_py.loop.errors import LoopError
+
+Role = Literal["user", "assistant"]
+
+LONGEST_ID = 256  # characters
+_TURN_BYTES = 5  # a role and a length beside each content
+_ALLOWED_CONTROLS = "\t\n\r\x85"
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Turns alternate, start with the user and end with the assistant (``check``)."""
+
+    id: str
+    turns: tuple[Turn, ...]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(turn.content for turn in self.turns)
+
+    @property
+    def question(self) -> str:
+        """The last thing that the user said."""
+        return self.turns[-2].content
+
+    @property
+    def answer(self) -> str:
+        """The assistant's last turn."""
+        return self.turns[-1].content
+
+    def with_answer(self, text: str) -> Dialogue:
+        return Dialogue(self.id, (*self.turns[:-1], Turn("assistant", text)))
+
+    def with_exchange(self, id: str, question: str, answer: str) -> Dialogue:
+        """The same dialogue under another id, its last exchange put in other words."""
+        last = (Turn("user", question), Turn("assistant", answer))
+        return Dialogue(id, (*self.turns[:-2], *last))
+
+    @property
+    def bytes(self) -> int:
+        """What the turns take in a bin: UTF-8, and five bytes a turn."""
+        return sum(len(turn.content.encode()) + _TURN_BYTES for turn in self.turns)
+
+
+def check_id(id: object) -> str:
+    if not isinstance(id, str) or not id or len(id) > LONGEST_ID:
+        raise LoopError(
+            f"a dialogue's id is {id!r:.80}; expected a string of 1 to {LONGEST_ID} characters."
+        )
+    _check_characters(id, "the id of a dialogue", allowed="")
+    return id
+
+
+def check_text(text: object, where: str) -> str:
+    """A turn's content: not blank, encodable as UTF-8, and no control characters."""
+    if not isinstance(text, str):
+        raise LoopError(f"{where} has the content {text!r:.80}; expected a string.")
+    if not text.strip():
+        raise LoopError(f"{where} is empty; expected text. Leave the turn out.")
+    _check_characters(text, where, _ALLOWED_CONTROLS)
+    return text
+
+
+def check(dialogue: Dialogue) -> Dialogue:
+    """Raises ``LoopError`` for the first thing that makes ``dialogue`` unusable."""
+    check_id(dialogue.id)
+    name = f"dialogue {dialogue.id!r}"
+    if not dialogue.turns:
+        raise LoopError(f"{name} has no turns; expected a user's turn and an assistant's.")
+    for number, turn in enumerate(dialogue.turns, start=1):
+        expected = "user" if number % 2 else "assistant"
+        if turn.role != expected:
+            raise LoopError(
+                f"turn {number} of {name} has the role {turn.role!r:.40}; expected {expected!r}: "
+                f"turns alternate and start with the user."
+            )
+        check_text(turn.content, f"turn {number} of {name}")
+    if len(dialogue.turns) % 2:
+        raise LoopError(
+            f"{name} ends with a user's turn; expected an assistant's. Observe it after the reply."
+        )
+    return dialogue
+
+
+def cut(dialogue: Dialogue, room: int) -> Dialogue | None:
+    """The longest head of whole exchanges that takes at most ``room`` bytes; None if none does."""
+    used, keep = 0, 0
+    for end in range(2, len(dialogue.turns) + 1, 2):
+        used += Dialogue(dialogue.id, dialogue.turns[end - 2 : end]).bytes
+        if used > room:
+            break
+        keep = end
+    if keep == len(dialogue.turns):
+        return dialogue
+    return Dialogue(dialogue.id, dialogue.turns[:keep]) if keep else None
+
+
+def turns_to_json(turns: tuple[Turn, ...]) -> str:
+    """``[["user", "…"], ["assistant", "…"]]``, as the store keeps it."""
+    return json.dumps([[t.role, t.content] for t in turns], ensure_ascii=False)
+
+
+def turns_from_json(text: str) -> tuple[Turn, ...]:
+    return tuple(Turn(role, content) for role, content in json.loads(text))
+
+
+def _check_characters(text: str, where: str, allowed: str) -> None:
+    for position, character in enumerate(text):
+        category = unicodedata.category(character)
+        if category == "Cs":
+            raise LoopError(
+                f"{where} has a lone surrogate (U+{ord(character):04X}) at character "
+                f"{position + 1}, which is not valid UTF-8; expected Unicode text."
+            )
+        if category == "Cc" and character not in allowed:
+            raise LoopError(
+                f"{where} has the control character U+{ord(character):04X} at character "
+                f"{position + 1}; expected only tabs and line breaks. Remove it."
+            )

@@ -1,0 +1,222 @@
+"""The object that an app talks to: it watches dialogues, asks, learns at night, and answers.
+
+One process and one call at a time. Every method that changes something is one transaction, or a
+row of them that can end after any; what a method holds in memory changes only after the commit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from runtime_py.loop import records
+from runtime_py.loop.adapter_versions import Versions
+from runtime_py.loop.annotation import Question, annotated, is_held_out
+from runtime_py.loop.dialogue import Dialogue, Turn, check_text
+from runtime_py.loop.errors import LoopError
+from runtime_py.loop.fine_tuning import FineTuneReport, FineTuning
+from runtime_py.loop.forgetting import Forgotten, forget
+from runtime_py.loop.jobs import Jobs
+from runtime_py.loop.lexicons import Lexicons
+from runtime_py.loop.log import Decision
+from runtime_py.loop.policy import LoopPolicy
+from runtime_py.loop.protocols import Engine, FineTuner
+from runtime_py.loop.random_stream import SplitMix64
+from runtime_py.loop.replacement import find_policy
+from runtime_py.loop.schedule import Conditions, Moment
+from runtime_py.loop.selection import Selection, room
+from runtime_py.loop.status import Status, lost, status
+from runtime_py.loop.store import Store, open_store
+
+STORE, ADAPTERS, JOBS = "loop.sqlite", "adapters", "jobs"
+STREAMS = ("selection", "synthesis", "training")  # seeded with the policy's seed, + 1, + 2
+
+
+def _never() -> bool:
+    return False
+
+
+class Personalizer:
+    """``folder`` holds the store and the adapters; ``bundle_adapter`` is the bundle's PEFT folder;
+    ``hidden`` the length of pooled vectors. Use it in a ``with``, or ``close`` it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        policy: LoopPolicy,
+        lexicons: Lexicons,
+        engine: Engine,
+        tuner: FineTuner,
+        clock: Callable[[], Moment],
+        bundle_adapter: Path,
+        hidden: int,
+        as_peft: Callable[[Path, Path], None] | None = None,
+    ) -> None:
+        self._as_peft = as_peft
+        find_policy(policy.selection)
+        self._policy, self._lexicons, self._engine, self._clock = policy, lexicons, engine, clock
+        self._hidden = hidden
+        if self._room("") < 256:
+            raise LoopError(
+                f"a bin of {policy.bin_bytes} bytes has no room for text beside a vector of "
+                f"{hidden} numbers; expected bin_bytes of at least {4 * hidden + 320}."
+            )
+        with ExitStack() as undo:
+            self._store = open_store(folder / STORE)
+            undo.callback(self._store.close)
+            self._enter_policy()
+            self._buffer = records.load_buffer(self._store, policy, lexicons, hidden)
+            self._versions = Versions(self._store, folder / ADAPTERS, bundle_adapter)
+            self._jobs = Jobs(self._store, self._versions, folder / JOBS)
+            self._versions.sweep()
+            self._jobs.sweep()
+            engine.use_adapter(self._versions.file(self._versions.heal(clock())))
+            undo.pop_all()
+        self._selection = Selection(self._store, self._buffer, policy, lexicons, engine, clock)
+        self._tuning = FineTuning(
+            self._store,
+            self._versions,
+            self._jobs,
+            self._buffer,
+            policy,
+            engine,
+            tuner,
+            clock,
+        )
+
+    def __enter__(self) -> Personalizer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._store.close()
+
+    @property
+    def store(self) -> Store:
+        """For reports and audits: read it, and change nothing."""
+        return self._store
+
+    def observe(self, dialogue: Dialogue) -> Decision:
+        """Scores a set, keeps it or not, and perhaps has a question about it."""
+        return self._selection.observe(dialogue)
+
+    def pending_questions(self) -> tuple[Question, ...]:
+        """The oldest first. One lapses when its set leaves the buffer."""
+        return records.questions(self._store, self._policy.question)
+
+    def answer(self, id: str, text: str | None = None) -> None:
+        """``text``: an ideal reply to the set's last question; None: the one given is good."""
+        dialogue = records.read_set(self._store, id)
+        if dialogue is None or not self._store.rows("SELECT 1 FROM questions WHERE id = ?", id):
+            raise LoopError(
+                f"no question about dialogue {id!r} is open: it was answered, or the set has left "
+                f"the buffer. Answer those that pending_questions gives."
+            )
+        annotated(dialogue, text, self._room(id))
+        answered = records.annotated_sets(self._store)
+        held = is_held_out(len(answered) + 1, sum(a.held_out for a in answered), self._policy)
+        with self._store.transaction(durable=True):
+            self._store.add("answered")
+            number = self._store.count("answered")
+            records.write_annotation(self._store, id, text, number, held)
+            data = {"number": number, "held_out": held, "acceptable": text is None}
+            self._store.append(self._clock(), "answered", id, data)
+        bin = self._buffer.bin_of(id)
+        assert bin is not None
+        self._buffer.waiting[bin] = True
+
+    def fine_tune(
+        self, conditions: Conditions, stop: Callable[[], bool] = _never
+    ) -> FineTuneReport:
+        """Begins or goes on, if it is due and the device allows it. ``stop`` is asked between
+        paraphrases and between micro-batches."""
+        return self._tuning.run(conditions, stop)
+
+    def generate(self, prompt: str | Sequence[Turn]) -> str:
+        """The reply of the model with the active adapter. Takes nothing from a random stream."""
+        messages = (Turn("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
+        for number, turn in enumerate(messages, start=1):
+            check_text(turn.content, f"turn {number} of the prompt")
+        return self._engine.generate(
+            messages,
+            temperature=self._policy.reply_temperature,
+            seed=0,
+            max_new_tokens=self._policy.reply_max_tokens,
+        )
+
+    def status(self) -> Status:
+        return status(self._store, self._buffer, self._policy, self._lexicons)
+
+    def rollback(self) -> int:
+        """Back to the version that the active one was trained from; gives its number.
+
+        An unfinished fine-tuning is abandoned, because it would bring the other one back.
+        """
+        active = self._versions.active
+        if active == 0:
+            raise LoopError("the bundle's own adapter is active; there is none before it.")
+        sound = self._versions.usable(self._versions.lineage(active)[1])
+        with self._store.transaction(durable=True):
+            sql = "UPDATE adapters SET state = 'rolled_back' WHERE number = ?"
+            self._store.execute(sql, active)
+            self._versions.activate(sound)
+            self._store.execute("DELETE FROM jobs")
+            data = {"adapter": active, "active": sound}
+            self._store.append(self._clock(), "rolled_back", None, data)
+        self._jobs.sweep()
+        self._engine.use_adapter(self._versions.file(sound))
+        return sound
+
+    def forget(self, id: str) -> Forgotten:
+        """Removes a set, its question, its answer and what was synthesized from it.
+
+        An unfinished fine-tuning that has it is abandoned. The log keeps its id and scores.
+        """
+        return forget(id, self._store, self._buffer, self._versions, self._jobs, self._clock)
+
+    def export_adapter(self, folder: Path) -> None:
+        """Writes the active adapter as PEFT keeps it."""
+        self._versions.export(self._versions.active, folder, self._as_peft)
+
+    def lost(self) -> tuple[str, ...]:
+        """Ids of sets and answers that the log says are here and the store has not: none, ever."""
+        return lost(self._store)
+
+    def _room(self, id: str) -> int:
+        return room(self._policy, self._hidden, id)
+
+    def _enter_policy(self) -> None:
+        """A new store starts its streams; an old one notes that its policy has changed."""
+        store, policy = self._store, self._policy.to_json()
+        known, hidden = store.meta("policy"), store.meta("hidden")
+        if hidden is not None and hidden != str(self._hidden):
+            raise LoopError(
+                f"the store {store.path} has vectors of {hidden} numbers, this bundle's have "
+                f"{self._hidden}; open it with the bundle that it was made with."
+            )
+        streams = store.rows("SELECT count(*) FROM streams")[0][0]
+        if known == policy and streams == len(STREAMS):
+            return
+        with store.transaction(durable=True):
+            store.set_meta("policy", policy)
+            store.set_meta("hidden", str(self._hidden))
+            # what is there already was recovered from a damaged store
+            missing = set(STREAMS) - {row[0] for row in store.rows("SELECT name FROM streams")}
+            for offset, name in enumerate(STREAMS):
+                if name in missing:
+                    seed = (self._policy.seed + offset) % (1 << 64)
+                    store.save_stream(name, SplitMix64(seed))
+            store.execute("INSERT OR IGNORE INTO adapters (number, state) VALUES (0, 'kept')")
+            changed = "streams_restarted" if known == policy else "policy_changed"
+            event = "store_made" if known is None else changed
+            store.append(self._clock(), event, None, {"policy": json.loads(policy)})

@@ -1,0 +1,133 @@
+"""Which set leaves a full buffer for a new one, or that none does: the exchangeable policies.
+
+A policy is a function of the buffer, the new set and a random stream, and changes neither of the
+first two. It is asked only when no bin is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime_py.loop.buffer import Buffer, Candidate
+from runtime_py.loop.errors import LoopError
+from runtime_py.loop.policy import LoopPolicy
+from runtime_py.loop.random_stream import SplitMix64
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``bin``: where the new set goes, None where it is not kept. ``reason``: a code for the log.
+    ``candidates``: how many sets it could have replaced."""
+
+    bin: int | None
+    reason: str
+    candidates: int
+
+
+Policy = Callable[[Buffer, Candidate, SplitMix64, LoopPolicy], Choice]
+POLICIES: dict[str, Policy] = {}
+
+
+def policy(name: str) -> Callable[[Policy], Policy]:
+    def register(function: Policy) -> Policy:
+        POLICIES[name] = function
+        return function
+
+    return register
+
+
+def find_policy(name: str) -> Policy:
+    if name not in POLICIES:
+        raise LoopError(
+            f"there is no selection policy {name!r}; expected one of {', '.join(POLICIES)}."
+        )
+    return POLICIES[name]
+
+
+def choose(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Choice:
+    """A free bin is filled, the lowest first; otherwise the policy decides."""
+    free = buffer.first_free()
+    if free is not None:
+        return Choice(free, "free_bin", 0)
+    return find_policy(loop.selection)(buffer, new, stream, loop)
+
+
+@policy("paper")
+def paper(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Choice:
+    """Qin et al.: one of the sets that the new one beats on all three scores, by chance."""
+    own = np.array([new.scores.eoe, new.scores.dss, new.scores.idd])
+    beaten = np.flatnonzero((own > buffer.scores).all(axis=1))  # in the bins' order
+    if len(beaten) == 0:
+        return Choice(None, "beats_none_on_all_scores", 0)
+    return Choice(int(beaten[stream.below(len(beaten))]), "beats_on_all_scores", len(beaten))
+
+
+@policy("random")
+def random(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Choice:
+    """Reservoir sampling (Vitter's algorithm R, 1985): every observed set is as likely kept."""
+    drawn = stream.below(new.number)
+    if drawn >= buffer.bins:
+        return Choice(None, "not_drawn", 0)
+    return Choice(drawn, "drawn", buffer.bins)
+
+
+@policy("fifo")
+def fifo(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Choice:
+    """The set that entered first leaves."""
+    return Choice(int(np.argmin(buffer.numbers)), "oldest", buffer.bins)
+
+
+@policy("kcenter")
+def kcenter(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Choice:
+    """Keeps the stored sets far apart: if the new one is farther from all of them than the two
+    closest are from each other, the older of these two leaves."""
+    near = buffer.neighbours
+    one = int(np.argmax(near.closeness))  # the first of the closest pair
+    if near.closest_to(new.direction) >= near.closeness[one]:
+        return Choice(None, "not_farther_than_closest_pair", 0)
+    other = int(near.nearest[one])
+    older = one if buffer.numbers[one] < buffer.numbers[other] else other
+    return Choice(older, "farther_than_closest_pair", 2)
+
+
+@policy("attune")
+def attune(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Choice:
+    """The set of least worth leaves, if the new one's worth is greater (``worths``)."""
+    stored, own = worths(buffer, new, loop)
+    open_bins = np.flatnonzero(~buffer.waiting)
+    if len(open_bins) == 0:
+        return Choice(None, "all_wait_for_fine_tuning", 0)
+    weakest = int(open_bins[np.argmin(stored[open_bins])])
+    if own <= stored[weakest]:
+        return Choice(None, "worth_no_more", len(open_bins))
+    return Choice(weakest, "worth_more", len(open_bins))
+
+
+def worths(buffer: Buffer, new: Candidate, loop: LoopPolicy) -> tuple[np.ndarray, float]:
+    """The worth of every stored set, float64 [bins], and of the new one.
+
+    worth = rank − age − crowding. The paper's rule asks a new set to win on three frozen scores at
+    once, and stops accepting when all bins score high. Here scores count by their rank among the
+    stored sets and the new one, so that no scale or outlier decides; a stored set loses worth with
+    every set observed since, so that no bin is taken for ever; and the more bins a domain has, the
+    less each of its sets is worth, so that a long run of one subject does not fill the buffer.
+    """
+    own = np.array([new.scores.eoe, new.scores.dss, new.scores.idd])
+    ranks = np.zeros(buffer.bins + 1, np.int64)
+    for column in np.vstack([buffer.scores, own]).T:  # [bins + 1], the new set last
+        order = np.argsort(column)
+        ordered = column[order]
+        first = np.append(True, ordered[1:] != ordered[:-1])  # of a run of equals
+        starts = np.flatnonzero(first)
+        ends = np.append(starts[1:], len(ordered))
+        twice = starts + ends - 1  # 2 · how many are less + how many others are equal
+        ranks[order] += twice[np.cumsum(first) - 1]
+    rank = ranks / (6 * buffer.bins)  # in [0, 1], the mean of three
+    age = (new.number - buffer.numbers) / (loop.age_fills * buffer.bins)
+    others = buffer.counts[buffer.domains] - 1
+    stored = rank[:-1] - age - loop.crowding * (others / buffer.bins)
+    crowd = loop.crowding * (int(buffer.counts[new.domain]) / buffer.bins)
+    return stored, float(rank[-1] - crowd)

@@ -1,0 +1,56 @@
+"""When fine-tuning is due, and whether the device allows it now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime_py.loop.policy import LoopPolicy
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The device as it is now. ``free_memory_mb`` is what the app may still take."""
+
+    charging: bool
+    idle: bool
+    celsius: float
+    free_memory_mb: int
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a clock gives: seconds since any fixed time, and the number of the user's day."""
+
+    seconds: float
+    day: int
+
+
+def is_due(observed: int, last: int, loop: LoopPolicy) -> bool:
+    """``last``: how many sets had been observed when the last fine-tuning began."""
+    return observed - last >= loop.fine_tune_every_sets
+
+
+def obstacles(conditions: Conditions, loop: LoopPolicy) -> list[str]:
+    """Why the device does not allow fine-tuning now; memory is ``sequence_tokens``'s matter."""
+    found = []
+    if loop.must_charge and not conditions.charging:
+        found.append("the device is not charging")
+    if loop.must_idle and not conditions.idle:
+        found.append("the device is in use")
+    if not conditions.celsius <= loop.hottest_celsius:
+        found.append(f"the device has {conditions.celsius:g} °C, over {loop.hottest_celsius:g}")
+    return found
+
+
+def sequence_tokens(longest: int, free_memory_mb: int, loop: LoopPolicy) -> int | None:
+    """``longest``, halved until what it needs is free; None below the policy's shortest.
+
+    The need is taken as proportional to the length, ``fine_tune_memory_mb`` at the policy's
+    longest.
+    """
+    tokens = longest
+    while tokens >= loop.shortest_sequence_tokens:
+        if loop.fine_tune_memory_mb * tokens <= free_memory_mb * loop.longest_sequence_tokens:
+            return tokens
+        tokens //= 2
+    return None

@@ -1,0 +1,99 @@
+"""Reads a stream of dialogue sets from JSONL, plain or gzip, and names the line of what is wrong.
+
+Keys besides ``id`` and ``turns`` are the stream's own and are handed on unread.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime_py.loop.dialogue import Dialogue, Turn, check
+from runtime_py.loop.errors import DuplicateDialogue, LoopError
+
+
+@dataclass(frozen=True)
+class Record:
+    line: int
+    dialogue: Dialogue
+    extra: dict[str, Any]
+
+
+def read_stream(path: Path, refuse: Callable[[LoopError], None] | None = None) -> Iterator[Record]:
+    """The dialogues of ``path`` in order.
+
+    A bad line raises ``LoopError``; with ``refuse``, its error goes there and reading goes on.
+    """
+    seen: dict[str, int] = {}
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"line {number} of {path}"
+        try:
+            record = _record(number, line, where)
+            if first := seen.get(record.dialogue.id):
+                raise DuplicateDialogue(
+                    f"{where} has the id {record.dialogue.id!r} of line {first}; expected a new "
+                    f"id for each dialogue."
+                )
+        except LoopError as error:
+            if refuse is None:
+                raise
+            refuse(error)
+            continue
+        seen[record.dialogue.id] = number
+        yield record
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for line in file:
+                number += 1
+                yield number, line
+    except FileNotFoundError:
+        raise LoopError(f"there is no stream at {path}; expected a JSONL file.") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise LoopError(
+            f"{path} is damaged after line {number} ({error}); expected gzip, because its name "
+            f"ends in .gz. Copy it again."
+        ) from None
+    except OSError as error:
+        raise LoopError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def _record(number: int, line: bytes, where: str) -> Record:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise LoopError(
+            f"{where} is not UTF-8 (byte {error.start + 1}: {error.reason}); save it as UTF-8."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise LoopError(
+            f"{where} is not JSON (column {error.colno}: {error.msg}); expected one object a line."
+        ) from None
+    except RecursionError:
+        raise LoopError(f"{where} is nested too deeply; expected id and turns.") from None
+    if not isinstance(row, dict):
+        raise LoopError(f"{where} holds a {type(row).__name__}; expected an object.")
+    if missing := [key for key in ("id", "turns") if key not in row]:
+        raise LoopError(f"{where} has no {' and no '.join(missing)}; expected id and turns.")
+    turns = row["turns"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise LoopError(f"{where} has turns that are not a list of objects with role and content.")
+    for position, turn in enumerate(turns, start=1):
+        if missing := [key for key in ("role", "content") if key not in turn]:
+            raise LoopError(f"{where}: turn {position} has no {' and no '.join(missing)}.")
+    dialogue = Dialogue(row["id"], tuple(Turn(t["role"], t["content"]) for t in turns))
+    try:
+        check(dialogue)
+    except LoopError as error:
+        raise LoopError(f"{where}: {error}") from None
+    return Record(number, dialogue, {k: v for k, v in row.items() if k not in ("id", "turns")})

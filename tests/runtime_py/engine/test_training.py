@@ -1,0 +1,359 @@
+"""Fine-tuning: exact steps against PyTorch and PEFT, labels, packing, resuming, bad input."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+from tokenizers import processors
+
+from exporters.training.programs import training_programs
+from runtime_py.bundle import manifest as m
+from runtime_py.bundle.adapter_state import AdapterState, FlatLayout
+from runtime_py.bundle.chat_text import ChatText
+from runtime_py.engine.base_weights import BaseWeights
+from runtime_py.engine.examples import IGNORED, Example, example, fit, pack
+from runtime_py.engine.run_state import FILE, Progress, load_state, save_state
+from runtime_py.engine.streaming import StepNumbers, StreamingEngine, step_numbers
+from runtime_py.engine.trainer import Settings, batches, evaluate, rate_at, train
+from runtime_py.engine.training_error import TrainingError
+from runtime_py.loop.dialogue import Dialogue, Turn
+from tests import tiny
+from tests.exporters.training.training_kit import Kit, example_of, make_kit
+from toolchain.compile.training_part import EagerPrograms
+from toolchain.verify.autograd import TorchEngine
+
+OPTIMIZER = m.Optimizer(beta1=0.9, beta2=0.999, epsilon=1e-8)
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
+    return make_kit(tmp_path_factory.mktemp("kit"), "llama")
+
+
+@pytest.fixture
+def engine(kit: Kit):
+    return kit.engine(EagerPrograms(training_programs(kit.spec, [32])))
+
+
+def sequences(count: int) -> list[Example]:
+    return [example_of(10 + 3 * (i % 5), seed=i) for i in range(count)]
+
+
+def test_twenty_steps_are_those_of_torch_and_peft(kit: Kit, engine, tmp_path: Path) -> None:
+    """Accumulation, clipping, schedule and AdamW, beside plain autograd and torch's optimizer."""
+    own = Settings(
+        epochs=5, batch=2, learning_rate=3e-3, schedule="cosine", warmup=3, clip=0.5, save_every=50
+    )
+    examples = sequences(8)
+    streamed, reference = kit.state(), kit.state()
+    found = train(engine, streamed, examples, own, OPTIMIZER, tmp_path / "a")
+    torch_engine = TorchEngine(kit.peft, kit.tensors, OPTIMIZER)
+    expected = train(torch_engine, reference, examples, own, OPTIMIZER, tmp_path / "b")
+    assert found is not None
+    assert expected is not None
+    assert len(found.losses) == 20
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-3)
+    start = kit.state().tensors
+    for name, value in streamed.tensors.items():
+        if name.endswith(".scale"):
+            continue
+        want = reference.tensors[name]
+        moved = np.abs(want - start[name]).max()
+        assert moved > 1e-3  # it did learn
+        assert np.abs(value - want).max() <= 1e-2 * moved, name
+    assert found.losses[-1] < found.losses[0]
+
+
+def test_accumulation_is_one_large_batch(kit: Kit, engine) -> None:
+    """Sums over tokens: packing and order of calls change rounding only, not the gradient."""
+    state, examples = kit.state(), sequences(4)
+    one = state.layout.zeros()
+    together = sum(engine.gradient(state, [e], one)[0] for e in examples)
+    packed = state.layout.zeros()
+    packs = pack(examples, engine.capacity)
+    assert len(packs) < len(examples)
+    loss = sum(engine.gradient(state, some, packed)[0] for some in packs)
+    assert math.isclose(loss, together, rel_tol=1e-5)
+    assert np.abs(one - packed).max() <= 1e-5 * np.abs(one).max()
+    assert math.isclose(
+        evaluate(engine, state, examples), together / sum(e.count for e in examples), rel_tol=1e-5
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(2, 32), min_size=1, max_size=20))
+def test_packs_hold_every_example_once(sizes: list[int]) -> None:
+    examples = []
+    for i, size in enumerate(sizes):
+        labels = np.full(size, IGNORED, np.int64)
+        labels[-1] = 1
+        examples.append(Example(str(i), np.ones(size, np.int64), labels))
+    packs = pack(examples, 32)
+    assert sorted(e.id for p in packs for e in p) == sorted(e.id for e in examples)
+    assert all(sum(e.inputs for e in p) <= 32 for p in packs)
+
+
+@settings(max_examples=50, deadline=None)
+@given(count=st.integers(1, 40), batch=st.integers(1, 9), epochs=st.integers(1, 4))
+def test_every_epoch_has_every_example_once(count: int, batch: int, epochs: int) -> None:
+    own = Settings(epochs=epochs, batch=batch, seed=count)
+    plan = batches(count, own)
+    assert plan == batches(count, own)
+    each = -(-count // batch)
+    assert len(plan) == epochs * each
+    for epoch in range(epochs):
+        seen = [i for step in plan[epoch * each : (epoch + 1) * each] for i in step]
+        assert sorted(seen) == list(range(count))
+
+
+def test_learning_rates() -> None:
+    own = Settings(learning_rate=1.0, warmup=2, schedule="linear")
+    assert [rate_at(own, s, 6) for s in range(1, 7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    cosine = replace(own, schedule="cosine")
+    assert [rate_at(cosine, s, 6) for s in (3, 5)] == pytest.approx([1.0, 0.5])
+    assert {rate_at(replace(own, schedule="constant"), s, 6) for s in (2, 6)} == {1.0}
+
+
+# Labels
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> ChatText:
+    folder = tmp_path_factory.mktemp("text")
+    tiny.bpe(320).save(str(folder / "tokenizer.json"))
+    (folder / "t.jinja").write_text(
+        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    own = m.Tokenizer(
+        file="tokenizer.json", chat_template="t.jinja", bos_id=1, eos_ids=(2,), pad_id=0
+    )
+
+    class Paper:
+        tokenizer = own
+
+    return ChatText(folder, Paper())  # type: ignore[arg-type]
+
+
+def dialogue(*contents: str, id: str = "d") -> Dialogue:
+    roles = ("user", "assistant")
+    return Dialogue(id, tuple(Turn(roles[i % 2], c) for i, c in enumerate(contents)))
+
+
+def test_labels_are_what_the_assistant_said(text: ChatText) -> None:
+    found = example(dialogue("the cat", "sat on the mat", "that other hat", "another mother"), text)
+    said = [t for t, label in zip(found.tokens, found.labels, strict=True) if label != IGNORED]
+    decoded = text.tokenizer.decode(said)
+    assert decoded == " sat on the mat</s> another mother</s>"
+    assert found.inputs == int(np.flatnonzero(found.labels != IGNORED)[-1])
+    assert found.count == len(said)
+    assert (found.labels[found.labels != IGNORED] == said).all()
+
+
+def test_labels_where_a_tokenizer_trims_spaces(text: ChatText) -> None:
+    """A token of spaces alone has no characters then; what was said is the same."""
+    two = dialogue("the  cat", "sat  on  the mat")
+    expected = example(two, text)
+    backend = text.tokenizer.backend_tokenizer
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    try:
+        _, offsets = text.encode_with_offsets(text.render(two.turns))
+        assert any(begin == end for begin, end in offsets)
+        np.testing.assert_array_equal(example(two, text).labels, expected.labels)
+    finally:
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)
+
+
+def test_too_long_is_cut_at_a_turn_or_refused(text: ChatText) -> None:
+    short, long = dialogue("the cat", "sat", id="a"), dialogue("the", "cat " * 99, id="c")
+    middle = dialogue("the cat", "sat", "that", "hat " * 50, id="b")
+    fitted = fit([short, middle, long], text, 40)
+    assert [e.id for e in fitted.examples] == ["a", "b"]
+    assert (fitted.cut, fitted.left_out) == (("b",), ("c",))
+    np.testing.assert_array_equal(fitted.examples[0].tokens, fitted.examples[1].tokens)
+    with pytest.raises(TrainingError, match=r"2 dialogues are longer .* b, c"):
+        fit([short, middle, long], text, 40, refuse_long=True)
+
+
+def test_nothing_to_learn(text: ChatText) -> None:
+    with pytest.raises(TrainingError, match="dialogue d has no assistant turn"):
+        example(dialogue("the cat"), text)
+
+
+# Saving and going on
+
+
+class Toy:
+    """A quadratic: cheap, exact, and different for every sequence."""
+
+    capacity = 64
+
+    def __init__(self, fail: int | None = None) -> None:
+        self.calls, self.fail = 0, fail
+
+    def loss(self, state, examples) -> tuple[float, int]:
+        return self.gradient(state, examples, state.layout.zeros())
+
+    def gradient(self, state, examples, into) -> tuple[float, int]:
+        self.calls += 1
+        if self.calls == self.fail:
+            return math.nan, 1
+        total = 0.0
+        for one in examples:
+            off = state.parameters - np.float32(one.tokens.sum() % 7)
+            into += 2 * off
+            total += float((off.astype(np.float64) ** 2).sum())
+        return total, sum(e.count for e in examples)
+
+    def update(self, state, gradient, numbers: StepNumbers) -> float:
+        state.replace(
+            state.parameters - np.float32(numbers.rate) * np.sign(gradient),
+            state.mean + gradient,
+            state.square + 1,
+        )
+        return float(np.abs(gradient).max())
+
+
+def toy_state() -> AdapterState:
+    tensor = m.AdapterTensor(name="layers.0.x.lora_A", peft="p", rows=(0, 2), shape=(1, 2, 9))
+    values = {tensor.name: np.arange(18, dtype=np.float32).reshape(1, 2, 9)}
+    return AdapterState.of([tensor], values)
+
+
+SETTINGS = Settings(epochs=3, batch=2, save_every=2, learning_rate=0.1)
+
+
+@pytest.mark.parametrize("moment", range(0, 24, 5))
+def test_stopped_and_resumed_ends_with_the_same_bits(moment: int, tmp_path: Path) -> None:
+    examples = sequences(7)
+    whole = toy_state()
+    expected = train(Toy(), whole, examples, SETTINGS, OPTIMIZER, tmp_path / "whole")
+    assert expected is not None
+    state, calls = toy_state(), iter(range(10_000))
+    stopped = train(
+        *(Toy(), state, examples, SETTINGS, OPTIMIZER, tmp_path / "cut"),
+        stop=lambda: next(calls) >= moment,
+    )
+    resumed = toy_state()
+    outcome = train(Toy(), resumed, examples, SETTINGS, OPTIMIZER, tmp_path / "cut")
+    assert stopped is None or moment >= 12
+    assert outcome is not None
+    assert outcome.losses == expected.losses
+    for name in ("parameters", "mean", "square"):
+        np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
+
+
+def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
+    examples = sequences(6)
+    state = toy_state()
+    with pytest.raises(TrainingError, match=r"random-\d.* in step 3 is nan.*state of step 2"):
+        train(Toy(fail=3), state, examples, replace(SETTINGS, save_every=99), OPTIMIZER, tmp_path)
+    kept = toy_state()
+    good = toy_state()
+    calls = iter(range(10_000))
+    train(
+        *(Toy(), good, examples, SETTINGS, OPTIMIZER, tmp_path / "good"),
+        stop=lambda: next(calls) >= 2,
+    )
+    progress = json.loads(_metadata(tmp_path / FILE)["progress"])
+    assert load_state(tmp_path, kept, progress["job"]).step == 2  # type: ignore[union-attr]
+    np.testing.assert_array_equal(kept.parameters, good.parameters)
+
+
+def _metadata(path: Path) -> dict:
+    raw = path.read_bytes()
+    return json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+
+
+def test_a_state_that_does_not_belong(tmp_path: Path) -> None:
+    state = toy_state()
+    save_state(tmp_path, state, Progress(1, (0.5,), 1.0, "job"))
+    with pytest.raises(TrainingError, match="another run"):
+        load_state(tmp_path, toy_state(), "other")
+    tensor = m.AdapterTensor(name="layers.0.y.lora_A", peft="p", rows=(0, 2), shape=(1, 2, 9))
+    other = AdapterState.of([tensor], {tensor.name: np.zeros((1, 2, 9), np.float32)})
+    with pytest.raises(TrainingError, match="another adapter"):
+        load_state(tmp_path, other, "job")
+    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-5])
+    with pytest.raises(TrainingError, match="not a whole training state"):
+        load_state(tmp_path, toy_state(), "job")
+    assert load_state(tmp_path / "none", toy_state(), "job") is None
+
+
+def test_another_base_or_capacity_is_another_run(tmp_path: Path) -> None:
+    """The same adapter on other weights, or packed otherwise, would not end with the same bits."""
+    examples = sequences(2)
+    train(Toy(), toy_state(), examples, SETTINGS, OPTIMIZER, tmp_path, base="a")
+    with pytest.raises(TrainingError, match="another run"):
+        train(Toy(), toy_state(), examples, SETTINGS, OPTIMIZER, tmp_path, base="b")
+    wide = Toy()
+    wide.capacity = 128
+    with pytest.raises(TrainingError, match="another run"):
+        train(wide, toy_state(), examples, SETTINGS, OPTIMIZER, tmp_path, base="a")
+
+
+def test_a_full_disk_keeps_the_state_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_state(tmp_path, toy_state(), Progress(1, (0.5,), 1.0, "job"))
+    before = (tmp_path / FILE).read_bytes()
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(TrainingError, match="no space left on device"):
+        save_state(tmp_path, toy_state(), Progress(2, (0.5, 0.4), 2.0, "job"))
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_weights_that_are_not_the_manifests(kit: Kit, tmp_path: Path) -> None:
+    path = kit.folder / kit.training.weights
+    (tmp_path / "short").write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(TrainingError, match="not a whole safetensors file"):
+        BaseWeights(tmp_path / "short")
+    save_file({"norm": np.zeros((1, 64, 1), np.float32)}, tmp_path / "other")
+    programs = EagerPrograms(training_programs(kit.spec, [32]))
+    with pytest.raises(TrainingError, match=r"no tensor head\.value: it does not belong"):
+        StreamingEngine(programs, BaseWeights(tmp_path / "other"), kit.training)
+
+
+def test_a_budget_without_end_keeps_every_layer(kit: Kit) -> None:
+    engine = kit.engine(EagerPrograms(training_programs(kit.spec, [32])), math.inf)
+    assert engine.kept_layers(32) == len(kit.training.layers) - 1
+
+
+def test_nothing_to_train_on(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no dialogue to train on"):
+        train(Toy(), toy_state(), [], SETTINGS, OPTIMIZER, tmp_path)
+
+
+def test_the_flat_layout_is_the_manifests_order(kit: Kit) -> None:
+    layout = FlatLayout.of(kit.tensors)
+    trained = [t for t in kit.tensors if not t.name.endswith(".scale")]
+    assert list(layout.places) == [t.name for t in trained]
+    size = sum(int(np.prod(t.shape)) for t in trained)
+    assert layout.rows == -(-size // 1024)
+    state = kit.state()
+    line = np.concatenate([kit.values[t.name].ravel() for t in trained])
+    np.testing.assert_array_equal(state.parameters.ravel()[:size], line)
+    assert not state.parameters.ravel()[size:].any()
+
+
+def test_step_numbers() -> None:
+    numbers = step_numbers(3, 40, 0.1, 0.01, 1.0, (0.9, 0.999))
+    assert numbers.per_token == 1 / 40
+    assert numbers.decay == pytest.approx(1 - 0.001)
+    assert numbers.corrections == pytest.approx((1 / (1 - 0.9**3), 1 / (1 - 0.999**3)))
+    assert torch.tensor(numbers.rate) == 0.1

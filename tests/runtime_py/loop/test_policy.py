@@ -1,0 +1,147 @@
+"""Policy fields, lexicons, and the small decisions: asking, holding out, schedule, guard."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from runtime_py.loop.annotation import annotated, is_held_out, may_ask
+from runtime_py.loop.errors import LoopError
+from runtime_py.loop.guard import accepts
+from runtime_py.loop.lexicons import make_lexicons, read_lexicons
+from runtime_py.loop.policy import PARAPHRASE, LoopPolicy
+from runtime_py.loop.protocols import FineTuneResult
+from runtime_py.loop.schedule import Conditions, is_due, obstacles, sequence_tokens
+from tests.runtime_py.loop.toy import NIGHT, dialogue
+
+
+def test_json_round_trip() -> None:
+    policy = LoopPolicy(selection="attune", bins=3, age_fills=2.5, question="Gut?")
+    assert LoopPolicy.from_json(policy.to_json()) == policy
+    assert LoopPolicy.from_json("{}") == LoopPolicy()
+    assert LoopPolicy.from_json('{"crowding": 1}').crowding == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"bin": 3, "seeds": 1}', "unknown fields: bin, seeds; it knows selection, seed"),
+        ("[1]", "JSON list; expected an object"),
+        ("{", "not JSON"),
+        ('{"bins": "3"}', "bins is '3', expected a int"),
+        ('{"bins": true}', "bins is True"),
+        ('{"bins": 0}', "bins is 0, expected 1 to 16384"),
+        ('{"seed": -1}', "seed is -1"),
+        ('{"learning_rate": NaN}', "learning_rate is nan"),
+        ('{"rouge1_lowest": 0.95}', "at most rouge1_highest"),
+        ('{"shortest_sequence_tokens": 1024}', "at most longest_sequence_tokens"),
+        ('{"bins": 0, "batch": 0}', "bins is 0.*batch is 0"),
+        ('{"question": ""}', "question is ''"),
+    ],
+)
+def test_bad_policies(text: str, message: str) -> None:
+    with pytest.raises(LoopError, match=message):
+        LoopPolicy.from_json(text)
+
+
+def test_the_designs_defaults() -> None:
+    policy = LoopPolicy()
+    assert policy.bins * policy.bin_bytes == 2816 * 1024
+    assert PARAPHRASE.endswith("use [ ] to hold your generated response: ")
+    assert dataclasses.fields(LoopPolicy)[0].name == "selection"
+    assert (policy.paraphrases, policy.paraphrase_retries) == (3, 2)
+
+
+def test_builtin_lexicons_are_clean() -> None:
+    lexicons = read_lexicons()
+    assert lexicons.domains == (
+        "cooking",
+        "emotion",
+        "finance",
+        "medical",
+        "safety",
+        "technology",
+        "travel",
+    )
+    assert lexicons.names[-1] == "other"
+    assert lexicons.hits(["acorn", "squash", "with", "ibuprofen"])[0] == 2
+
+
+def test_bad_lexicons(tmp_path: Path) -> None:
+    with pytest.raises(LoopError, match="has no lexicons"):
+        read_lexicons(tmp_path)
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(LoopError, match="is not UTF-8"):
+        read_lexicons(tmp_path)
+    with pytest.raises(LoopError, match="'a' has no words"):
+        make_lexicons({"a": ["...", ""]})
+    with pytest.raises(LoopError, match="called 'other'"):
+        make_lexicons({"other": ["x"]})
+
+
+def test_questions_a_day() -> None:
+    policy = LoopPolicy(questions_per_day=2)
+    assert [may_ask(n, policy) for n in range(4)] == [True, True, False, False]
+
+
+def test_one_in_five_is_held_out_and_the_first() -> None:
+    policy, held, pattern = LoopPolicy(heldout_every=5), 0, []
+    for count in range(1, 13):
+        out = is_held_out(count, held, policy)
+        held += out
+        pattern.append(out)
+    assert [n for n, out in enumerate(pattern, start=1) if out] == [1, 6, 11]
+    assert is_held_out(4, 0, policy)  # the one there was has left the buffer
+
+
+def test_answers() -> None:
+    one = dialogue(1)
+    assert annotated(one, None, 10_000) is one
+    assert annotated(one, "better", 10_000).answer == "better"
+    with pytest.raises(LoopError, match="is empty"):
+        annotated(one, "  ", 10_000)
+    with pytest.raises(LoopError, match=r"more than its bin has left"):
+        annotated(one, "x" * 10_000, 10_000)
+
+
+def test_schedule() -> None:
+    policy = LoopPolicy()
+    assert not is_due(799, 0, policy)
+    assert is_due(800, 0, policy)
+    assert not is_due(1500, 800, policy)
+    assert obstacles(NIGHT, policy) == []
+    hot = Conditions(charging=False, idle=False, celsius=41.5, free_memory_mb=0)
+    assert obstacles(hot, policy) == [
+        "the device is not charging",
+        "the device is in use",
+        "the device has 41.5 °C, over 38",
+    ]
+    unknown = Conditions(charging=True, idle=True, celsius=float("nan"), free_memory_mb=0)
+    assert len(obstacles(unknown, policy)) == 1
+    free = {150: 512, 149: 256, 75: 256, 74: 128, 19: 64, 18: None, 0: None}
+    assert {mb: sequence_tokens(512, mb, policy) for mb in free} == free
+    assert sequence_tokens(128, 1000, policy) == 128
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "losses", "taken"),
+    [
+        (2.0, 1.9, (1.0,), True),
+        (2.0, 2.0, (), True),
+        (2.0, 2.0001, (), False),
+        (2.0, float("nan"), (), False),
+        (float("nan"), 1.0, (), False),
+        (float("inf"), 1.0, (), False),
+        (2.0, 1.0, (1.0, float("nan")), False),
+    ],
+)
+def test_guard(before: float, after: float, losses: tuple[float, ...], taken: bool) -> None:
+    result = FineTuneResult(Path("a"), before, after, losses, 1.0)
+    assert accepts(result) is taken
+
+
+def test_policy_is_json_that_other_languages_read() -> None:
+    assert json.loads(LoopPolicy().to_json())["age_fills"] == 50.0

@@ -1,0 +1,112 @@
+"""The engines of one benchmark: those that can be had, and for the others the reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from runtime_py.bundle.manifest import BundleError, Manifest
+from runtime_py.engine.native import silenced
+from toolchain.bench.engines import BundleEngine, Engine, TorchEngine
+from toolchain.bench.generation_report import ADAPTER_COST, BUNDLE, LLAMA, TORCH, WITHOUT
+from toolchain.bench.llama import FORMATS, LlamaEngine, import_llama, requantize
+from toolchain.report.console import Stages
+from toolchain.verify.source import (
+    Source,
+    android_files,
+    find_source,
+    lower_without_adapter,
+)
+
+
+class Contestants:
+    """Makes what is dear (models, files) once, and engines for each number of threads.
+
+    ``folder`` holds the files it makes. ``reasons``: row or figure -> why it is absent.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        folder: Path,
+        *,
+        source: str | None,
+        llama: Path | None,
+        adapter_cost: bool,
+        quiet: bool,
+    ) -> None:
+        if llama is not None and not llama.is_file():
+            raise BundleError(f"there is no file {llama}: give a GGUF with --llama.")
+        self._manifest, self._folder = manifest, folder
+        self._files = android_files(bundle, manifest)
+        self.reasons: dict[str, str] = {}
+        with Stages(f"bench {bundle.name}", quiet=quiet) as stages:
+            stages("read the source")
+            found = find_source(manifest, source)
+            self._torch: PreTrainedModel | None = None
+            if isinstance(found, str):
+                self.reasons[TORCH] = found
+            else:
+                self._torch = found.checkpoint.hf_model()
+            self._llama = self._gguf(found, llama, stages)
+            self._without = self._program_without(found, adapter_cost, stages)
+
+    def _gguf(
+        self, source: Source | str, given: Path | None, stages: Callable[[str], None]
+    ) -> Path | None:
+        file = given or (None if isinstance(source, str) else source.gguf)
+        llama = import_llama()
+        if isinstance(llama, str):
+            self.reasons[LLAMA] = llama
+            return None
+        if file is None:
+            other = "the source is no GGUF file: name one of the same model with --llama"
+            self.reasons[LLAMA] = source if isinstance(source, str) else other
+            return None
+        quantize = self._files.target.quantize
+        stages(f"llama.cpp: round {file.name} to {FORMATS[quantize][0]}")
+        with silenced():
+            return requantize(llama, file, quantize, self._folder)
+
+    def _program_without(
+        self, source: Source | str, wanted: bool, stages: Callable[[str], None]
+    ) -> Path | None:
+        if not wanted:
+            self.reasons[ADAPTER_COST] = "not measured: give --adapter-cost"
+            return None
+        if isinstance(source, str):
+            self.reasons[ADAPTER_COST] = source
+            return None
+        stages("lower the model without LoRA")
+        return lower_without_adapter(self._manifest, source, self._folder / "without.pte")
+
+    @contextmanager
+    def engines(self, threads: int) -> Iterator[dict[str, Engine]]:
+        """All engines with so many threads, in the order of a round; they end with the context.
+
+        PyTorch's number of threads is the caller's to set.
+        """
+        quantize, made = self._files.target.quantize, dict[str, Engine]()
+        with ExitStack() as ends:
+            ends.callback(made.clear)
+            with silenced():
+                made[BUNDLE] = BundleEngine(
+                    f"attune {quantize}", self._files.program, self._files.adapter, threads
+                )
+                if self._without is not None:
+                    made[WITHOUT] = BundleEngine(
+                        f"attune {quantize}, no adapter", self._without, None
+                    )
+            if self._torch is not None:
+                made[TORCH] = TorchEngine(self._torch)
+            if self._llama is not None:
+                context = self._manifest.model.context
+                name = f"llama.cpp {FORMATS[quantize][0]}"
+                engine = LlamaEngine(self._llama, name, context, threads)
+                ends.callback(engine.close)
+                made[LLAMA] = engine
+            yield made

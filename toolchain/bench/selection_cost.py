@@ -1,0 +1,96 @@
+"""What selection takes beyond the embedding, with a full buffer of so many bins."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from runtime_py.loop.dialogue import Dialogue, Turn
+from runtime_py.loop.fine_tuning import FineTuneJob, FineTuneResult
+from runtime_py.loop.lexicons import read_lexicons
+from runtime_py.loop.personalizer import Personalizer
+from runtime_py.loop.policy import LoopPolicy
+from runtime_py.loop.protocols import Embedding
+from runtime_py.loop.schedule import Moment
+from toolchain.compile.shipped_text import shipped_dialogues
+
+COUNTED = 400  # dialogues after the buffer is full
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of ``bins`` full bins: milliseconds of one ``observe`` with its transaction, and how many of
+    the dialogues entered the buffer."""
+
+    bins: int
+    median_ms: float
+    slowest_ms: float
+    kept: int
+    observed: int
+
+
+class _Vectors:
+    """An engine whose embeddings cost nothing: random vectors."""
+
+    def __init__(self, hidden: int) -> None:
+        self._random, self._hidden = np.random.default_rng(0), hidden
+
+    def embed(self, dialogue: Dialogue) -> Embedding:
+        pooled = self._random.standard_normal(self._hidden, np.float32)
+        return Embedding(pooled, float(self._random.random()))
+
+    def generate(
+        self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
+    ) -> str:
+        raise NotImplementedError
+
+    def use_adapter(self, file: Path) -> None:
+        pass
+
+
+class _NoTuner:
+    def run(
+        self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
+    ) -> FineTuneResult | None:
+        raise NotImplementedError
+
+
+def bench(
+    bins: Sequence[int], hidden: int, selection: str, told: Callable[[str], None]
+) -> list[Row]:
+    """Real dialogues that ship with attune, again and again, with random vectors of ``hidden``
+    numbers."""
+    texts = shipped_dialogues("perplexity")
+    rows = []
+    for count in bins:
+        told(f"fill {count:,} bins")
+        policy = LoopPolicy(selection=selection, bins=count)
+        with tempfile.TemporaryDirectory(prefix="attune-") as folder:
+            adapter = Path(folder) / "adapter"
+            adapter.mkdir()
+            (adapter / "adapter_model.safetensors").write_bytes(b"")
+            with Personalizer(
+                Path(folder) / "state", policy, read_lexicons(), _Vectors(hidden), _NoTuner(),
+                lambda: Moment(0.0, 0), adapter, hidden,
+            ) as app:  # fmt: skip
+                seconds, kept = [], 0
+                for number in range(count + COUNTED):
+                    turns = texts[number % len(texts)]
+                    dialogue = Dialogue(
+                        str(number), tuple(Turn(t["role"], t["content"]) for t in turns)
+                    )
+                    if number == count:
+                        told(f"observe with {count:,} bins full")
+                    begin = time.perf_counter()
+                    decision = app.observe(dialogue)
+                    if number >= count:
+                        seconds.append(time.perf_counter() - begin)
+                        kept += decision.bin is not None
+        rows.append(Row(count, 1e3 * statistics.median(seconds), 1e3 * max(seconds), kept, COUNTED))
+    return rows

@@ -1,0 +1,141 @@
+"""The result of ``attune bench train`` as a JSON object and as tables."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+from rich.table import Table
+
+from toolchain.bench import machine
+from toolchain.bench.rounds import ratio
+from toolchain.bench.training_speed import (
+    CHECKPOINTING,
+    HIGH,
+    KERNELS_FOUR,
+    KERNELS_ONE,
+    LOW,
+    TORCH,
+    Report,
+    Run,
+)
+from toolchain.report.console import megabytes, output
+
+_MB = 1e6
+NAMES = {
+    LOW: "attune, low",
+    HIGH: "attune, high",
+    TORCH: "torch + peft, eager",
+    CHECKPOINTING: "torch + peft, checkpointing",
+}
+
+
+def kernel_seconds(report: Report, run: Run) -> float | None:
+    """A whole step in ExecuTorch's kernels, extrapolated from one layer and four:
+    t₁ + (layers − 1)(t₄ − t₁) / 3."""
+    if KERNELS_ONE not in run.timings or report.manifest.training is None:
+        return None
+    one, four = (min(run.timings[key].seconds) for key in (KERNELS_ONE, KERNELS_FOUR))
+    layers = len(report.manifest.training.layers)
+    # A model of fewer than four layers was measured whole.
+    return four if layers <= 4 else one + (layers - 1) * (four - one) / 3
+
+
+def _mode(report: Report, run: Run, key: str) -> dict:
+    own = run.timings[key]
+    kernels = kernel_seconds(report, run)
+    best = min(own.seconds)
+
+    def to(other: str) -> float | None:
+        return ratio(own, run.timings[other]) if other in run.timings else None
+
+    def memory(which: str) -> float | None:
+        return report.memory[which].peak / _MB if which in report.memory else None
+
+    return {
+        **own.as_json(),
+        "ratio_to_torch": to(TORCH),
+        "ratio_to_torch_checkpointing": to(CHECKPOINTING),
+        "ratio_to_executorch_kernels": kernels / best if kernels else None,
+        "fraction_of_peak": run.flops[key] / best / run.peak,
+        "flops": run.flops[key],
+        "loss": run.losses[key],
+        "peak_memory_mb": memory(key),
+        "torch_peak_memory_mb": memory(TORCH),
+        "torch_checkpointing_peak_memory_mb": memory(CHECKPOINTING),
+        "programs_bytes": report.programs_bytes,
+        "lowering_seconds": report.lowering_seconds,
+    }
+
+
+def as_json(report: Report) -> dict:
+    """``low`` and ``high`` are those of the first number of threads; ``runs`` has all."""
+    runs = [
+        {
+            "threads": run.threads,
+            LOW: _mode(report, run, LOW),
+            HIGH: _mode(report, run, HIGH),
+            "peak_gflops": run.peak / 1e9,
+            "other_processes_cores": run.neighbours,
+            "timings": {key: timing.as_json() for key, timing in run.timings.items()},
+        }
+        for run in report.runs
+    ]
+    assert report.manifest.training is not None
+    return {
+        "bundle": str(report.request.bundle),
+        "tokens": len(report.sequence.tokens),
+        "labels": report.sequence.count,
+        "dialogue": report.sequence.id,
+        "precision": report.manifest.training.precision,
+        "rounds": report.request.rounds,
+        "machine": machine.describe(),
+        LOW: runs[0][LOW],
+        HIGH: runs[0][HIGH],
+        "runs": runs,
+        "reasons": dict(report.reasons),
+    }
+
+
+def show(report: Report) -> None:
+    assert report.manifest.training is not None
+    output.print(
+        f"[bold]{escape(str(report.request.bundle))}[/]  a step of {len(report.sequence.tokens)} "
+        f"tokens, {report.sequence.count} of them labels, base weights "
+        f"{report.manifest.training.precision}; {report.request.rounds} interleaved rounds"
+    )
+    for run in report.runs:
+        table = Table(f"{run.threads} threads", box=None, pad_edge=False)
+        for heading in ("tokens/s", "× torch", "of peak", "peak memory"):
+            table.add_column(heading, justify="right")
+        for key, name in NAMES.items():
+            if key not in run.timings:
+                continue
+            own = key in (LOW, HIGH)
+            speed = ratio(run.timings[key], run.timings[TORCH]) if TORCH in run.timings else None
+            share = run.flops[key] / min(run.timings[key].seconds) / run.peak if own else None
+            memory = report.memory.get(key)
+            table.add_row(
+                name,
+                f"{run.timings[key].median:.0f}",
+                "" if speed is None else f"{speed:.2f}",
+                "" if share is None else f"{share:.0%}",
+                "" if memory is None else f"+{megabytes(memory.peak)}",
+            )
+        if (seconds := kernel_seconds(report, run)) is not None:
+            table.add_row(
+                "ExecuTorch's kernels (1 and 4 layers, extrapolated)",
+                f"{len(report.sequence.tokens) / seconds:.0f}",
+            )
+        output.print(table)
+        busy = run.neighbours
+        output.print(
+            f"[dim]product peak {run.peak / 1e9:.0f} GFLOP/s"
+            + ("" if busy is None else f"; other processes took {busy:.1f} cores")
+            + "[/]"
+        )
+    cpu = report.lowering_seconds
+    output.print(
+        f"training programs {megabytes(report.programs_bytes)}"
+        + ("" if cpu is None else f", lowered in {cpu:.0f} s of CPU time")
+    )
+    for reason in report.reasons.values():
+        output.print(f"[dim]not measured: {escape(reason)}[/]")

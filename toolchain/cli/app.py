@@ -1,0 +1,66 @@
+"""The command line. A user's mistake is one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.markup import escape
+
+import toolchain.report.quiet  # noqa: F401  (before the heavy imports)
+from exporters.errors import ExportError
+from runtime_py.bundle.manifest import BundleError
+from runtime_py.bundle.peft_adapter import AdapterError
+from runtime_py.engine.training_error import TrainingError
+from runtime_py.loop.errors import LoopError
+from toolchain.cli import (
+    adapter,
+    bench,
+    chat,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    parity,
+    simulate,
+    store,
+    train,
+)
+from toolchain.report.console import console
+
+MISTAKES = (ExportError, AdapterError, BundleError, LoopError, TrainingError)
+
+app = typer.Typer(
+    name="attune",
+    help="Compile a language model and its LoRA adapter into artifacts that learn on the phone.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+app.command("export")(export.export)
+app.command("inspect")(inspect.inspect)
+app.command("chat")(chat.chat)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("parity")(parity.parity)
+app.command("simulate")(simulate.simulate)
+app.command("doctor")(doctor.doctor)
+app.command("demo")(demo.demo)
+app.add_typer(adapter.app, name="adapter")
+app.add_typer(bench.app, name="bench")
+app.add_typer(store.app, name="store")
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Runs one command; ``arguments`` are the process's own by default."""
+    try:
+        app(arguments)
+    except MISTAKES as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+
+
+def main() -> None:
+    run()

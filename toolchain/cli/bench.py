@@ -1,0 +1,240 @@
+"""``attune bench``: tokens a second of a bundle beside PyTorch and llama.cpp, in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Measure a bundle's speed beside PyTorch and llama.cpp.", no_args_is_help=True
+)
+
+_Bundle = Annotated[Path, typer.Argument(help="A bundle with an Android part.")]
+_Threads = Annotated[
+    list[int] | None,
+    typer.Option(help="Threads of every engine; may be given several times. Default: all cores."),
+]
+_SourceOption = Annotated[
+    str | None,
+    typer.Option(help="The model it was made from (folder, .gguf, hub id): for PyTorch's row."),
+]
+_Llama = Annotated[
+    Path | None,
+    typer.Option(help="A GGUF for llama.cpp, rounded to the bundle's bits. Default: the source."),
+]
+_Rounds = Annotated[int, typer.Option(help="Interleaved rounds; the median counts.", min=1)]
+_Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+@app.command()
+def decode(
+    bundle: _Bundle,
+    threads: _Threads = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to decode.", min=1)] = 64,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens before them.", min=1)] = 32,
+    source: _SourceOption = None,
+    llama: _Llama = None,
+    rounds: _Rounds = 5,
+    adapter_cost: Annotated[
+        bool, typer.Option("--adapter-cost", help="Export the model without LoRA, and compare.")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where a token's time goes, by operator.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Measure decoding: one token a call, as a reply is written.
+
+    Example: [bold]attune bench decode out/tiny --threads 1 --threads 2[/]
+    """
+    from toolchain.bench.generation_speed import Request, bench
+
+    bench(
+        Request(
+            bundle=bundle,
+            prompt_tokens=prompt_tokens,
+            tokens=tokens,
+            threads=tuple(threads or ()),
+            source=source,
+            llama=llama,
+            rounds=rounds,
+            adapter_cost=adapter_cost,
+            profile=profile,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+def prefill(
+    bundle: _Bundle,
+    threads: _Threads = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=2)] = 256,
+    source: _SourceOption = None,
+    llama: _Llama = None,
+    rounds: _Rounds = 5,
+    adapter_cost: Annotated[
+        bool, typer.Option("--adapter-cost", help="Export the model without LoRA, and compare.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Measure reading a prompt.
+
+    Example: [bold]attune bench prefill out/tiny --prompt-tokens 256[/]
+    """
+    from toolchain.bench.generation_speed import Request, bench
+
+    bench(
+        Request(
+            bundle=bundle,
+            prompt_tokens=prompt_tokens,
+            tokens=0,
+            threads=tuple(threads or ()),
+            source=source,
+            llama=llama,
+            rounds=rounds,
+            adapter_cost=adapter_cost,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+def embed(
+    bundle: _Bundle,
+    threads: _Threads = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the dialogue. Default: 256, or all that it reads.", min=2),
+    ] = None,
+    source: _SourceOption = None,
+    rounds: _Rounds = 5,
+    as_json: _Json = False,
+) -> None:
+    """Measure the embedding of a dialogue, which selection waits for.
+
+    Example: [bold]attune bench embed out/tiny --tokens 256[/]
+    """
+    from rich.table import Table
+
+    from toolchain.bench import embed_speed as run
+    from toolchain.bench.machine import usable_cores
+    from toolchain.report.console import Stages, output, print_json
+
+    with Stages(f"bench {bundle.name}", quiet=as_json) as stages:
+        report = run.bench(
+            bundle, tokens, tuple(threads or (usable_cores(),)), source, rounds, stages
+        )
+    if as_json:
+        print_json(run.as_json(report))
+        return
+    table = Table("threads", "engine", "tokens/s", "bundle is", box=None, pad_edge=False)
+    for own in report.runs:
+        for key, timing in own.timings.items():
+            times = "" if key == "bundle" else f"{own.ratio_to_torch:.2f} × as fast"
+            table.add_row(str(own.threads), report.names[key], f"{timing.median:,.0f}", times)
+    output.print(table)
+    if report.reason:
+        output.print(f"PyTorch: {report.reason}")
+
+
+@app.command()
+def train(
+    bundle: _Bundle,
+    threads: _Threads = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the sequence.", min=32)] = 256,
+    source: _SourceOption = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Dialogues to take the sequence from. Default: attune's.")
+    ] = None,
+    rounds: _Rounds = 5,
+    keep_mb: Annotated[float, typer.Option(help="Budget of --memory high, in MB.", min=0)] = 160.0,
+    memory: Annotated[bool, typer.Option(help="Measure memory, in children.")] = True,
+    kernels: Annotated[bool, typer.Option(help="Measure ExecuTorch's own kernels.")] = True,
+    as_json: _Json = False,
+) -> None:
+    """Measure a training step in both memory modes, beside PyTorch with PEFT.
+
+    Example: [bold]attune bench train out/tiny --threads 1 --threads 2[/]
+    """
+    from toolchain.bench import training_report
+    from toolchain.bench.training_speed import Request, bench
+    from toolchain.report.console import Stages, print_json
+
+    request = Request(
+        bundle=bundle,
+        tokens=tokens,
+        threads=tuple(threads or (1,)),
+        rounds=rounds,
+        keep_mb=keep_mb,
+        source=source,
+        data=data,
+        memory=memory,
+        kernels=kernels,
+    )
+    with Stages(f"bench {bundle.name}", quiet=True) as stages:
+        report = bench(request, stages)
+    if as_json:
+        print_json(training_report.as_json(report))
+    else:
+        training_report.show(report)
+
+
+@app.command()
+def growth(as_json: _Json = False) -> None:
+    """Measure how training's memory grows with layers and tokens, on small random models.
+
+    Example: [bold]attune bench growth[/]
+    """
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from toolchain.bench.memory_growth import growth as run
+    from toolchain.report.console import Stages, megabytes, output, print_json
+
+    with Stages("bench growth", quiet=as_json) as stages:
+        rows = run(stages)
+    if as_json:
+        print_json({"rows": [asdict(row) for row in rows]})
+        return
+    headings = ("layers", "tokens", "peak", "kept inputs", "adapter and moments", "mapped file")
+    table = Table(*headings, box=None, pad_edge=False)
+    for row in rows:
+        sizes = (row.peak, row.inputs, row.adapter, row.file)
+        table.add_row(str(row.layers), str(row.tokens), *map(megabytes, sizes))
+    output.print(table)
+
+
+@app.command()
+def selection(
+    bins: Annotated[
+        list[int] | None, typer.Option(help="Bins of the buffer, all full. Default: 128 and 10000.")
+    ] = None,
+    hidden: Annotated[int, typer.Option(help="Numbers of a pooled vector.", min=1)] = 576,
+    policy: Annotated[str, typer.Option(help="The selection policy.")] = "paper",
+    as_json: _Json = False,
+) -> None:
+    """Measure what selection takes beyond the embedding, with the store's transaction.
+
+    Example: [bold]attune bench selection --bins 128[/]
+    """
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from toolchain.bench.selection_cost import bench as run
+    from toolchain.report.console import Stages, output, print_json
+
+    with Stages("bench selection", quiet=as_json) as stages:
+        rows = run(tuple(bins or (128, 10_000)), hidden, policy, stages)
+    if as_json:
+        print_json({"policy": policy, "hidden": hidden, "rows": [asdict(row) for row in rows]})
+        return
+    table = Table("bins", "median", "slowest", "kept", box=None, pad_edge=False)
+    for row in rows:
+        times = f"{row.median_ms:.2f} ms", f"{row.slowest_ms:.2f} ms"
+        table.add_row(f"{row.bins:,}", *times, f"{row.kept} of {row.observed}")
+    output.print(table)

@@ -1,0 +1,116 @@
+"""``attune demo``: the built-in model, from a checkpoint to a phone that has learned."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from runtime_py.bundle.manifest import open_bundle
+from toolchain.report.console import Stages, console, print_json
+
+if TYPE_CHECKING:
+    from toolchain.simulate.short_life import ShortLoop
+    from toolchain.verify.parity.verdict import Report
+
+PROMPT = "I am looking for a restaurant in San Jose."
+
+
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the bundle here; else it is made and removed.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Export the built-in model for both targets, prove it, and let it learn on a short stream.
+
+    Example: [bold]attune demo --out out/tiny[/]
+    """
+    from toolchain.cli.chat import StockRunner
+    from toolchain.cli.export import summary
+    from toolchain.compile.bundle_export import Request, export, peak_memory
+    from toolchain.simulate.short_life import run_short_loop
+    from toolchain.verify.parity import ladder, parity_report
+
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="attune-demo-") as folder:
+        bundle = out or Path(folder) / "tiny"
+        with Stages("demo", quiet=as_json) as stages:
+            manifest = export(Request("tiny", bundle, ("android", "ios")), stages)
+            stages("check every file of the bundle")
+            open_bundle(bundle)
+            exported = time.monotonic() - start
+            stages("generate a reply")
+            runner = StockRunner(bundle, manifest)
+            reply, statistics = runner.generate(
+                runner.render([{"role": "user", "content": PROMPT}]), count=40, temperature=0.0
+            )
+            proof = ladder.climb(ladder.Request(bundle, quick=True), stages)
+            stages("the loop: observe, ask, fine-tune")
+            loop = run_short_loop(bundle, Path(folder) / "loop")
+        if as_json:
+            print_json(
+                {
+                    "bundle_bytes": sum(f.bytes for f in manifest.files),
+                    "export_seconds": exported,
+                    "stages": stages.seconds,
+                    "prompt": PROMPT,
+                    "reply": reply,
+                    "stats": statistics,
+                    "parity": parity_report.as_json(proof),
+                    "loop": {key: v for key, v in asdict(loop).items() if key != "report"},
+                    "seconds": time.monotonic() - start,
+                }
+            )
+            return
+        summary(manifest, bundle, exported, peak_memory())
+        console.print(
+            f"\n[bold]user[/]       {PROMPT}\n[bold]assistant[/]  {escape(reply.strip())}"
+        )
+        console.print("[dim]— lm.pte in ExecuTorch's stock LLM runner, greedy[/]")
+        _show_proof(proof)
+        _show_loop(loop)
+    _show_next(out)
+
+
+def _show_proof(proof: Report) -> None:
+    console.print("\n[bold]parity[/], each rung against the one before it:")
+    for rung in proof.rungs:
+        reason = f"  [dim]{escape(rung.reason)}[/]" if rung.reason else ""
+        console.print(f"  {rung.rung:<11} {rung.status}{reason}", soft_wrap=True)
+
+
+def _show_loop(loop: ShortLoop) -> None:
+    console.print(
+        f"\n[bold]the loop[/] on {loop.observed} dialogues that ship with attune: {loop.kept} "
+        f"kept, {loop.answered} answered, {loop.steps} steps of fine-tuning with the phone's "
+        f"programs"
+    )
+    before, after = loop.heldout_loss_before, loop.heldout_loss_after
+    if before is not None and after is not None:
+        console.print(f"loss on answers that were held out: {before:.3f} → {after:.3f}")
+    table = Table("prompt", "before", "after", box=None, pad_edge=False)
+    for row in loop.replies:
+        table.add_row(*map(escape, (row.prompt, row.before.strip(), row.after.strip())))
+    console.print(table)
+
+
+def _show_next(out: Path | None) -> None:
+    console.print("\nWhat to try next:")
+    kept = out or "out/tiny"
+    lines = [
+        (f"attune export tiny --out {kept}", "keep the bundle") if out is None else None,
+        (f"attune chat {kept}", "talk to it"),
+        (f"attune inspect {kept}", "programs, sizes, hashes"),
+        (f"attune parity {kept} --html parity.html", "the whole proof, with pictures"),
+        ("attune export YOUR-MODEL --out out/mine", "a hub id, a folder or a .gguf file"),
+    ]
+    for line in lines:
+        if line:
+            console.print(f"  [bold]{line[0]}[/]  [dim]{line[1]}[/]")

@@ -1,0 +1,67 @@
+"""``attune doctor``: are the fragile packages those that were tested together?"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from toolchain.compile.tested_versions import installed_version, tested_versions
+from toolchain.report.console import output, print_json
+
+PINNED = ("torch", "executorch", "coremltools", "transformers", "peft", "torchao", "optimum")
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Check the installed versions against the combination that was tested.
+
+    Exit code 1 where one differs. Example: [bold]attune doctor[/]
+    """
+    tested = tested_versions()
+    rows: list[dict] = [
+        {"package": name, "tested": tested[name], "installed": installed_version(name)}
+        for name in sorted(tested, key=lambda n: (n not in PINNED, n))
+    ]
+    for row in rows:
+        row["ok"] = row["tested"] == row["installed"]
+    python_ok = sys.version_info[:2] == (3, 11)
+    healthy = python_ok and all(row["ok"] for row in rows)
+    if as_json:
+        print_json(
+            {
+                "python": {
+                    "installed": platform.python_version(),
+                    "tested": "3.11",
+                    "ok": python_ok,
+                },
+                "packages": rows,
+                "platform": f"{platform.system()} {platform.machine()}",
+                "coreml_prediction": platform.system() == "Darwin",
+                "ok": healthy,
+            }
+        )
+    else:
+        table = Table("package", "tested", "installed", "", box=None, pad_edge=False)
+        table.add_row(
+            "python", "3.11", platform.python_version(), "ok" if python_ok else "[red]![/]"
+        )
+        for row in rows:
+            found = row["installed"] or "not installed"
+            table.add_row(row["package"], row["tested"], found, "ok" if row["ok"] else "[red]![/]")
+        output.print(table)
+        output.print(
+            "This combination was tested."
+            if healthy
+            else "This combination was not tested: install attune-mobile in a fresh environment."
+        )
+        if platform.system() != "Darwin":
+            output.print(
+                "Core ML packages are written and checked here, and can only run on a Mac."
+            )
+    if not healthy:
+        raise typer.Exit(1)

@@ -1,0 +1,106 @@
+"""``attune evaluate``: perplexity of a bundle's program beside PyTorch with the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from runtime_py.bundle.manifest import BundleError, open_bundle
+from toolchain.report.console import console, output, print_json
+
+if TYPE_CHECKING:  # PyTorch is loaded only once the command runs
+    from toolchain.verify.evaluation import Evaluation
+
+
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="A bundle with an Android part.")],
+    data: Annotated[
+        Path, typer.Option(help="Dialogues: .jsonl or .jsonl.gz with turns in each row.")
+    ],
+    dialogues: Annotated[int, typer.Option(help="The first so many of them.", min=1)] = 200,
+    longest: Annotated[int, typer.Option(help="Tokens of a dialogue at most.", min=8)] = 512,
+    source: Annotated[
+        str | None, typer.Option(help="The model it was made from: folder, .gguf or hub id.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of both engines. Default: all cores.", min=1)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Compare the Android program with PyTorch on dialogues: perplexity, tokens, logits.
+
+    Exit code 1 where their perplexities differ by more than 1 %.
+
+    Example: [bold]attune evaluate out/tiny --data dialogues.jsonl --dialogues 20[/]
+    """
+    from toolchain.bench.machine import usable_cores
+    from toolchain.verify import evaluation
+    from toolchain.verify.source import android_files, find_source
+
+    manifest = open_bundle(bundle)
+    android_files(bundle, manifest)
+    rows = evaluation.read_dialogues(data, dialogues)
+    found = find_source(manifest, source)
+    if isinstance(found, str):
+        raise BundleError(f"{bundle} cannot be compared with PyTorch: {found}.")
+    texts = evaluation.texts_of(manifest, found, rows, longest)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=as_json or not console.is_terminal,
+    ) as progress:
+        task = progress.add_task("", total=None)
+
+        def stage(name: str, tokens: int) -> None:
+            progress.reset(task, total=tokens or None, description=name)
+
+        result = evaluation.evaluate(
+            bundle,
+            manifest,
+            found,
+            texts,
+            threads=threads or usable_cores(),
+            stage=stage,
+            progress=lambda tokens: progress.advance(task, tokens),
+        )
+    if as_json:
+        print_json({"bundle": str(bundle), "data": str(data)} | result.as_json())
+    else:
+        _show(bundle, result)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+def _show(bundle: Path, result: Evaluation) -> None:
+    output.print(
+        f"[bold]{escape(str(bundle))}[/] ({result.quantize}) on {result.dialogues} dialogues, "
+        f"{result.tokens:,} predicted tokens"
+    )
+    table = Table("", "perplexity", "", box=None, pad_edge=False)
+    table.add_row(
+        "ExecuTorch, lm.pte", f"{result.executorch:.4f}", f"{result.ratio - 1:+.3%} of PyTorch's"
+    )
+    table.add_row("PyTorch, the same weights", f"{result.pytorch:.4f}", "")
+    change = result.pytorch / result.float32 - 1
+    table.add_row("PyTorch, float32", f"{result.float32:.4f}", f"quantization costs {change:+.2%}")
+    output.print(table)
+    output.print(f"the same greedy token at {result.same_token:.2%} of positions")
+    table = Table("logits of the first dialogue", box=None, pad_edge=False)
+    for heading in ("largest difference", "rms difference", "same token"):
+        table.add_column(heading, justify="right")
+    for name, row in (
+        ("ExecuTorch against PyTorch", result.first),
+        ("noise floor: PyTorch, embeddings ± 1e-7", result.floor),
+    ):
+        table.add_row(name, f"{row.largest:.2e}", f"{row.rms:.2e}", f"{row.same_token:.1%}")
+    output.print(table)
+    verdict = "[green]within 1 %[/]" if result.passed else "[bold red]more than 1 % apart[/]"
+    output.print(f"perplexity of program and PyTorch: {verdict}")

@@ -1,0 +1,66 @@
+"""``attune parity``: the proof that a bundle computes what PyTorch computes, or the place where
+it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolchain.report.console import Stages, console, print_json
+
+
+def parity(
+    bundle: Annotated[Path, typer.Argument(help="A bundle that attune export wrote.")],
+    rung: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this rung; may be given several times. Rungs: eager, captured, quantized, "
+            "executorch, arm64, coreml, decisions."
+        ),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="The model it was made from: folder, .gguf or hub id.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter inputs.")] = False,
+    cpu: Annotated[
+        str, typer.Option(help="The processor that QEMU emulates for the arm64 rung.")
+    ] = "cortex-a76",
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with pictures to this file.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Show every check, not only each program's worst.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Prove that a bundle computes what PyTorch computes, rung by rung.
+
+    Exit code 1 where a rung fails: then the first layer and operator that differ are named.
+
+    Example: [bold]attune parity out/tiny --html parity.html[/]
+    """
+    from runtime_py.bundle.manifest import BundleError
+    from toolchain.verify.parity import ladder, parity_report
+
+    request = ladder.Request(bundle, tuple(rung or ()), source, quick, cpu)
+    with Stages(f"parity {bundle.name}", quiet=as_json) as stages:
+        found = ladder.climb(request, stages)
+    if html is not None:
+        from toolchain.verify.parity.parity_page import write_page
+
+        try:
+            write_page(found, html)
+        except OSError as error:
+            raise BundleError(
+                f"{html} cannot be written ({error.strerror}): choose another --html."
+            ) from error
+    if as_json:
+        print_json(parity_report.as_json(found))
+    else:
+        parity_report.show(found, every)
+        if html is not None:
+            console.print(f"{html} has the details")
+    if found.failed:
+        raise typer.Exit(1)

@@ -1,0 +1,44 @@
+"""``attune store``: what to do about a store that is damaged."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from toolchain.report.console import output, print_json
+
+app = typer.Typer(help="Look after the loop's store.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps ``recover`` a command of its own while it is the only one."""
+
+
+@app.command()
+def recover(
+    path: Annotated[Path, typer.Argument(help="The damaged loop.sqlite; it is only read.")],
+    out: Annotated[Path, typer.Argument(help="Where the new store is written.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Write what can still be read of a damaged store into a new one.
+
+    Example: [bold]attune store recover out/sim/phone/loop.sqlite recovered.sqlite[/]
+    """
+    from runtime_py.loop.recovery import recover as rescue
+    from runtime_py.loop.schedule import Moment
+
+    now = time.time()
+    found = rescue(path, out, Moment(now, int(now // 86400)))
+    if as_json:
+        print_json({"out": str(out), "rows": found.rows, "problems": list(found.problems)})
+        return
+    rows = ", ".join(f"{count} {table}" for table, count in found.rows.items() if count)
+    output.print(f"saved: {rows or 'nothing'}")
+    for problem in found.problems:
+        output.print(f"  {escape(problem)}")
+    output.print(f"next: put [bold]{out}[/] where {path} was, beside its adapters")

@@ -1,0 +1,265 @@
+"""Writes a bundle's golden vectors: real inputs, and what the reference gives for them.
+
+The reference is PyTorch with the very weights of each target's programs, and for training autograd
+over the whole transformer. docs/parity.md has the format; ``runtime_py.engine.self_test`` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+from torch import nn
+
+from exporters.coreml.functions import Embed
+from exporters.executorch.lm_program import adapter_tensors
+from exporters.model.transformer import Transformer, plain_attention
+from exporters.training.programs import TrainingSpec
+from exporters.training.weights_file import as_stored
+from runtime_py.bundle.adapter_state import FlatLayout
+from runtime_py.bundle.manifest import AdapterTensor, Training
+from runtime_py.engine.examples import IGNORED
+from runtime_py.engine.self_test import FOLDER, FORMAT, JSON, TENSORS, Loop, effect, policy_of
+from runtime_py.loop.lexicons import read_lexicons
+from runtime_py.loop.protocols import Embedding
+from runtime_py.loop.words import words
+from toolchain.compile.tolerances import TABLE, Tolerance, of_logits, of_pooled
+
+PROMPT, DECODED = 33, 4  # tokens of a case
+TOP, SAMPLED = 16, 48  # logits of each position: the largest, and others evenly over the vocabulary
+GRADIENTS = 512  # numbers of the flat gradient, evenly over it
+_DIALOGUES = 3
+_STREAM, _BINS = 10, 4
+_CLOSE = (2e-5, 1e-2)  # of entropy and dissimilarity: int8 activations move them by 1e-6 and 2e-3
+_PLACES = 256  # tokens of the training case at most
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """One target: its precision, and the transformer with its programs' weights."""
+
+    quantize: str
+    model: Transformer
+
+
+def write_golden(
+    folder: Path,
+    texts: Sequence[torch.Tensor],
+    dialogues: Mapping[str, tuple[str, list[int]]],
+    eos: int,
+    arrays: Mapping[str, np.ndarray],
+    layout: Sequence[AdapterTensor],
+    embed_length: int,
+    references: Mapping[str, Reference],
+    training: Training | None,
+    spec: TrainingSpec | None,
+) -> None:
+    """Writes ``golden/`` into the bundle ``folder``.
+
+    ``texts``: real dialogues as tokens [1, S] each, ``dialogues``: text and
+    tokens of some by id; ``arrays``: the bundle's adapter by the
+    programs' names; ``references``: by target; ``spec``: of the training programs, whose weights
+    file was written from the first reference. The models' adapters are what they were afterwards.
+    """
+    (folder / FOLDER).mkdir()
+    initial = {t.name: np.asarray(arrays[t.name], np.float32) for t in layout}
+    adapters = {"initial": initial, "effect": effect(initial)}
+    models = [reference.model for reference in references.values()]
+    context = models[0].spec.context
+    cases = _cases(texts, eos, min(context, embed_length), models[0].spec.vocab)
+    tensors: dict[str, np.ndarray] = {}
+    targets: dict[str, dict] = {}
+    for target, reference in references.items():
+        for adapter, values in adapters.items():
+            _set(reference.model, values)
+            for case in cases:
+                rows = _logits(reference.model, case["tokens"])[case["prompt"] - 1 :]
+                ids = _chosen(rows)
+                place = f"{target}.{case['name']}.{adapter}"
+                # The runtime reads float32 and int8 only; token ids are exact in float32.
+                tensors[f"{place}.ids"] = ids.astype(np.float32)
+                tensors[f"{place}.logits"] = np.take_along_axis(rows, ids, axis=1)
+        entropies = {}
+        for case in cases:
+            pooled, entropy = _embedding(reference.model, case["tokens"])
+            tensors[f"{target}.{case['name']}.pooled"] = pooled
+            entropies[case["name"]] = entropy
+        _set(reference.model, initial)
+        targets[target] = {
+            "quantize": reference.quantize,
+            "tolerances": _tolerances(target, reference.quantize),
+            "entropy": entropies,
+        }
+    said = {
+        "format": FORMAT,
+        "adapters": list(adapters),
+        "cases": cases,
+        "targets": targets,
+        "training": None,
+        "decisions": {
+            target: _decisions(reference, dialogues, embed_length)
+            for target, reference in references.items()
+        },
+    }
+    if training is not None and spec is not None:
+        said["training"], more = _training(
+            as_stored(models[0], spec), texts, training, layout, adapters["effect"]
+        )
+        tensors |= more
+    text = json.dumps(said, indent=1, ensure_ascii=False)
+    (folder / FOLDER / JSON).write_text(text + "\n", encoding="utf-8")
+    # Not the library's save_file, whose error for a full disk is no OSError.
+    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    (folder / FOLDER / TENSORS).write_bytes(save(arrays))
+
+
+def stream(
+    dialogues: Sequence[Sequence[Mapping[str, str]]], texts: Sequence[torch.Tensor]
+) -> dict[str, tuple[str, list[int]]]:
+    """Dialogues by id: their contents joined by newlines, and their tokens. ``texts`` are the same
+    dialogues, or shorter for those that hold no text."""
+    if len(dialogues) != len(texts):
+        return {}
+    return {
+        f"dialogue-{number}": ("\n".join(turn["content"] for turn in turns), text[0].tolist())
+        for number, (turns, text) in enumerate(zip(dialogues, texts, strict=True))
+    }
+
+
+def _cases(texts: Sequence[torch.Tensor], eos: int, longest: int, vocab: int) -> list[dict]:
+    whole = min(PROMPT + DECODED, longest)
+    step = max(1, len(texts) // _DIALOGUES)
+    chosen = [text for text in texts if text.shape[1] >= whole] or list(texts)
+    cases: list[dict] = []
+    for number in range(min(_DIALOGUES, len(chosen))):
+        tokens = chosen[number * step % len(chosen)][0, :whole].tolist()
+        prompt = max(1, len(tokens) - DECODED)
+        cases.append({"name": f"dialogue-{number}", "tokens": tokens, "prompt": prompt})
+    first = chosen[0][0, :whole].tolist()
+    word = first[len(first) // 2]
+    odd: dict[str, tuple[list[int], int]] = {
+        "one-token": (first[:1], 1),
+        "repeated": ([word] * min(24, longest), min(24, longest)),
+        "odd-tokens": (([*first[:4], eos, vocab - 1, 0, eos] * 2)[:longest], min(16, longest)),
+    }
+    cases += [{"name": name, "tokens": t, "prompt": prompt} for name, (t, prompt) in odd.items()]
+    return cases
+
+
+def _tolerances(target: str, quantize: str) -> dict[str, dict]:
+    logits = of_logits(quantize) if target == "android" else TABLE["float16"]
+    return {
+        "logits": _bound(logits),
+        "pooled": _bound(of_pooled(quantize)),
+        "entropy": {"most": 1e-2 if quantize != "none" else 1e-4, "least": None},
+    }
+
+
+def _bound(tolerance: Tolerance) -> dict:
+    return {"most": tolerance.max_rel, "least": tolerance.likeness}
+
+
+def _set(model: Transformer, values: Mapping[str, np.ndarray]) -> None:
+    for name, tensor in adapter_tensors(model).items():
+        tensor.copy_(torch.from_numpy(np.ascontiguousarray(values[name])))
+
+
+@torch.no_grad()
+def _logits(model: Transformer, tokens: Sequence[int]) -> np.ndarray:
+    return model(torch.tensor([list(tokens)]))[0].numpy()
+
+
+def _chosen(rows: np.ndarray) -> np.ndarray:
+    """The ids whose logits are kept: int64 [rows, K]."""
+    top = np.argsort(-rows, axis=1, kind="stable")[:, : min(TOP, rows.shape[1])]
+    spread = np.linspace(0, rows.shape[1] - 1, SAMPLED).astype(np.int64)
+    return np.concatenate([top, np.broadcast_to(spread, (len(rows), SAMPLED))], axis=1)
+
+
+@torch.no_grad()
+def _embedding(model: Transformer, tokens: Sequence[int]) -> tuple[np.ndarray, float]:
+    count = len(tokens)
+    pooled, entropy = Embed(model, count)(
+        torch.tensor([list(tokens)], dtype=torch.int32), torch.tensor([count], dtype=torch.int32)
+    )
+    return pooled.numpy(), float(entropy)
+
+
+def _decisions(
+    reference: Reference, stream: Mapping[str, tuple[str, list[int]]], embed_length: int
+) -> dict:
+    """What selection does with a stream of real dialogues. Those whose scores are too close to a
+    stored set's for the precision to tell are left out, so every choice is one to agree on."""
+    own = {"selection": "paper", "bins": _BINS, "seed": 0}
+    loop = Loop(policy_of(own), read_lexicons(), reference.model.spec.hidden)
+    dialogues, expected = [], []
+    for name, (text, ids) in stream.items():
+        tokens = ids[:embed_length]
+        pooled, entropy = _embedding(reference.model, tokens)
+        embedding = Embedding(pooled.astype(np.float32), entropy)
+        if len(loop.buffer) == _BINS:
+            new = loop.buffer.measure(name, 0, words(text), embedding, read_lexicons())
+            gaps = np.abs(loop.buffer.scores - [new.scores.eoe, 0.0, new.scores.idd])
+            if (gaps[:, 0] < _CLOSE[0]).any() or (gaps[:, 2] < _CLOSE[1]).any():
+                continue
+        expected.append(loop.observe(name, text, embedding))
+        dialogues.append({"id": name, "text": text, "tokens": tokens})
+        if len(dialogues) == _STREAM:
+            break
+    return {**own, "most": _CLOSE[1], "dialogues": dialogues, "expected": expected}
+
+
+def _training(
+    model: Transformer,
+    texts: Sequence[torch.Tensor],
+    training: Training,
+    layout: Sequence[AdapterTensor],
+    values: Mapping[str, np.ndarray],
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Loss and gradient of one dialogue, its first quarter without labels."""
+    longest = min(_PLACES, *training.lengths) if training.lengths else _PLACES
+    text = max(texts, key=lambda t: min(t.shape[1], longest))[0, :longest]
+    labels = text.clone()
+    labels[: max(1, len(text) // 4)] = IGNORED
+    _set(model, values)
+    own = {n: t for n, t in adapter_tensors(model).items() if ".lora_" in n}
+    for tensor in own.values():
+        tensor.requires_grad_()
+    attends = [plain_attention(model.spec, layer) for layer in model.spec.layers]
+    with torch.enable_grad():
+        hidden = model.hidden(text[None], torch.arange(len(text)), attends)
+        loss = nn.functional.cross_entropy(
+            model.logits(hidden)[0, :-1], labels[1:], ignore_index=IGNORED, reduction="sum"
+        )
+        grads = torch.autograd.grad(loss, list(own.values()))
+    flat = FlatLayout.of(layout)
+    gradient = flat.zeros()
+    views = flat.views(gradient)
+    for name, grad in zip(own, grads, strict=True):
+        views[name][...] = grad.numpy()
+    line = gradient.reshape(-1)
+    used = sum(int(np.prod(shape)) for _, shape in flat.places.values())
+    places = np.linspace(0, used - 1, GRADIENTS).astype(np.int64)
+    count = int((labels[1:] != IGNORED).sum())
+    said = {
+        "case": "dialogue",
+        "tokens": text.tolist(),
+        "labels": labels.tolist(),
+        "loss": loss.item() / count,
+        "gradient_norm": float(np.linalg.norm(line.astype(np.float64))),
+        "tolerances": {
+            "loss": _bound(TABLE["float32, loss"]),
+            "gradient": _bound(TABLE["float32, gradient"]),
+        },
+    }
+    # Exact in float32 up to 2²⁴; larger adapters take places that are.
+    exact = np.unique(places.astype(np.float32).astype(np.int64).clip(0, used - 1))
+    return said, {
+        "training.places": exact.astype(np.float32),
+        "training.gradient": line[exact],
+    }

@@ -1,0 +1,91 @@
+"""Which quantization a target gets: the smallest whose perplexity stays near float32's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from exporters.coreml.compression import plan, stored_values
+from exporters.model.quantize import Scheme, quantized, share
+from exporters.model.transformer import Transformer
+from runtime_py.bundle.manifest import Precision
+from toolchain.compile.shipped_text import perplexity
+
+WORST_RATIO = 1.03  # of the perplexity of float32 on attune's text
+
+ANDROID: dict[str, Scheme | None] = {
+    "8da4w": Scheme(bits=4, head_bits=8, affine=True, gptq=True),
+    "8da8w": Scheme(bits=8, head_bits=8),
+    "none": None,
+}
+IOS = ("int4", "int8", "fp16", "none")
+SCHEMES: dict[str, Sequence[str]] = {"android": tuple(ANDROID), "ios": IOS}  # smallest first
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A precision, what was measured on the way to it, the model to lower, and the one in PyTorch
+    with the weights that the lowered one has."""
+
+    quantize: str
+    measured: tuple[Precision, ...]
+    model: Transformer
+    simulated: Transformer
+
+
+def rounded_for_coreml(model: Transformer, quantize: str) -> Transformer:
+    """The model with the float32 values that a Core ML package's weights stand for; rotary tables
+    are left, as part of its arithmetic."""
+    if quantize == "none":
+        return model
+    result = share(model)
+    grids = plan(model, quantize)
+    values: dict[int, Tensor] = {}  # a matrix that is both table and head stays one
+    for name, tensor in list(result.named_buffers(remove_duplicate=False)):
+        path, _, buffer = name.rpartition(".")
+        if buffer not in ("weight", "bias"):
+            continue
+        if tensor.data_ptr() not in values:
+            grid = grids.get(name)
+            values[tensor.data_ptr()] = (
+                stored_values(tensor, grid) if grid else tensor.half().float()
+            )
+        setattr(result.get_submodule(path), buffer, values[tensor.data_ptr()])
+    return result
+
+
+class Measure:
+    """Tries precisions on one model; float32 is measured once."""
+
+    def __init__(self, model: Transformer, texts: Mapping[str, Sequence[Tensor]]) -> None:
+        self.model = model
+        self.texts = texts
+        self._float: float | None = None
+
+    def _rate(self, name: str, model: Transformer) -> Precision:
+        if self._float is None:
+            self._float = perplexity(self.model, self.texts["perplexity"])
+        value = self._float if name == "none" else perplexity(model, self.texts["perplexity"])
+        return Precision(quantize=name, perplexity=value, ratio_to_fp32=value / self._float)
+
+    def _with(self, target: str, name: str) -> tuple[Transformer, Transformer]:
+        """The model to lower, and one in PyTorch with the weights it will have."""
+        if target == "android":
+            scheme = ANDROID[name]
+            if scheme is None:
+                return self.model, self.model
+            model = quantized(self.model, scheme, self.texts["calibration"])
+            return model, model
+        return self.model, rounded_for_coreml(self.model, name)
+
+    def choose(self, target: str, asked: str | None) -> Choice:
+        """``asked``, or the smallest whose perplexity is at most ``WORST_RATIO`` × float32's."""
+        measured: list[Precision] = []
+        for name in [asked] if asked else SCHEMES[target]:
+            lowered, simulated = self._with(target, name)
+            measured.append(self._rate(name, simulated))
+            if asked or measured[-1].ratio_to_fp32 <= WORST_RATIO:
+                break
+        return Choice(name, (*measured, self._rate("none", self.model)), lowered, simulated)

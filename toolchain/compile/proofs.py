@@ -1,0 +1,104 @@
+"""What an export proves of its own work before it lets go of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from exporters.errors import ExportError
+from exporters.model.transformer import Transformer
+from runtime_py.bundle.flat_tensor import write_ptd
+from runtime_py.engine.lm import ExecutorchLm
+
+# float32 sums in another order, through tens of layers; a wrong formula is off by thousands of it
+FLOAT_TOLERANCE = 2e-4
+# A float32 difference of 1e-7 can turn one rounding of an int8 activation, and then the layers
+# after it see another input (docs/quantization.md has the measurement): so quantized programs are
+# held to the correlation of their logits. 0.99 is usual, a wrong weight or mask gives below 0.9.
+QUANTIZED_CORRELATION = 0.95
+PROMPT = 32  # tokens of the check
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+
+
+@torch.no_grad()
+def equal_to_hugging_face(
+    model: Transformer, reference: PreTrainedModel, texts: Sequence[Tensor]
+) -> float:
+    """Compares our transformer (adapter without effect) with the Hugging Face module on real text.
+
+    Returns the largest relative difference of the logits; raises ``ExportError`` where it is more
+    than float32 explains: then this architecture's computation is not the one we built.
+    """
+    worst = 0.0
+    for tokens in sorted(texts, key=lambda t: -t.shape[1])[:2]:
+        expected = reference(tokens).logits
+        if not expected.isfinite().all():
+            raise ExportError(
+                "the model's logits on real text are NaN or infinite, in transformers too: its "
+                "weights are damaged or out of float32's range."
+            )
+        error = _relative(model(tokens), expected)
+        worst = torch.tensor([worst, error]).max().item()  # NaN where one is
+    if not worst <= FLOAT_TOLERANCE:
+        raise ExportError(
+            f"the transformer built for {model.spec.architecture} differs from Hugging Face's by "
+            f"{worst:.2g} of the logits' range on real text (at most {FLOAT_TOLERANCE:g} is "
+            f"expected): this model computes something that attune does not know; please report it."
+        )
+    return worst
+
+
+def with_effect(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The adapter with a B that is not zero, so that it changes what the model says."""
+    random = np.random.default_rng(1)
+    changed = dict(arrays)
+    for name, array in arrays.items():
+        part = name.rsplit(".", 1)[-1]
+        if part.startswith("lora_"):
+            changed[name] = random.normal(0, 0.05, array.shape).astype(np.float32)
+        elif part == "scale":
+            changed[name] = np.full(array.shape, 2.0, np.float32)
+    return changed
+
+
+@torch.no_grad()
+def android_program(
+    program: Path,
+    adapter: Path,
+    model: Transformer,
+    arrays: Mapping[str, np.ndarray],
+    text: Tensor,
+) -> None:
+    """Runs the lowered program on ``text`` [1, S]: equal to PyTorch with the same weights, in one
+    call and token by token; and another adapter file changes its logits. Raises ``ExportError``
+    where it is not so.
+    """
+    tokens = text[:, : min(PROMPT, model.spec.context // 2)]
+    expected = model(tokens)[:, -1]
+    lm = ExecutorchLm(program, adapter)
+    found = lm.prefill(tokens)
+    stepwise = lm.all_logits(tokens)[:, -1]
+    for name, logits in (("in one call", found), ("token by token", stepwise)):
+        error = _relative(logits, expected)
+        likeness = torch.corrcoef(torch.cat([logits, expected]))[0, 1].item()
+        if not (error <= FLOAT_TOLERANCE if model.is_float else likeness >= QUANTIZED_CORRELATION):
+            raise ExportError(
+                f"lm.pte computes other logits than PyTorch with the same weights, {name}: off by "
+                f"{error:.2g} of their range, correlation {likeness:.4f}."
+            )
+    trial = adapter.with_name("trial.ptd")
+    write_ptd(trial, with_effect(arrays))
+    changed = ExecutorchLm(program, trial).prefill(tokens)
+    trial.unlink()
+    if not _relative(changed, found) > 1e-3:
+        raise ExportError(
+            "another adapter file does not change the logits of lm.pte: the adapter is not bound."
+        )

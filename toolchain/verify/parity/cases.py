@@ -1,0 +1,124 @@
+"""What the programs are tried on: real dialogues, and inputs made to break things."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from runtime_py.bundle.adapter_tensors import to_runtime
+from runtime_py.bundle.chat_text import ChatText
+from runtime_py.bundle.manifest import Manifest
+from runtime_py.bundle.peft_adapter import read_peft
+from runtime_py.engine.examples import IGNORED, Example, example
+from runtime_py.engine.job_runner import read_values
+from runtime_py.engine.training_error import TrainingError
+from runtime_py.loop.dialogue import Dialogue, Turn
+from toolchain.compile.proofs import with_effect
+from toolchain.compile.shipped_text import shipped_dialogues
+
+DECODED = 32  # tokens that are decoded one by one after a prompt
+PROMPT = 65  # of a real dialogue: one more than a chunk of Core ML's prefill
+LONGEST = 2048  # tokens of the case that fills the context; a longer context is not filled
+INITIAL, EFFECT = "initial", "B ≠ 0"
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """``tokens`` int64 [n]: the first ``prompt`` go in together, the others one by one."""
+
+    name: str
+    tokens: np.ndarray
+    prompt: int
+    text: str
+
+    @property
+    def steps(self) -> int:
+        return len(self.tokens) - self.prompt
+
+
+def dialogues(count: int) -> list[Dialogue]:
+    """Of those that ship with attune: real ones, of different lengths."""
+    found = shipped_dialogues("perplexity")
+    step = max(1, len(found) // count)
+    return [
+        Dialogue(f"shipped-{i}", tuple(Turn(t["role"], t["content"]) for t in found[i * step]))
+        for i in range(count)
+    ]
+
+
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 160 else flat[:159] + "…"
+
+
+def cases(manifest: Manifest, text: ChatText, quick: bool = False) -> list[Case]:
+    """Of the ``lm`` and ``embed`` programs. ``quick``: fewer and shorter."""
+    context, vocab = manifest.model.context, manifest.model.vocab
+    decoded = 4 if quick else DECODED
+    found: list[Case] = []
+    for dialogue in dialogues(1 if quick else 3):
+        rendered = text.render(dialogue.turns)
+        ids = np.array(text.encode(rendered), np.int64)
+        prompt = min(PROMPT, max(1, len(ids) - decoded), max(1, context - decoded))
+        ids = ids[: prompt + decoded]
+        found.append(Case(dialogue.id, ids, prompt, _short(rendered)))
+    eos = manifest.tokenizer.eos_ids[0]
+    pad = manifest.tokenizer.pad_id or 0
+    real = found[0].tokens
+    few = min(decoded, 4)
+    found.append(Case("one token", real[: 1 + few], 1, "its first token alone"))
+    word = int(real[len(real) // 2])
+    repeated = np.full(min(40 + few, context), word, np.int64)
+    found.append(Case("one token repeated", repeated, len(repeated) - few, f"token {word}, 40 ×"))
+    odd = np.array([pad, eos, vocab - 1, 0] * 6, np.int64)[: min(24, context)]
+    padded = np.concatenate([real[:8], odd, real[8:16]])[: context - few]
+    found.append(
+        Case("padding and end tokens", padded, max(1, len(padded) - few), "amid a dialogue")
+    )
+    if not quick:
+        whole = min(context, LONGEST)
+        long = np.resize(np.concatenate([c.tokens for c in found[:3]]), whole)
+        found.append(Case("full context", long, whole - 2, f"{whole} tokens of dialogues"))
+    return found
+
+
+def adapters(bundle: Path, manifest: Manifest) -> dict[str, dict[str, np.ndarray]]:
+    """The bundle's own adapter, and one that has an effect: the programs' tensors by name."""
+    own = manifest.adapter
+    if own.runtime is not None:
+        values = read_values(bundle / own.runtime, own.tensors)
+    else:
+        values = to_runtime(read_peft(bundle / own.peft), own.tensors)
+    initial = {tensor.name: values[tensor.name] for tensor in own.tensors}
+    return {INITIAL: initial, EFFECT: with_effect(initial)}
+
+
+def examples(manifest: Manifest, text: ChatText, quick: bool = False) -> list[Example]:
+    """For training: real dialogues shorter than the program (so it is padded) and one that fills
+    it, and one single label."""
+    assert manifest.training is not None
+    longest = max(manifest.training.lengths)
+    found: list[Example] = []
+    for dialogue in dialogues(20):
+        try:
+            made = example(dialogue, text)
+        except TrainingError:
+            continue
+        cut = Example(made.id, made.tokens[: longest + 1], made.labels[: longest + 1])
+        if (cut.labels != IGNORED).any():
+            found.append(cut)
+    found.sort(key=lambda e: e.inputs)
+    shortest, full = found[0], found[-1]
+    labels = np.full(2, IGNORED, np.int64)
+    labels[1] = shortest.tokens[1]
+    single = Example("one token", shortest.tokens[:2], labels)
+    word = np.full(min(24, longest), shortest.tokens[len(shortest.tokens) // 2], np.int64)
+    again = Example("one token repeated", word, np.concatenate([[IGNORED], word[1:]]))
+    return [full] if quick else [shortest, full, single, again]
+
+
+def text_of(text: ChatText, tokens: Sequence[int] | np.ndarray) -> str:
+    return _short(str(text.tokenizer.decode(list(map(int, tokens)))))

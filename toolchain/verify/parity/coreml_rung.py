@@ -1,0 +1,291 @@
+"""The rung of the .mlpackages: read from disk and interpreted, function by function.
+
+Core ML itself exists on Apple's systems only. Interpreted are the very operations, constants and
+states of the package; what a phone's units do beyond that (see ``toolchain.verify.mil``) is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exporters.coreml.half import for_half
+from exporters.coreml.training_package import coreml_name
+from exporters.errors import ExportError
+from runtime_py.bundle.manifest import Program
+from toolchain.compile.tolerances import (
+    FLOAT16_ABOVE,
+    FLOAT16_MOST,
+    TABLE,
+    Tolerance,
+    of_adapter,
+    of_logits,
+)
+from toolchain.verify.mil import interpreter as mil
+from toolchain.verify.mil.mlpackage import read_package
+from toolchain.verify.parity import probes, training_checks
+from toolchain.verify.parity.cases import EFFECT, Case
+from toolchain.verify.parity.context import Context, said_by
+from toolchain.verify.parity.lm_checks import Said, compared
+from toolchain.verify.parity.models import Values, logits_of, set_adapter
+from toolchain.verify.parity.recording import Recorded
+from toolchain.verify.parity.verdict import Check, Found, Rung, compare, not_run, rung, stated
+
+_KEEP = 1 << 30  # bytes of decompressed constants
+_CASES, _STEPS = 3, 4
+_LONGEST = 80  # tokens of a case
+
+
+class CoreMlLm:
+    """``prefill``, ``decode`` and ``embed`` as a host calls them, with one state for both."""
+
+    def __init__(self, context: Context) -> None:
+        manifest = context.manifest
+        assert manifest.ios is not None
+        self._manifest = manifest
+        programs = {program.name: program for program in manifest.ios.programs}
+        wanted = ("prefill", "decode", "embed")
+        if lost := [name for name in wanted if name not in programs]:
+            raise ExportError(f"the bundle has no function {', '.join(lost)} for iOS.")
+        package = read_package(context.bundle / programs["prefill"].file)
+        self.interpreter = mil.Interpreter(package, _KEEP)
+        tokens = next(t for t in programs["prefill"].inputs if t.name == "tokens")
+        self.chunk = int(tokens.shape[1])
+        self.states: dict[str, Tensor] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        self.states = self.interpreter.states("decode")
+
+    def _adapter(self, values: Values) -> dict[str, Tensor]:
+        return {coreml_name(n): torch.from_numpy(np.array(v)) for n, v in values.items()}
+
+    def prefill(self, tokens: np.ndarray, values: Values, filler: int = 0) -> np.ndarray:
+        """tokens [n] from position 0 on -> logits [1, vocab] after the last."""
+        adapter = self._adapter(values)
+        logits = torch.empty(0)
+        for start in range(0, len(tokens), self.chunk):
+            part = tokens[start : start + self.chunk]
+            padded = np.full((1, self.chunk), filler, np.int32)
+            padded[0, : len(part)] = part
+            inputs = {
+                "tokens": torch.from_numpy(padded),
+                "start": torch.tensor([start], dtype=torch.int32),
+                "count": torch.tensor([len(part)], dtype=torch.int32),
+            }
+            logits = self.interpreter.run("prefill", {**inputs, **adapter}, self.states)["logits"]
+        return logits.float().numpy()
+
+    def decode(self, token: int, position: int, values: Values) -> np.ndarray:
+        inputs = {
+            "tokens": torch.tensor([[token]], dtype=torch.int32),
+            "start": torch.tensor([position], dtype=torch.int32),
+        }
+        inputs |= self._adapter(values)
+        return self.interpreter.run("decode", inputs, self.states)["logits"].float().numpy()
+
+    def embed(self, tokens: np.ndarray, filler: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        length = self._manifest.policy.embed_length
+        padded = np.full((1, length), filler, np.int32)
+        padded[0, : len(tokens)] = tokens[:length]
+        count = torch.tensor([min(len(tokens), length)], dtype=torch.int32)
+        inputs = {"tokens": torch.from_numpy(padded), "count": count}
+        found = self.interpreter.run("embed", inputs)
+        return found["pooled"].float().numpy(), found["entropy"].float().numpy()
+
+
+def coreml(context: Context) -> Rung:
+    """Every function against PyTorch with the package's weights."""
+    if context.manifest.ios is None:
+        return not_run("coreml", "the bundle has no iOS part.")
+    quantize = context.manifest.ios.quantize
+    cases = few(context.cases)
+    bound, pooled = _bound(context, cases), of_logits(quantize)
+    checks: list[Check] = []
+    found: Found | None = None
+    layers: list[tuple[str, float]] = []
+    try:
+        context.told("coreml: prefill, decode, embed")
+        lm = CoreMlLm(context)
+        expected = context.ios
+        if expected is None:
+            expected = said_by(context.source.ios, cases, context.adapters, context.manifest)
+        said = run(lm, cases, context.adapters, 1 if context.quick else _STEPS)
+        own = compared(said, expected, cases, bound, pooled, of_adapter(quantize), "ios lm")
+        own += padding(lm, cases[0], context)
+        stored, place, layers = _states(lm, cases[0], context, bound)
+        checks += own + stored
+        if any(not check.passed for check in own):
+            found = place or _named(own)
+        if context.manifest.training is not None:
+            context.told("coreml: training programs")
+            more, where = _training(context)
+            checks += more
+            found = found or where
+    except ExportError as error:
+        checks.append(stated("package", "ios", "runs", False, str(error)))
+        return rung("coreml", "quantized", checks, None, layers, str(error))
+    return rung("coreml", "quantized", checks, found or place, layers)
+
+
+def _bound(context: Context, cases: Sequence[Case]) -> Tolerance:
+    """Of float16, or ``FLOAT16_ABOVE`` times what float16 does to the same module in PyTorch on
+    these cases where that is more: depth adds up roundings. Both sides of that are the rewritten
+    module, so that a fault of the rewriting does not excuse itself."""
+    usual = TABLE["float16"]
+    assert usual.max_rel is not None
+    assert context.manifest.ios is not None
+    if context.manifest.ios.quantize == "none":
+        return usual
+    single = for_half(context.source.ios)
+    half = for_half(context.source.ios).half()
+    off = 0.0
+    for values in context.adapters.values():
+        set_adapter(single, values)
+        set_adapter(half, values)
+        for case in cases:
+            tokens = case.tokens[: case.prompt + _STEPS]
+            want = logits_of(single, tokens, case.prompt - 1)
+            own = logits_of(half, tokens, case.prompt - 1).astype(np.float32)
+            off = max(off, float(np.abs(own - want).max() / np.abs(want).max()))
+    if not np.isfinite(off):
+        return usual
+    return replace(
+        usual, max_rel=round(min(max(usual.max_rel, FLOAT16_ABOVE * off), FLOAT16_MOST), 4)
+    )
+
+
+def few(cases: Sequence[Case]) -> list[Case]:
+    short = [case for case in cases if case.prompt <= _LONGEST]
+    return short[:1] + [case for case in short[1:] if "shipped" not in case.name][: _CASES - 1]
+
+
+def run(lm: CoreMlLm, cases: Sequence[Case], adapters: Mapping[str, Values], steps: int) -> Said:
+    """The cases with each adapter; states go on from case to case, as a careless host's would."""
+    said = Said({}, {}, {}, {}, {})
+    for name, values in adapters.items():
+        lm.begin()
+        for case in cases:
+            rows = [lm.prefill(case.tokens[: case.prompt], values)]
+            for place in range(case.prompt, case.prompt + min(steps, case.steps)):
+                rows.append(lm.decode(int(case.tokens[place]), place, values))
+            said.logits[name, case.name] = np.concatenate(rows)
+        said.again[name] = lm.prefill(cases[0].tokens[: cases[0].prompt], values)
+    for case in cases:
+        said.pooled[case.name], said.entropy[case.name] = lm.embed(case.tokens)
+    return said
+
+
+def padding(lm: CoreMlLm, case: Case, context: Context) -> list[Check]:
+    """Other tokens as padding, and not a bit may change."""
+    other = context.manifest.model.vocab - 1
+    values = context.adapters[EFFECT]
+    pairs: dict[str, list[np.ndarray]] = {"ios lm": [], "embed": []}
+    for filler in (0, other):
+        lm.begin()
+        pairs["ios lm"].append(lm.prefill(case.tokens[: case.prompt], values, filler))
+        pairs["embed"].append(lm.embed(case.tokens, filler)[0])
+    checks = []
+    for program, (first, second) in pairs.items():
+        gap = float(np.abs(first - second).max())
+        note = f"counted: other padding changes the result by {gap:.2g}" if gap else ""
+        checks.append(stated(program, case.name, "padding", not gap, note))
+    return checks
+
+
+def _named(checks: Sequence[Check]) -> Found | None:
+    noted = [check for check in checks if not check.passed and check.note]
+    if not noted:
+        return None
+    first = noted[0]
+    return Found(None, first.output, f"{first.program}: {first.output} is {first.note}.")
+
+
+def _states(
+    lm: CoreMlLm, case: Case, context: Context, bound: Tolerance
+) -> tuple[list[Check], Found | None, list[tuple[str, float]]]:
+    """The cache after a prompt and after decoding, beside PyTorch's keys and values: the layers in
+    order, so the first that differs is the one."""
+    model, values = context.source.ios, context.adapters[EFFECT]
+    set_adapter(model, values)
+    end = case.prompt + min(_STEPS, case.steps)
+    expected = probes.of_transformer(model, case.tokens[:end])
+    lm.begin()
+    lm.prefill(case.tokens[: case.prompt], values)
+    for place in range(case.prompt, end):
+        lm.decode(int(case.tokens[place]), place, values)
+    checks: list[Check] = []
+    found: Found | None = None
+    layers: list[tuple[str, float]] = []
+    spans = {"prefill": slice(0, case.prompt), "decode": slice(case.prompt, end)}
+    for layer in range(context.manifest.model.layers):
+        for kind in ("k", "v"):
+            want = expected[f"layers.{layer}.{kind}.placed"][0]  # [S, K, D]
+            own = lm.states[f"{kind}_{layer}"].float().numpy()[0].transpose(1, 0, 2)[:end]
+            size = float(np.abs(want).max())
+            gaps = []
+            for function, span in spans.items():
+                check = compare(
+                    f"ios {function}", case.name, f"state {kind}_{layer}", own[span], want[span],
+                    bound, layer=layer, scale=size,
+                )  # fmt: skip
+                checks.append(check)
+                gaps.append(check.max_rel)
+                if found is None and not check.passed:
+                    found = _state_found(check, kind, layer, function, own[span], want[span])
+            layers.append((f"layers.{layer}.{kind}.placed", max(gaps)))
+    return training_checks.worst(checks), found, layers
+
+
+def _state_found(
+    check: Check, kind: str, layer: int, function: str, own: np.ndarray, want: np.ndarray
+) -> Found:
+    state = f"state {kind}_{layer}"
+    if not own.any():
+        what = f"{function} does not write {state}: its rows are zero"
+    else:
+        moved = np.abs(own[1:] - want[:-1]).max() if len(own) > 1 else np.inf
+        what = f"{function} writes other values into {state}, off by {check.max_rel:.2g}"
+        if moved < 0.05 * np.abs(want).max():
+            what = f"{function} writes {state} one position too far"
+    operator = {"k": probes.OPERATORS["k.placed"], "v": probes.OPERATORS["v.placed"]}[kind]
+    name = state if not own.any() else f"{state}, {operator}"
+    return Found(layer, name, f"layer {layer}: {what}.")
+
+
+def _training(context: Context) -> tuple[list[Check], Found | None]:
+    """The calls of a step in float32, as PyTorch makes them, by the package's functions."""
+    manifest = context.manifest
+    assert manifest.ios is not None
+    example = context.examples[-1] if context.quick else context.examples[0]
+    programs = {program.name: program for program in manifest.ios.programs}
+    calls: list[Recorded] = []
+    for keep in (False, True):
+        values = context.adapters[EFFECT]
+        made = training_checks.record(
+            manifest, context.float_programs, context.float_weights, values, example, keep
+        )
+        calls += [c for c in made if not keep or c.kind == "block_backward_saved"]
+    last = manifest.model.layers - 1
+    kept = [call for call in calls if call.layer in (None, 0, last)]
+    if lost := sorted({call.name for call in kept} - set(programs)):
+        raise ExportError(f"the bundle has no function {', '.join(lost)} for iOS.")
+    file = programs["adamw"].file
+    interpreter = mil.Interpreter(read_package(context.bundle / file), 0)
+    signatures = context.float_programs.signatures
+    outputs = [_call(interpreter, call, signatures[call.name]) for call in kept]
+    return training_checks.judged(kept, outputs, signatures, f"{example.id}, {EFFECT}")
+
+
+def _call(interpreter: mil.Interpreter, call: Recorded, own: Program) -> list[np.ndarray]:
+    inputs = {
+        coreml_name(tensor.name): torch.from_numpy(np.array(array))
+        for tensor, array in zip(own.inputs, call.inputs, strict=True)
+    }
+    found = interpreter.run(call.name, inputs)
+    names = [coreml_name(tensor.name) for tensor in own.outputs]
+    return [found[f"{n}_new" if n in inputs else n].float().numpy() for n in names]

@@ -1,0 +1,300 @@
+"""The last rung: the whole loop on a real stream, by engine.
+
+Two loops read the same dialogues: one on the bundle's programs, one in PyTorch with the same
+weights. Scores, kept and replaced sets, greedy text, losses and the trained adapter are compared.
+Where activations are int8, scores differ in their last digits (docs/quantization.md), so a choice
+between two sets whose scores are that close may fall either way: such a tie is told from an error
+by its margin, and what comes after it is not compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from exporters.model.transformer import Transformer
+from runtime_py.bundle.adapter_state import AdapterState
+from runtime_py.bundle.chat_text import ChatText
+from runtime_py.engine.examples import fit
+from runtime_py.engine.job_runner import StreamedFineTuner, read_values, runtime_file, write_values
+from runtime_py.engine.phone_engine import PhoneEngine
+from runtime_py.engine.streaming import StreamingEngine
+from runtime_py.engine.trainer import Settings, evaluate, train
+from runtime_py.loop.dialogue import Dialogue, Turn
+from runtime_py.loop.lexicons import read_lexicons
+from runtime_py.loop.log import Decision
+from runtime_py.loop.personalizer import Personalizer
+from runtime_py.loop.policy import LoopPolicy
+from runtime_py.loop.protocols import Embedding, Engine, FineTuneJob, FineTuner, FineTuneResult
+from runtime_py.loop.schedule import Conditions, Moment
+from toolchain.compile.tolerances import TABLE, of_logits
+from toolchain.verify.parity.cases import dialogues
+from toolchain.verify.parity.context import Context
+from toolchain.verify.parity.models import embedding_of, logits_of, set_adapter
+from toolchain.verify.parity.verdict import Check, Rung, compare, not_run, rung, stated
+
+STREAM, QUICK_STREAM = 24, 10
+BINS = 6
+_WORDS = 24  # tokens of a reply
+_SCORES = {
+    "none": 1e-4,
+    "8da8w": 0.02,
+    "8da4w": 0.05,
+}  # of eoe, dss and idd, which are up to 1 or 2
+NIGHT = Conditions(charging=True, idle=True, celsius=25.0, free_memory_mb=100_000)
+
+
+class TorchPhone:
+    """``PhoneEngine``'s contract in PyTorch, without a cache."""
+
+    def __init__(self, context: Context, model: Transformer) -> None:
+        self._context, self._model = context, model
+        self._adapter = context.bundle / str(context.manifest.adapter.runtime)
+
+    def use_adapter(self, file: Path) -> None:
+        self._adapter = runtime_file(self._context.bundle, self._context.manifest, file)
+
+    def embed(self, dialogue: Dialogue) -> Embedding:
+        text, manifest = self._context.text, self._context.manifest
+        ids = text.encode(text.render(dialogue.turns))[: manifest.policy.embed_length]
+        pooled, entropy = embedding_of(self._model, np.array(ids, np.int64))
+        return Embedding(pooled.astype(np.float32), float(entropy[0]))
+
+    def generate(
+        self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
+    ) -> str:
+        assert temperature == 0.0
+        return self.greedy(messages, max_new_tokens)[0]
+
+    def greedy(self, messages: Sequence[Turn], most: int) -> tuple[str, list[int], list[float]]:
+        """The reply, its tokens, and by how much of the logits' range each was the likeliest."""
+        text, manifest = self._context.text, self._context.manifest
+        set_adapter(self._model, read_values(self._adapter, manifest.adapter.tensors))
+        ids = text.encode(text.render(messages, reply=True))
+        written: list[int] = []
+        margins: list[float] = []
+        while len(written) < most and len(ids) + len(written) < manifest.model.context:
+            row = logits_of(self._model, np.array(ids + written, np.int64), -1)[0]
+            second, first = np.partition(row, -2)[-2:]
+            margins.append(float(first - second) / float(np.abs(row).max()))
+            token = int(row.argmax())
+            if token in manifest.tokenizer.eos_ids:
+                break
+            written.append(token)
+        said = text.tokenizer.decode(written, skip_special_tokens=True)
+        return str(said).strip(), written, margins
+
+
+class TorchTuner:
+    """``StreamedFineTuner``'s run with the captured functions in PyTorch."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def run(
+        self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
+    ) -> FineTuneResult | None:
+        context, manifest = self._context, self._context.manifest
+        assert manifest.training is not None
+        longest = min(job.max_sequence_tokens, max(manifest.training.lengths))
+        examples = fit(job.training, context.text, longest).examples
+        held_out = fit(job.held_out, context.text, longest).examples
+        parent = runtime_file(context.bundle, manifest, job.parent)
+        tensors = manifest.adapter.tensors
+        if not examples or not held_out:  # as the phone does: nothing to learn from, or to judge by
+            write_values(folder / "adapter.ptd", parent, tensors, read_values(parent, tensors))
+            return FineTuneResult(folder / "adapter.ptd", math.nan, math.nan, (), 0.0)
+        state = AdapterState.of(tensors, read_values(parent, tensors))
+        settings = Settings(
+            epochs=job.epochs, batch=job.batch, learning_rate=job.learning_rate, seed=job.seed
+        )
+        engine = StreamingEngine(context.programs, context.weights, manifest.training)
+        before = evaluate(engine, state, held_out)
+        optimizer = manifest.training.optimizer
+        done = train(engine, state, examples, settings, optimizer, folder, stop=stop)
+        if done is None:
+            return None
+        after = evaluate(engine, state, held_out)
+        write_values(folder / "adapter.ptd", parent, tensors, state.tensors)
+        return FineTuneResult(folder / "adapter.ptd", before, after, done.losses, done.seconds)
+
+
+@dataclass(frozen=True, eq=False)
+class Life:
+    """What a loop did. ``adapter``: the trained one's values; ``reply``: greedy, with it."""
+
+    decisions: tuple[Decision, ...]
+    losses: tuple[float, ...]
+    held_out: tuple[float, float]
+    accepted: int
+    adapter: dict[str, np.ndarray]
+    reply: str
+    first_reply: str
+
+
+def live(
+    context: Context, name: str, engine: Engine, tuner: FineTuner, stream: Sequence[Dialogue]
+) -> Life:
+    """The stream from first to last, every question answered, and one night of fine-tuning."""
+    policy = LoopPolicy(
+        bins=BINS,
+        bin_bytes=4 * context.manifest.model.hidden + 16384,
+        questions_per_day=1000,
+        heldout_every=3,
+        paraphrases=0,  # they are sampled at a temperature: the text below is not
+        fine_tune_every_sets=len(stream),
+        fine_tune_memory_mb=0,
+        epochs=2,
+        batch=2,
+        learning_rate=1e-3,
+        reply_max_tokens=_WORDS,
+    )
+    folder = context.scratch / name
+    folder.mkdir()
+    bundle = context.bundle / context.manifest.adapter.peft
+    ticks = iter(range(1, 1 << 30))
+    with Personalizer(
+        folder, policy, read_lexicons(), engine, tuner,
+        lambda: Moment(float(next(ticks)), 0), bundle, context.manifest.model.hidden,
+    ) as loop:  # fmt: skip
+        decisions = [loop.observe(dialogue) for dialogue in stream]
+        prompt = stream[0].turns[:1]
+        first = loop.generate(prompt)
+        for question in loop.pending_questions():
+            loop.answer(question.id)
+        report = loop.fine_tune(NIGHT)
+        trained = sorted(folder.rglob("*.ptd"))
+        tensors = context.manifest.adapter.tensors
+        adapter = read_values(trained[-1], tensors) if trained else {}
+        return Life(
+            decisions=tuple(decisions),
+            losses=report.losses,
+            held_out=(_number(report.heldout_loss_before), _number(report.heldout_loss_after)),
+            accepted=report.adapter,
+            adapter=adapter,
+            reply=loop.generate(prompt),
+            first_reply=first,
+        )
+
+
+def _number(loss: float | None) -> float:
+    """0 where there was nothing to judge by."""
+    return 0.0 if loss is None or math.isnan(loss) else loss
+
+
+def decisions(context: Context) -> Rung:
+    """ExecuTorch's loop against PyTorch's, and against itself."""
+    manifest = context.manifest
+    if manifest.android is None or manifest.training is None:
+        return not_run("decisions", "the bundle has no Android part to run the loop with.")
+    stream = dialogues(QUICK_STREAM if context.quick else STREAM)
+    context.told("decisions: PyTorch")
+    torch.set_grad_enabled(True)
+    reference = TorchPhone(context, context.source.android)
+    expected = live(context, "pytorch", reference, TorchTuner(context), stream)
+    context.told("decisions: ExecuTorch")
+    found = phone_life(context, "executorch", stream)
+    checks = same_life(found, expected, manifest.android.quantize)
+    checks += _reply(context, reference, found, expected, stream)
+    return rung("decisions", "PyTorch with the same weights", checks)
+
+
+def phone_life(context: Context, name: str, stream: Sequence[Dialogue]) -> Life:
+    """The loop as a phone runs it."""
+    engine = PhoneEngine(context.bundle, context.manifest)
+    text = ChatText(context.bundle, context.manifest)
+    tuner = StreamedFineTuner(context.bundle, context.manifest, text)
+    return live(context, name, engine, tuner, stream)
+
+
+def same_life(found: Life, expected: Life, quantize: str) -> list[Check]:
+    """Scores within the precision, the same choices but for ties, the same training."""
+    allowed = _SCORES[quantize]
+    checks: list[Check] = []
+    rows = [
+        [[d.scores.eoe, d.scores.dss, d.scores.idd] for d in life.decisions if d.scores]
+        for life in (found, expected)
+    ]
+    split = _first_split(found.decisions, expected.decisions)
+    until = len(expected.decisions) if split is None else split + 1
+    own, want = (np.array(part)[:until] for part in rows)
+    for column, name in enumerate(("eoe", "dss", "idd")):
+        gap = float(np.abs(own[:, column] - want[:, column]).max())
+        most = 0.0 if name == "dss" else allowed
+        checks.append(
+            Check(
+                "loop", f"{until} dialogues", f"score {name}", gap, gap,
+                most, "scores", gap <= most,
+            )
+        )  # fmt: skip
+    checks.append(_choices(found, expected, split, want, allowed))
+    if split is not None:
+        return checks
+    losses = np.array(found.losses), np.array(expected.losses)
+    checks.append(compare("loop", "one night", "losses", *losses, TABLE["float32, gradient"]))
+    held = np.array(found.held_out), np.array(expected.held_out)
+    checks.append(compare("loop", "one night", "held-out loss", *held, TABLE["float32, gradient"]))
+    if found.adapter and expected.adapter:
+        own, want = (
+            np.concatenate([v.ravel() for v in x.adapter.values()]) for x in (found, expected)
+        )
+        checks.append(compare("loop", "one night", "adapter", own, want, TABLE["training run"]))
+    same = found.accepted == expected.accepted
+    note = "" if same else f"version {found.accepted} instead of {expected.accepted}"
+    checks.append(stated("loop", "one night", "adapter taken or not", same, note))
+    return checks
+
+
+def _first_split(found: Sequence[Decision], expected: Sequence[Decision]) -> int | None:
+    for index, (own, want) in enumerate(zip(found, expected, strict=True)):
+        if (own.bin, own.reason, own.replaced, own.domain, own.asked) != (
+            want.bin, want.reason, want.replaced, want.domain, want.asked,
+        ):  # fmt: skip
+            return index
+    return None
+
+
+def _choices(
+    found: Life, expected: Life, split: int | None, scores: np.ndarray, allowed: float
+) -> Check:
+    name = "kept and replaced sets"
+    case = f"{len(expected.decisions)} dialogues"
+    if split is None:
+        return stated("loop", case, name, True, "")
+    own, want = found.decisions[split], expected.decisions[split]
+    # Which of the sets before could the new one's scores be told from?
+    gaps = np.abs(scores[:split] - scores[split])
+    margin = float(gaps[gaps > 0].min()) if (gaps > 0).any() else 1.0
+    note = (
+        f"{own.id} is {'kept' if own.kept else 'refused'}, PyTorch has "
+        f"{'kept' if want.kept else 'refused'} it; the closest scores differ by {margin:.2g}"
+    )
+    tie = margin <= 2 * allowed and allowed > 1e-3
+    return stated("loop", case, name, tie, note + (" (a tie)" if tie else ""))
+
+
+def _reply(
+    context: Context, reference: TorchPhone, found: Life, expected: Life, stream: Sequence[Dialogue]
+) -> list[Check]:
+    """Greedy text with the bundle's adapter. Where it parts, PyTorch's two likeliest tokens must be
+    closer than the precision tells apart."""
+    assert context.manifest.android is not None
+    own, want = found.first_reply, expected.first_reply
+    if own == want:
+        return [stated("loop", "reply", "greedy text", True, "")]
+    reference.use_adapter(context.bundle / str(context.manifest.adapter.runtime))
+    _, tokens, margins = reference.greedy(stream[0].turns[:1], _WORDS)
+    theirs = context.text.encode(own)
+    place = next(
+        (i for i, (a, b) in enumerate(zip(theirs, tokens, strict=False)) if a != b),
+        min(len(theirs), len(tokens), len(margins) - 1),
+    )
+    allowed = 0.1 if of_logits(context.manifest.android.quantize).name != "float32" else 2e-4
+    tie = margins[min(place, len(margins) - 1)] <= allowed
+    note = f"parts at token {place}, where PyTorch prefers its own by {margins[place]:.2g}"
+    return [stated("loop", "reply", "greedy text", tie, note + (" (a tie)" if tie else ""))]

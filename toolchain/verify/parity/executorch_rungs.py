@@ -1,0 +1,211 @@
+"""The rungs that run ``.pte`` files: ExecuTorch on this machine, and on ARM64 under QEMU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from runtime_py.bundle.manifest import Program
+from runtime_py.engine.job_runner import write_values
+from toolchain.compile.tolerances import of_adapter, of_logits, of_pooled, same_program
+from toolchain.verify.arm64 import build
+from toolchain.verify.arm64.emulate import Arm64Program, Call, RunError, refuse_cpu
+from toolchain.verify.parity import lm_checks, probes, training_checks
+from toolchain.verify.parity.cases import EFFECT, Case
+from toolchain.verify.parity.context import Context
+from toolchain.verify.parity.models import set_adapter
+from toolchain.verify.parity.native_child import run_calls
+from toolchain.verify.parity.recording import Recorded
+from toolchain.verify.parity.verdict import Check, Found, Rung, not_run, rung, stated
+
+_FLOAT, _ROUNDED = 2e-5, 0.02  # least differences inside of lm.pte that are looked at
+_ARM_STEPS = 8  # decoded tokens of a case under QEMU
+_ARM_CASES = 3
+_ARM_TOKENS = 80  # of the longest case there
+
+
+def _here(program: Path, data: Sequence[Path], calls: Sequence[Call]) -> list[list[np.ndarray]]:
+    return run_calls(program, data, calls).outputs
+
+
+def _training(context: Context) -> dict[str, Program]:
+    assert context.manifest.android is not None
+    return {
+        program.name: program
+        for program in context.manifest.android.programs
+        if program.name not in ("forward", "embed")
+    }
+
+
+def missing(context: Context) -> list[str]:
+    """Programs that the manifest should have and has not."""
+    manifest = context.manifest
+    assert manifest.android is not None
+    wanted = ["forward", "embed"]
+    if manifest.training is not None:
+        kinds = ("block_forward", "block_backward", "block_backward_saved")
+        wanted += [f"{kind}_{length}" for length in manifest.training.lengths for kind in kinds]
+        wanted += ["head", "adamw"]
+    have = {program.name for program in manifest.android.programs}
+    return [name for name in wanted if name not in have]
+
+
+def executorch(context: Context) -> Rung:
+    """Every program against PyTorch with the same weights, on the same inputs."""
+    if context.manifest.android is None:
+        return not_run("executorch", "the bundle has no Android part.")
+    if lost := missing(context):
+        names = ", ".join(lost)
+        gone = [stated("manifest", "bundle", name, False, "is missing") for name in lost]
+        reason = f"the bundle has no program {names}: export it again."
+        return rung("executorch", "quantized", gone, reason=reason)
+    quantize = context.manifest.android.quantize
+    checks: list[Check] = []
+    found: Found | None = None
+    layers: list[tuple[str, float]] = []
+    try:
+        context.told("executorch: lm.pte")
+        said = lm_checks.run(
+            context.bundle, context.manifest, _here, context.cases, context.adapters,
+            context.scratch,
+        )  # fmt: skip
+        context.executorch = said
+        checks += lm_checks.constants(said, context.manifest)
+        bounds = of_logits(quantize), of_pooled(quantize), of_adapter(quantize)
+        own = lm_checks.compared(said, context.android, context.cases, *bounds)
+        checks += own
+        context.told("executorch: layer by layer")
+        layers = _layers(context)
+        if any(not check.passed for check in own):
+            found = _place(own, layers, context)
+        if context.manifest.training is not None:
+            more, place = _replayed(context)
+            checks += more
+            found = found or place
+    except RunError as error:
+        checks.append(stated("process", "android", "runs", False, str(error)))
+        return rung("executorch", "quantized", checks, None, layers, str(error))
+    return rung("executorch", "quantized", checks, found, layers)
+
+
+def _layers(context: Context) -> list[tuple[str, float]]:
+    """What one prompt gives inside ``lm.pte``, place by place, with an adapter that has effect."""
+    manifest, model = context.manifest, context.source.android
+    assert manifest.android is not None
+    tokens = context.cases[0].tokens
+    own = manifest.adapter
+    data = context.scratch / "watched.ptd"
+    write_values(data, context.bundle / str(own.runtime), own.tensors, context.adapters[EFFECT])
+    file = next(p.file for p in manifest.android.programs if p.name == "forward")
+    call = Call("forward", (tokens[None], np.array([0], np.int64)))
+    steps = run_calls(context.bundle / file, [data], [call], watch=True).steps
+    set_adapter(model, context.adapters[EFFECT])
+    expected = probes.of_transformer(model, tokens)
+    return probes.differences(probes.of_executorch(steps, model.spec, expected), expected)
+
+
+def _place(
+    checks: Sequence[Check], layers: Sequence[tuple[str, float]], context: Context
+) -> Found | None:
+    """Where ``lm.pte`` first differs. If a prompt in one call agrees, it is the cache."""
+    failed = [check for check in checks if not check.passed]
+    if notes := [check for check in failed if check.note]:
+        sentence = f"{notes[0].program}: {notes[0].output} is {notes[0].note}."
+        return Found(None, notes[0].output, sentence)
+    if all("decoded" in check.program or check.case == "all" for check in failed):
+        return Found(
+            None,
+            "KV cache",
+            "decoding differs where the same tokens in one prompt agree: it is the KV cache, its "
+            f"positions or its mask (off by {failed[0].max_rel:.2g} on '{failed[0].case}').",
+        )
+    model = context.source.android
+    if model.is_float:
+        return probes.first_difference(layers, _FLOAT)
+    floor = probes.noise_floor(model, context.cases[0].tokens)
+    return probes.first_difference(layers, _ROUNDED, floor)
+
+
+def _replayed(context: Context) -> tuple[list[Check], Found | None]:
+    manifest = context.manifest
+    signatures = _training(context)
+    files = {name: context.bundle / program.file for name, program in signatures.items()}
+    kept: list[Recorded] = []
+    checks: list[Check] = []
+    found: Found | None = None
+    runs = [(example, adapter, False) for example, adapter in context.trained]
+    runs.append((*context.trained[0], True))
+    for example, adapter, keep in runs:
+        context.told(f"executorch: training on {example.id}")
+        values = context.adapters[adapter]
+        calls = training_checks.record(
+            manifest, context.programs, context.weights, values, example, keep
+        )
+        if keep:
+            calls = [call for call in calls if call.kind == "block_backward_saved"]
+        case = f"{example.id}, {adapter}"
+        own, place, outputs = training_checks.replay(calls, _here, files, signatures, case)
+        checks += own
+        found = found or place
+        if not kept or keep:
+            kept += [
+                replace(call, outputs=tuple(result))
+                for call, result in zip(calls, outputs, strict=True)
+                if call.layer in (0, None)
+            ]
+    context.replayed = tuple(kept)
+    return checks, found
+
+
+def arm64(context: Context) -> Rung:
+    """The same files and calls on ARM NEON kernels, against those on this processor."""
+    if context.manifest.android is None:
+        return not_run("arm64", "the bundle has no Android part.")
+    try:
+        refuse_cpu(context.cpu)
+    except RunError as error:
+        return not_run("arm64", str(error))
+    runner = build.prepare()
+    if isinstance(runner, str):
+        return not_run("arm64", runner)
+    if context.executorch is None:
+        return not_run("arm64", "the executorch rung gave nothing to compare with.")
+
+    def there(program: Path, data: Sequence[Path], calls: Sequence[Call]) -> list[list[np.ndarray]]:
+        return Arm64Program(program, data, cpu=context.cpu).run_sequence(calls)
+
+    quantize = context.manifest.android.quantize
+    cases = _few(context.cases)
+    adapters = {name: context.adapters[name] for name in context.adapters}
+    checks: list[Check] = []
+    found: Found | None = None
+    try:
+        context.told("arm64: lm.pte")
+        said = lm_checks.run(
+            context.bundle, context.manifest, there, cases, adapters, context.scratch,
+            steps=_ARM_STEPS, constants=False,
+        )  # fmt: skip
+        same = same_program(quantize)
+        checks += lm_checks.compared(
+            said, context.executorch, cases, same, same, of_adapter(quantize)
+        )
+        context.told("arm64: training programs")
+        signatures = _training(context)
+        files = {name: context.bundle / p.file for name, p in signatures.items()}
+        outputs = training_checks.again(context.replayed, there, files)
+        more, found = training_checks.judged(
+            context.replayed, outputs, signatures, "layer 0", same=True
+        )
+        checks += more
+    except RunError as error:
+        checks.append(stated("process", "arm64", "runs", False, str(error)))
+        return rung("arm64", "executorch", checks, None, (), str(error))
+    return rung("arm64", "executorch", checks, found)
+
+
+def _few(cases: Sequence[Case]) -> list[Case]:
+    short = [case for case in cases if case.prompt <= _ARM_TOKENS]
+    return short[:1] + [case for case in short[1:] if "shipped" not in case.name][: _ARM_CASES - 1]

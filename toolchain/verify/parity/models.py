@@ -1,0 +1,177 @@
+"""A bundle's model in PyTorch: as Hugging Face and PEFT compute it, and with the weights that the
+bundle's programs have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from exporters.coreml.functions import Embed
+from exporters.executorch.lm_program import adapter_tensors
+from exporters.model.transformer import Transformer
+from exporters.training.programs import TrainingSpec
+from exporters.training.weights_file import as_stored
+from runtime_py.bundle.manifest import Manifest
+from toolchain.compile.precision import rounded_for_coreml
+from toolchain.compile.training_part import training_spec
+from toolchain.verify.source import Source, as_in_bundle, float_model
+
+Values = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Models:
+    """Each is made when it is first asked for; ``as_read`` must be the first."""
+
+    bundle: Path
+    manifest: Manifest
+    source: Source
+    initial: Values
+
+    @cached_property
+    def eager(self) -> PeftModel:
+        """Float32, with the bundle's PEFT folder as PEFT itself reads it."""
+        model = self.source.checkpoint.hf_model()
+        folder = str(self.bundle / self.manifest.adapter.peft)
+        return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
+
+    @cached_property
+    def as_read(self) -> dict[str, np.ndarray]:
+        """The adapter that PEFT read, before any other was set: by the programs' names."""
+        return peft_values(self.eager, self.manifest)
+
+    @cached_property
+    def captured(self) -> Transformer:
+        """The float32 transformer that programs are captured from."""
+        return float_model(self.manifest, self.source)
+
+    @cached_property
+    def android(self) -> Transformer:
+        """With the weights of ``lm.pte``. Calibration reads its text with the bundle's adapter."""
+        set_adapter(self.captured, self.initial)
+        return as_in_bundle(self.captured, self.manifest, self.source)
+
+    @cached_property
+    def ios(self) -> Transformer:
+        """Float32 arithmetic with the weights of the Core ML package."""
+        assert self.manifest.ios is not None
+        return rounded_for_coreml(self.captured, self.manifest.ios.quantize)
+
+    @cached_property
+    def training_spec(self) -> TrainingSpec:
+        """What the bundle's training programs were made for."""
+        own = self.manifest.training
+        assert own is not None
+        adapter = self.manifest.adapter
+        spec = training_spec(self._simulated, adapter.targets, adapter.rank, None)
+        return replace(spec, blocks=own.precision, head=own.head_precision, positions=own.positions)
+
+    @property
+    def _simulated(self) -> Transformer:
+        return self.android if self.manifest.android is not None else self.ios
+
+    @cached_property
+    def stored(self) -> Transformer:
+        """Float32 arithmetic with the weights of the training file, as the source gives them."""
+        return as_stored(self._simulated, self.training_spec)
+
+    @property
+    def simulated(self) -> Transformer:
+        """The one that the training file was written from."""
+        return self._simulated
+
+
+def set_adapter(model: Transformer, values: Values) -> None:
+    for name, tensor in adapter_tensors(model).items():
+        tensor.copy_(torch.from_numpy(np.ascontiguousarray(values[name])))
+
+
+@torch.no_grad()
+def set_peft_adapter(model: PeftModel, manifest: Manifest, values: Values) -> None:
+    """The same values in PEFT's module, its scales included."""
+    for tensor, place in _peft_places(model, manifest):
+        place.copy_(torch.from_numpy(values[tensor][0]))
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            name = f"{path.removeprefix('base_model.model.model.')}.scale"
+            module.scaling["default"] = float(values[name].item())
+
+
+def peft_values(model: PeftModel, manifest: Manifest) -> dict[str, np.ndarray]:
+    """What PEFT read, by the programs' names; scales included."""
+    found = {
+        name: place.detach().numpy()[None].copy() for name, place in _peft_places(model, manifest)
+    }
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            name = f"{path.removeprefix('base_model.model.model.')}.scale"
+            found[name] = np.full((1, 1, 1), module.scaling["default"], np.float32)
+    return found
+
+
+def _peft_places(model: PeftModel, manifest: Manifest) -> list[tuple[str, torch.Tensor]]:
+    parameters = dict(model.named_parameters())
+    places = []
+    for tensor in manifest.adapter.tensors:
+        if tensor.name.endswith(".scale"):
+            continue
+        # The name in the programs is the module's own, whatever the manifest says of PEFT's.
+        base, part = tensor.name.rsplit(".", 1)
+        kind = "lora_A" if part == "lora_A" else "lora_B"
+        whole = parameters[f"base_model.model.model.{base}.{kind}.default.weight"]
+        rows = slice(*tensor.rows) if kind == "lora_B" else slice(None)
+        places.append((tensor.name, whole.data[rows]))
+    return places
+
+
+@torch.no_grad()
+def logits_of(model: Transformer, tokens: np.ndarray, first: int) -> np.ndarray:
+    """After each token from index ``first`` on: [n, vocab]."""
+    ids = torch.from_numpy(tokens)[None]
+    positions = torch.arange(ids.shape[1])
+    hidden = model.hidden(ids, positions, plain(model))
+    return model.logits(hidden[:, first:])[0].numpy()
+
+
+def plain(model: Transformer) -> list:
+    from exporters.model.transformer import plain_attention
+
+    return [plain_attention(model.spec, layer) for layer in model.spec.layers]
+
+
+@torch.no_grad()
+def embedding_of(model: Transformer, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """pooled [hidden] and entropy [1], by the function that is captured."""
+    count = len(tokens)
+    pooled, entropy = Embed(model, count)(
+        torch.from_numpy(tokens)[None].int(), torch.tensor([count], dtype=torch.int32)
+    )
+    return pooled.numpy(), entropy.numpy()
+
+
+@torch.no_grad()
+def eager_embedding(model: PeftModel, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same by Hugging Face's base model and the formulas of docs/bundle.md in float64."""
+    with model.disable_adapter():
+        outputs = model(input_ids=torch.from_numpy(tokens)[None], output_hidden_states=True)
+    e = outputs.hidden_states[-1][0].double().numpy()  # [n, hidden], after the final norm
+    norms = np.linalg.norm(e, axis=1)
+    p = norms / norms.sum()
+    n = len(tokens)
+    entropy = 0.0 if n == 1 else float(-(p * np.log(p)).sum() / np.log(n))
+    return e.mean(0), np.array([entropy])
+
+
+@torch.no_grad()
+def eager_logits(model: nn.Module, tokens: np.ndarray, first: int) -> np.ndarray:
+    return (
+        model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0, first:].numpy()
+    )

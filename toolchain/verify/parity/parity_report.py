@@ -1,0 +1,115 @@
+"""A ladder's report for a terminal and for machines; ``page`` has the one for a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.markup import escape
+from rich.table import Table
+
+from toolchain.compile.tolerances import TABLE
+from toolchain.report.console import output
+from toolchain.verify.parity.verdict import NOT_ASKED, Check, Report, Rung
+
+MARKS = {
+    "passed": "[green]passed[/]",
+    "failed": "[bold red]failed[/]",
+    "not run": "[yellow]not run[/]",
+}
+
+
+def as_json(report: Report) -> dict:
+    return {
+        "bundle": report.bundle,
+        "model": report.model,
+        "precisions": report.precisions,
+        "seconds": report.seconds,
+        "passed": not report.failed,
+        "rungs": [_rung(rung) for rung in report.rungs],
+        "tolerances": [asdict(row) for row in TABLE.values()],
+    }
+
+
+def _rung(rung: Rung) -> dict:
+    known = asdict(rung)
+    known["checks"] = [
+        {key: value for key, value in asdict(check).items() if key != "histogram"}
+        for check in rung.checks
+    ]
+    known["layers"] = [{"place": place, "max_rel": gap} for place, gap in rung.layers]
+    return known
+
+
+def worst_of(checks: Sequence[Check]) -> list[Check]:
+    """For each program the check that strains its tolerance most; failed ones first."""
+    best: dict[str, Check] = {}
+    for check in checks:
+        name = check.program.partition(":")[0]
+        if name not in best or (not check.passed, check.strain) > (
+            not best[name].passed,
+            best[name].strain,
+        ):
+            best[name] = check
+    return list(best.values())
+
+
+def _bound(check: Check) -> str:
+    parts = [] if check.tolerance is None else [f"≤ {check.tolerance:g}"]
+    if check.likeness_tolerance is not None:
+        parts.append(f"≥ {check.likeness_tolerance:g}")
+    return ", ".join(parts)
+
+
+def _numbers(check: Check, every: bool) -> list[str]:
+    plain = check.bound == "exact" and not check.max_abs
+    relative = "" if plain else f"{check.max_rel:.1e}"
+    likeness = "" if check.likeness_tolerance is None else f"{check.likeness:.4f}"
+    if not every:
+        return [relative, likeness]
+    token = "" if check.same_token is None else f"{check.same_token:.0%}"
+    kl = "" if check.kl is None else f"{check.kl:.1e}"
+    absolute = "" if plain else f"{check.max_abs:.1e}"
+    return [absolute, relative, likeness, token, kl]
+
+
+def show(report: Report, every: bool = False) -> None:
+    """``every``: all checks with all their numbers, for a wide terminal."""
+    precision = ", ".join(f"{name} {value}" for name, value in report.precisions.items())
+    output.print(f"[bold]{escape(report.bundle)}[/] ({escape(report.model)}; {precision})")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("rung", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("checks", justify="right", no_wrap=True)
+    table.add_column("all" if every else "worst of each program", overflow="fold")
+    if every:
+        table.add_column("on", overflow="fold")
+    heads = ["max abs", "max rel", "likeness", "token", "KL"] if every else ["max rel", "likeness"]
+    for name in heads:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("allowed", no_wrap=True)
+    for rung in report.rungs:
+        shown = rung.checks if every else worst_of(rung.checks)
+        first = [rung.rung, MARKS[rung.status], str(len(rung.checks) or "")]
+        if not shown:
+            table.add_row(*first)
+        for check in shown:
+            color = "" if check.passed else "[red]"
+            named = f"{color}{escape(check.program)}: {escape(check.output)}"
+            cells = [named, escape(check.case)] if every else [named]
+            table.add_row(*first, *cells, *_numbers(check, every), _bound(check))
+            first = ["", "", ""]
+    output.print(table)
+    for rung in report.rungs:
+        if rung.status == "failed":
+            output.print(f"[bold red]{rung.rung}[/]: {escape(rung.reason)}", soft_wrap=True)
+        elif rung.status == "not run" and rung.reason != NOT_ASKED:
+            output.print(
+                f"[yellow]{rung.rung} was not run[/]: {escape(rung.reason)}", soft_wrap=True
+            )
+    failed = [rung.rung for rung in report.rungs if rung.status == "failed"]
+    passed = sum(rung.status == "passed" for rung in report.rungs)
+    if failed:
+        output.print(f"[bold red]{', '.join(failed)} failed[/] in {report.seconds:.0f} s")
+    else:
+        output.print(f"[green]{passed} rungs passed[/] in {report.seconds:.0f} s")

@@ -1,0 +1,188 @@
+"""The rungs that are PyTorch on both sides: eager, captured, quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from runtime_py.bundle.adapter_tensors import to_runtime
+from runtime_py.bundle.peft_adapter import read_peft
+from runtime_py.engine.streaming import StreamingEngine
+from toolchain.compile.tolerances import TABLE
+from toolchain.verify.parity import probes, training_checks, weights_checks
+from toolchain.verify.parity.cases import EFFECT, INITIAL
+from toolchain.verify.parity.context import AutogradEngine, Context, said_by
+from toolchain.verify.parity.lm_checks import Said, compared
+from toolchain.verify.parity.models import (
+    eager_embedding,
+    eager_logits,
+    set_adapter,
+    set_peft_adapter,
+)
+from toolchain.verify.parity.verdict import Check, Found, Rung, compare, rung, stated
+
+_NOTICED = 2e-5  # float32's own differences inside are 1e-7 to 1e-6
+
+
+def eager(context: Context) -> Rung:
+    """Hugging Face and PEFT themselves: that the bundle's text, tokens and adapter are theirs."""
+    manifest, models = context.manifest, context.source
+    checkpoint = models.source.checkpoint
+    own = manifest.tokenizer
+    checks = [
+        _same("end tokens", list(own.eos_ids), list(checkpoint.eos_ids)),
+        _same("chat template", context.text.template, checkpoint.chat_template),
+    ]
+    for case in context.cases[:3]:
+        decoded = str(context.text.tokenizer.decode(case.tokens.tolist()))
+        found = context.text.encode(decoded)
+        wanted = checkpoint.tokenizer(decoded, add_special_tokens=False)["input_ids"]
+        checks.append(_same(f"tokens of '{case.name}'", found, wanted))
+    adapter, found_adapter = _adapter(context)
+    checks += adapter
+    said = _eager_said(context)
+    for (name, on), logits in said.logits.items():
+        largest = float(np.abs(logits).max())
+        note = "" if np.isfinite(largest) else "NaN or infinite"
+        checks.append(stated("lm", f"{on}, {name}", "logits are finite", not note, note))
+    return rung("eager", "the source", checks, found_adapter)
+
+
+def _same(output: str, found: object, expected: object) -> Check:
+    note = (
+        "" if found == expected else f"{found!r:.60} in the bundle, {expected!r:.60} in the source"
+    )
+    return stated("text", "bundle", output, not note, note)
+
+
+def _adapter(context: Context) -> tuple[list[Check], Found | None]:
+    """The adapter as PEFT reads it, and as the programs are given it."""
+    manifest = context.manifest
+    wanted = context.source.as_read
+    forms = {"programs' form": context.adapters[INITIAL]}
+    again = to_runtime(read_peft(context.bundle / manifest.adapter.peft), manifest.adapter.tensors)
+    forms["manifest's places"] = {name: again[name] for name in wanted}
+    checks: list[Check] = []
+    first: Found | None = None
+    for form, values in forms.items():
+        own = []
+        for name, want in wanted.items():
+            padded = np.zeros(values[name].shape, np.float32)
+            padded[tuple(slice(0, n) for n in want.shape)] = want
+            check = compare("adapter", form, name, values[name], padded, TABLE["exact"])
+            own.append(check)
+            if first is None and not check.passed:
+                layer = int(name.split(".")[1])
+                sentence = (
+                    f"layer {layer}: {name} in the {form} of the adapter is not PEFT's, off by "
+                    f"{check.max_rel:.2g} of its range."
+                )
+                first = Found(layer, "LoRA " + name.split(".", 2)[2], sentence)
+        checks += training_checks.worst(own)
+    return checks, first
+
+
+def _eager_said(context: Context) -> Said:
+    model = context.source.eager
+    said = Said({}, {}, {}, {}, {})
+    for name, values in context.adapters.items():
+        set_peft_adapter(model, context.manifest, values)
+        for case in context.cases:
+            said.logits[name, case.name] = eager_logits(model, case.tokens, case.prompt - 1)
+    for case in context.cases:
+        tokens = case.tokens[: context.manifest.policy.embed_length]
+        said.pooled[case.name], said.entropy[case.name] = eager_embedding(model, tokens)
+    context.eager = said
+    return said
+
+
+def captured(context: Context) -> Rung:
+    """The functions that become programs, in float32, against Hugging Face and PEFT."""
+    manifest, models = context.manifest, context.source
+    model = models.captured
+    found = said_by(model, context.cases, context.adapters, manifest)
+    expected = context.eager or _eager_said(context)
+    bound = TABLE["float32"]
+    checks = compared(found, expected, context.cases, bound, bound, TABLE["adapter, float32"])
+    where, layers = None, []
+    if manifest.training is not None:
+        engine = StreamingEngine(context.float_programs, context.float_weights, manifest.training)
+        reference = context.torch_engine()
+        for example, adapter in context.trained:
+            context.told(f"captured: training on {example.id}")
+            values = context.adapters[adapter]
+            set_peft_adapter(models.eager, manifest, values)
+            case = f"{example.id}, {adapter}"
+            checks += training_checks.against(engine, reference, manifest, values, example, case)
+    tokens = _worst_case(checks, context)
+    set_peft_adapter(models.eager, manifest, context.adapters[EFFECT])
+    set_adapter(model, context.adapters[EFFECT])
+    expected_places = probes.of_hugging_face(models.eager, model.spec, tokens)
+    layers = probes.differences(probes.of_transformer(model, tokens), expected_places)
+    if any(not check.passed for check in checks):
+        where = probes.first_difference(layers, _NOTICED) or _training_place(checks)
+    return rung("captured", "eager", checks, where, layers)
+
+
+def _worst_case(checks: Sequence[Check], context: Context) -> np.ndarray:
+    failed = {check.case.rpartition(", ")[0] for check in checks if not check.passed}
+    for case in context.cases:
+        if case.name in failed:
+            return case.tokens
+    return context.cases[0].tokens
+
+
+def _training_place(checks: Sequence[Check]) -> Found | None:
+    """Where only training differs: the last layer with a wrong gradient, since the backward goes
+    from the last layer to the first."""
+    failed = [check for check in checks if not check.passed]
+    if not failed:
+        return None
+    if failed[0].program == "adamw":
+        return Found(None, "adamw", f"adamw: {failed[0].output} is off by {failed[0].max_rel:.2g}.")
+    layered = [check for check in failed if check.layer is not None]
+    if not layered:
+        return None
+    last = max(layered, key=lambda check: check.layer or 0)
+    return Found(
+        last.layer,
+        last.output,
+        f"layer {last.layer}: the {last.output} is off by {last.max_rel:.2g} of its range on "
+        f"'{last.case}', and those of later layers are not.",
+    )
+
+
+def quantized(context: Context) -> Rung:
+    """The weights that the bundle has: are they the source's, and what did rounding cost."""
+    manifest, models = context.manifest, context.source
+    checks: list[Check] = []
+    found: Found | None = None
+    expected = context.eager or _eager_said(context)
+    layers: list[tuple[str, float]] = []
+    bounds = TABLE["rounded weights"], TABLE["rounded weights"], TABLE["adapter, 8-bit weights"]
+    if manifest.android is not None:
+        checks += compared(context.android, expected, context.cases, *bounds, "android lm")
+        tokens = context.cases[0].tokens
+        set_adapter(models.captured, context.adapters[INITIAL])
+        places = [probes.of_transformer(m, tokens) for m in (models.android, models.captured)]
+        layers = probes.differences(*places)
+    if manifest.ios is not None:
+        said = said_by(models.ios, context.cases, context.adapters, manifest)
+        checks += compared(said, expected, context.cases, *bounds, "ios lm")
+        context.ios = said
+    if manifest.training is not None:
+        context.told("quantized: the weights file")
+        stored, found = weights_checks.training_file(
+            context.bundle, manifest, models, context.scratch
+        )
+        checks += stored
+        engine = StreamingEngine(context.programs, context.weights, manifest.training)
+        reference = AutogradEngine(models.stored, context.torch_engine())
+        for example, adapter in context.trained:
+            context.told(f"quantized: training on {example.id}")
+            case = f"{example.id}, {adapter}"
+            values = context.adapters[adapter]
+            checks += training_checks.against(engine, reference, manifest, values, example, case)
+    found = found or _training_place([c for c in checks if c.program in ("block + head", "adamw")])
+    return rung("quantized", "eager", checks, found, layers)

@@ -1,0 +1,237 @@
+"""The training programs: whole steps against autograd, and each call by itself on any processor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from runtime_py.bundle.adapter_state import AdapterState
+from runtime_py.bundle.manifest import Manifest, Program
+from runtime_py.engine.base_weights import BaseWeights
+from runtime_py.engine.examples import Example
+from runtime_py.engine.program_calls import Programs
+from runtime_py.engine.streaming import StreamingEngine, step_numbers
+from runtime_py.engine.trainer import TrainingEngine
+from toolchain.compile.tolerances import TABLE, Tolerance
+from toolchain.verify.parity.lm_checks import Executor
+from toolchain.verify.parity.recording import Recorded, Recorder
+from toolchain.verify.parity.verdict import Check, Found, compare
+
+RATE, DECAY, CLIP = 1e-3, 0.01, 1.0
+_LEAST = 1e-2  # of a call's largest gradient: smaller ones are what is left of terms that cancel
+_STEEP = 16.0
+_KEEP_ALL = 1e9  # MB: so that every layer's activations are kept
+
+SAVED = {
+    "saved.q": "q (norm before it, projection, LoRA or rotary embedding)",
+    "saved.k": "k (norm before it, projection, LoRA or rotary embedding)",
+    "saved.v": "v (norm before it, projection or LoRA)",
+    "saved.mixed": "attention (scores, mask or softmax)",
+    "saved.o": "o projection",
+    "saved.middle": "o projection or residual",
+    "saved.gate": "norm before the MLP, or gate projection",
+    "saved.up": "norm before the MLP, or up projection",
+    "saved.down": "activation or down projection",
+    "y": "activation, down projection or residual",
+    "gradient.x": "backward through the block",
+}
+
+
+def operator_of(output: str) -> str:
+    if output.startswith("gradient.") and ".lora_" in output:
+        return f"gradient of {output.removeprefix('gradient.')}"
+    return SAVED.get(output, output)
+
+
+def _order(output: str) -> int:
+    """Outputs of a forward in the order in which they are computed."""
+    names = list(SAVED)
+    return names.index(output) if output in names else len(names)
+
+
+def record(
+    manifest: Manifest,
+    programs: Programs,
+    weights: BaseWeights,
+    values: Mapping[str, np.ndarray],
+    example: Example,
+    keep: bool = False,
+) -> list[Recorded]:
+    """The calls of one step (forward, head, backward, AdamW) on ``example``."""
+    assert manifest.training is not None
+    recorder = Recorder(programs, manifest.model.layers)
+    engine = StreamingEngine(recorder, weights, manifest.training, _KEEP_ALL if keep else 0.0)
+    state = AdapterState.of(manifest.adapter.tensors, values)
+    step(engine, state, example, manifest)
+    heads = [call for call in recorder.calls if call.name == "head"]
+    return recorder.calls if keep else [*recorder.calls, _extreme(heads[0], programs)]
+
+
+def _extreme(head: Recorded, programs: Programs) -> Recorded:
+    """The head's call with a final norm of ``_STEEP`` times its weight, and so logits as large: a
+    softmax that is all but 0 and 1."""
+    names = [tensor.name for tensor in programs.signatures[head.name].inputs]
+    place = names.index("base.norm")
+    inputs = [*head.inputs]
+    inputs[place] = inputs[place] * np.float32(_STEEP)
+    outputs = tuple(array.copy() for array in programs.call(head.name, inputs))
+    return replace(head, inputs=tuple(inputs), outputs=outputs, variant="extreme logits")
+
+
+def step(
+    engine: TrainingEngine, state: AdapterState, example: Example, manifest: Manifest
+) -> tuple[float, np.ndarray]:
+    """Loss a label, and the gradient that it took; ``state`` is updated."""
+    assert manifest.training is not None
+    own = manifest.training.optimizer
+    gradient = state.layout.zeros()
+    loss, count = engine.gradient(state, [example], gradient)
+    number = state.step + 1
+    betas = (own.beta1, own.beta2)
+    engine.update(state, gradient, step_numbers(number, count, RATE, DECAY, CLIP, betas))
+    return loss / count, gradient
+
+
+def against(
+    found: TrainingEngine,
+    expected: TrainingEngine,
+    manifest: Manifest,
+    values: Mapping[str, np.ndarray],
+    example: Example,
+    case: str,
+) -> list[Check]:
+    """A whole step of two engines: loss, gradients, and the adapter after AdamW on the same
+    gradient, twice, so that the moments count."""
+    tensors = manifest.adapter.tensors
+    own, want = (AdapterState.of(tensors, values) for _ in range(2))
+    start = own.parameters.copy()
+    loss, gradient = step(found, own, example, manifest)
+    right, wanted = step(expected, want, example, manifest)
+    one = (np.array([loss]), np.array([right]))
+    checks = [compare("block + head", case, "loss", *one, TABLE["float32, loss"])]
+    views, reference = own.layout.views(gradient), want.layout.views(wanted)
+    least = _LEAST * float(np.abs(wanted).max())
+    gradients = [
+        compare(
+            "block + head",
+            case,
+            f"gradient of {name}",
+            views[name],
+            reference[name],
+            TABLE["float32, gradient"],
+            layer=int(name.split(".")[1]),
+            scale=max(float(np.abs(reference[name]).max()), least),
+        )
+        for name in reference
+        if np.abs(reference[name]).max() > 0 or np.abs(views[name]).max() > 0
+    ]
+    checks += worst(gradients)
+    found_, expected_ = (AdapterState.of(tensors, values) for _ in range(2))
+    optimizer = manifest.training.optimizer if manifest.training else None
+    assert optimizer is not None
+    for number in (1, 2, 3):
+        numbers = step_numbers(
+            number, example.count, RATE, DECAY, CLIP, (optimizer.beta1, optimizer.beta2)
+        )
+        scaled = wanted * np.float32(1.0 - 0.3 * number)
+        found.update(found_, scaled, numbers)
+        expected.update(expected_, scaled, numbers)
+    moved = float(np.abs(expected_.parameters - start).max())
+    bound = TABLE["float32, gradient of one block"]
+    for name in ("parameters", "mean", "square"):
+        pair = getattr(found_, name), getattr(expected_, name)
+        scale = moved if name == "parameters" else None
+        checks.append(compare("adamw", case, f"{name} after 3 steps", *pair, bound, scale=scale))
+    return checks
+
+
+def worst(checks: Sequence[Check]) -> list[Check]:
+    """Of each program and case the check that strains its tolerance most; all that fail stay."""
+    kept: dict[tuple[str, str], Check] = {}
+    for check in checks:
+        key = (check.program, check.case)
+        if key not in kept or check.strain > kept[key].strain:
+            kept[key] = check
+    return [c for c in checks if not c.passed or kept[c.program, c.case] is c]
+
+
+def _bound(name: str, output: str, same: bool) -> Tolerance:
+    if same and name != "adamw":
+        return TABLE["float32, same program"]
+    if name.startswith("block_forward"):
+        return TABLE["float32, one block"]
+    if output in ("loss", "count"):
+        return TABLE["float32, loss"]
+    return TABLE["float32, gradient of one block"]
+
+
+def replay(
+    calls: Sequence[Recorded],
+    executor: Executor,
+    files: Mapping[str, Path],
+    signatures: Mapping[str, Program],
+    case: str,
+) -> tuple[list[Check], Found | None, list[list[np.ndarray]]]:
+    """Every recorded call once more, by ``executor``, on the same inputs. -> checks, the first call
+    that differs, and what came out. Raises ``RunError``."""
+    outputs = again(calls, executor, files)
+    checks, found = judged(calls, outputs, signatures, case)
+    return checks, found, outputs
+
+
+def again(
+    calls: Sequence[Recorded], executor: Executor, files: Mapping[str, Path]
+) -> list[list[np.ndarray]]:
+    outputs: list[list[np.ndarray]] = [[] for _ in calls]
+    for file in dict.fromkeys(files[call.name] for call in calls):
+        own = [index for index, call in enumerate(calls) if files[call.name] == file]
+        results = executor(file, [], [calls[index].call() for index in own])
+        for index, result in zip(own, results, strict=True):
+            outputs[index] = result
+    return outputs
+
+
+def judged(
+    calls: Sequence[Recorded],
+    outputs: Sequence[Sequence[np.ndarray]],
+    signatures: Mapping[str, Program],
+    case: str,
+    same: bool = False,
+) -> tuple[list[Check], Found | None]:
+    """``same``: by the same program on another processor."""
+    checks: list[Check] = []
+    found: Found | None = None
+    for call, results in zip(calls, outputs, strict=True):
+        signature = signatures[call.name]
+        before = dict(zip((t.name for t in signature.inputs), call.inputs, strict=True))
+        adapter = [
+            float(np.abs(want).max())
+            for tensor, want in zip(signature.outputs, call.outputs, strict=True)
+            if ".lora_" in tensor.name
+        ]
+        triples = list(zip(signature.outputs, results, call.outputs, strict=True))
+        for tensor, own, want in sorted(triples, key=lambda triple: _order(triple[0].name)):
+            scale = None
+            if call.name == "adamw" and tensor.name == "parameters":
+                scale = float(np.abs(want - before["parameters"]).max())
+            if ".lora_" in tensor.name:
+                scale = max(float(np.abs(want).max()), _LEAST * max(adapter))
+            bound = _bound(call.name, tensor.name, same)
+            on = f"{case}, {call.variant}" if call.variant else case
+            check = compare(
+                call.kind, on, tensor.name, own, want, bound, layer=call.layer, scale=scale
+            )
+            checks.append(check)
+            if found is None and not check.passed:
+                operator = operator_of(tensor.name)
+                where = "" if call.layer is None else f"layer {call.layer}: "
+                found = Found(
+                    call.layer,
+                    operator,
+                    f"{where}{call.kind} differs first in {operator}, by {check.max_rel:.2g} of "
+                    f"its range on '{on}' (at most {bound.max_rel:.2g} is expected).",
+                )
+    return worst(checks), found

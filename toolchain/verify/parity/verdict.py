@@ -1,0 +1,217 @@
+"""A comparison's numbers and its verdict; rungs and the ladder made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from toolchain.compile.tolerances import Tolerance
+
+Status = Literal["passed", "failed", "not run"]
+RUNGS = ("eager", "captured", "quantized", "executorch", "arm64", "coreml", "decisions")
+NOT_ASKED = "it was not asked for (--rung)."
+_BINS = np.arange(-9.0, 0.5, 0.5)  # log10 of relative differences, for histograms
+
+
+@dataclass(frozen=True)
+class Check:
+    """One output of one program on one case.
+
+    ``max_abs`` largest difference; ``max_rel`` the same as a part of the largest value expected;
+    ``cosine`` of all numbers; ``likeness`` the correlation, for logits the smallest of the rows;
+    ``same_token``, ``kl`` (nats, mean) for logits only. ``layer`` for a block's programs.
+    ``histogram``: how many differences lie in each half decade from 1e-9 to 1.
+    """
+
+    program: str
+    case: str
+    output: str
+    max_abs: float
+    max_rel: float
+    tolerance: float | None
+    bound: str
+    passed: bool
+    cosine: float = 1.0
+    likeness: float = 1.0
+    likeness_tolerance: float | None = None
+    same_token: float | None = None
+    kl: float | None = None
+    layer: int | None = None
+    note: str = ""
+    histogram: tuple[int, ...] = ()
+
+    @property
+    def strain(self) -> float:
+        """How much of its tolerance a check takes: above 1 it fails."""
+        parts = [0.0 if self.passed else math.inf]
+        if self.tolerance:
+            parts.append(self.max_rel / self.tolerance)
+        if self.likeness_tolerance is not None:
+            parts.append((1.0 - self.likeness) / (1.0 - self.likeness_tolerance))
+        finite = [part for part in parts if math.isfinite(part)]
+        return max(finite, default=0.0) if self.passed else max([1.0, *finite])
+
+
+@dataclass(frozen=True)
+class Found:
+    """The first place where two rungs differ: a layer (None outside of the blocks), an operator,
+    and a sentence with both and the size of the difference."""
+
+    layer: int | None
+    operator: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Rung:
+    """``against``: what it was compared with. ``layers``: (place, difference) in the order of
+    computation, where the rung was looked into."""
+
+    rung: str
+    status: Status
+    reason: str = ""
+    against: str = ""
+    checks: tuple[Check, ...] = ()
+    found: Found | None = None
+    layers: tuple[tuple[str, float], ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """``texts``: what each case says, for people."""
+
+    bundle: str
+    model: str
+    precisions: dict[str, str]
+    rungs: tuple[Rung, ...]
+    texts: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        return any(rung.status == "failed" for rung in self.rungs)
+
+
+def _likeness(found: np.ndarray, expected: np.ndarray, rows: bool) -> float:
+    """Correlation; of each row the smallest where ``rows``. Constant rows count as alike where
+    they are equal."""
+    pairs = zip(found, expected, strict=True) if rows else [(found.ravel(), expected.ravel())]
+    least = 1.0
+    for a, b in pairs:
+        a, b = a - a.mean(), b - b.mean()
+        size = float(np.linalg.norm(a) * np.linalg.norm(b))
+        value = float(a @ b) / size if size > 0 else (1.0 if np.allclose(a, b) else 0.0)
+        least = min(least, value)
+    return least
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def _histogram(gap: np.ndarray, scale: float) -> tuple[int, ...]:
+    with np.errstate(divide="ignore"):
+        places = np.log10(np.maximum(gap.ravel() / scale, 1e-9))
+    return tuple(int(n) for n in np.histogram(places, [*_BINS, np.inf])[0])
+
+
+def compare(
+    program: str,
+    case: str,
+    output: str,
+    found: np.ndarray,
+    expected: np.ndarray,
+    tolerance: Tolerance,
+    *,
+    logits: bool = False,
+    layer: int | None = None,
+    scale: float | None = None,
+) -> Check:
+    """``logits``: [rows, vocab]. ``scale``: what differences are measured by, where that is not the
+    largest value expected."""
+    own = np.asarray(found, np.float64)
+    want = np.asarray(expected, np.float64)
+    if own.shape != want.shape:
+        return Check(
+            program, case, output, math.inf, math.inf, tolerance.max_rel, tolerance.name, False,
+            layer=layer, note=f"shape {list(own.shape)} instead of {list(want.shape)}",
+        )  # fmt: skip
+    if not (np.isfinite(own).all() and np.isfinite(want).all()):
+        where = "the program's" if np.isfinite(want).all() else "the reference's"
+        return Check(
+            program, case, output, math.inf, math.inf, tolerance.max_rel, tolerance.name, False,
+            layer=layer, note=f"{where} values are NaN or infinite",
+        )  # fmt: skip
+    gap = np.abs(own - want)
+    largest = float(gap.max()) if gap.size else 0.0
+    size = scale if scale is not None else float(np.abs(want).max()) if want.size else 0.0
+    size = max(size, 1e-30)
+    norms = float(np.linalg.norm(own) * np.linalg.norm(want))
+    cosine = float((own * want).sum() / norms) if norms > 0 else (1.0 if largest == 0 else 0.0)
+    bounded = logits or tolerance.likeness is not None
+    likeness = _likeness(own, want, logits) if bounded else cosine
+    passed = tolerance.max_rel is None or largest / size <= tolerance.max_rel
+    if tolerance.likeness is not None and want.size > 1:
+        passed &= likeness >= tolerance.likeness
+    kl = same = None
+    if logits:
+        p, q = _log_softmax(want), _log_softmax(own)
+        kl = float((np.exp(p) * (p - q)).sum(-1).mean())
+        same = float((own.argmax(-1) == want.argmax(-1)).mean())
+    return Check(
+        program=program,
+        case=case,
+        output=output,
+        max_abs=largest,
+        max_rel=largest / size,
+        tolerance=tolerance.max_rel,
+        bound=tolerance.name,
+        passed=passed,
+        cosine=cosine,
+        likeness=likeness,
+        likeness_tolerance=tolerance.likeness,
+        same_token=same,
+        kl=kl,
+        layer=layer,
+        histogram=_histogram(gap, size),
+    )
+
+
+def stated(program: str, case: str, output: str, passed: bool, note: str) -> Check:
+    """A check that is a yes or a no."""
+    gap = 0.0 if passed else 1.0
+    return Check(program, case, output, gap, gap, 0.0, "exact", passed, note=note)
+
+
+def rung(
+    name: str,
+    against: str,
+    checks: Sequence[Check],
+    found: Found | None = None,
+    layers: Sequence[tuple[str, float]] = (),
+    reason: str = "",
+) -> Rung:
+    """Passed if every check is."""
+    failed = [check for check in checks if not check.passed]
+    if failed and not reason:
+        reason = found.sentence if found else _sentence(failed)
+    return Rung(
+        name, "failed" if failed else "passed", reason, against, tuple(checks), found, tuple(layers)
+    )
+
+
+def _sentence(failed: Sequence[Check]) -> str:
+    first = failed[0]
+    place = f" of layer {first.layer}" if first.layer is not None else ""
+    what = first.note or f"off by {first.max_rel:.2g} of its range, likeness {first.likeness:.4f}"
+    return f"{first.program}: {first.output}{place} on '{first.case}' is {what}."
+
+
+def not_run(name: str, reason: str) -> Rung:
+    return Rung(name, "not run", reason)

@@ -1,0 +1,148 @@
+"""The checkpoint that a bundle was made from, found again and proven to be the same."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from exporters.executorch.lm_program import adapter_tensors, lower_lm
+from exporters.model.checkpoint import Checkpoint, load_checkpoint
+from exporters.model.quantize import quantized
+from exporters.model.spec import read_spec
+from exporters.model.transformer import Transformer, build
+from runtime_py.bundle.flat_tensor import read_ptd
+from runtime_py.bundle.manifest import BundleError, Manifest, Program, Target
+from toolchain.compile.bundle_export import BUILTIN, PREFILL_ANDROID, builtin_folder
+from toolchain.compile.precision import ANDROID
+from toolchain.compile.shipped_text import shipped_dialogues, tokenize
+
+_SHA256 = re.compile(r"sha256:([0-9a-f]{64})")
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """``path``: the folder, file or hub id that ``checkpoint`` was read from."""
+
+    checkpoint: Checkpoint
+    path: str
+
+    @property
+    def gguf(self) -> Path | None:
+        """The file, where it is a GGUF."""
+        path = Path(self.path)
+        return path if path.suffix.lower() == ".gguf" else None
+
+
+@dataclass(frozen=True)
+class AndroidFiles:
+    """A bundle's Android part on disk."""
+
+    target: Target
+    program: Path
+    adapter: Path
+
+
+def android_files(bundle: Path, manifest: Manifest) -> AndroidFiles:
+    """Raises ``BundleError`` where the bundle has no Android part."""
+    if manifest.android is None or manifest.adapter.runtime is None:
+        raise BundleError(f"{bundle} has no Android part: export it with --target android.")
+    forward: Program = next(p for p in manifest.android.programs if p.name == "forward")
+    return AndroidFiles(manifest.android, bundle / forward.file, bundle / manifest.adapter.runtime)
+
+
+def _is(manifest: Manifest, checkpoint: Checkpoint) -> bool:
+    """Whether the weights files are those of the bundle: names may differ, hashes may not."""
+    hashes = _SHA256.findall(manifest.model.source)
+    return bool(hashes) and hashes == _SHA256.findall(checkpoint.source)
+
+
+def find_source(manifest: Manifest, given: str | None) -> Source | str:
+    """``given`` (a folder, a .gguf file or a hub id), or the built-in model for a bundle of it;
+    else the reason why there is none.
+
+    Raises ``BundleError`` where ``given`` is another model than the bundle's, and ``ExportError``
+    where it cannot be read.
+    """
+    if given is not None:
+        path = str(builtin_folder()) if given == BUILTIN else given
+        checkpoint = load_checkpoint(path)
+        if not _is(manifest, checkpoint):
+            raise BundleError(
+                f"--source {given} is not the model that this bundle was made from: expected "
+                f"{manifest.model.source}; found {checkpoint.source}."
+            )
+        return Source(checkpoint, path)
+    if manifest.model.name != BUILTIN:
+        return f"the source is not known: name it with --source ({_short(manifest)})"
+    checkpoint = load_checkpoint(str(builtin_folder()))
+    if not _is(manifest, checkpoint):
+        return "the built-in model is another one by now: export the bundle again, or give --source"
+    return Source(checkpoint, str(builtin_folder()))
+
+
+def _short(manifest: Manifest) -> str:
+    return manifest.model.source.partition(": ")[0]
+
+
+def float_model(manifest: Manifest, source: Source, adapted: bool = True) -> Transformer:
+    """The float32 transformer of a bundle's context; ``adapted``: with room for its adapter."""
+    spec = read_spec(source.checkpoint.config, manifest.model.context)
+    targets = manifest.adapter.targets if adapted else ()
+    return build(spec, source.checkpoint.state, targets, manifest.adapter.rank)
+
+
+def load_adapter(model: Transformer, adapter: Path) -> None:
+    """Copies a runtime file's tensors into the model's."""
+    arrays = read_ptd(adapter)
+    for name, tensor in adapter_tensors(model).items():
+        tensor.copy_(torch.from_numpy(arrays[name].copy()))
+
+
+def as_in_bundle(model: Transformer, manifest: Manifest, source: Source) -> Transformer:
+    """``model`` quantized as the bundle's Android part is; itself where that is float32.
+
+    The same weights come out each time: calibration reads the text that ships with attune.
+    """
+    assert manifest.android is not None
+    scheme = ANDROID[manifest.android.quantize]
+    if scheme is None:
+        return model
+    checkpoint = source.checkpoint
+    texts = tokenize(
+        checkpoint.tokenizer,
+        checkpoint.chat_template,
+        shipped_dialogues("calibration"),
+        model.spec.context,
+    )
+    return quantized(model, scheme, texts)
+
+
+def lower_without_adapter(manifest: Manifest, source: Source, out: Path) -> Path:
+    """Writes the bundle's ``lm.pte`` as it were without LoRA, for comparison."""
+    model = as_in_bundle(float_model(manifest, source, adapted=False), manifest, source)
+    eos = list(source.checkpoint.eos_ids)
+    lower_lm(
+        model,
+        out,
+        prefill_length=PREFILL_ANDROID,
+        embed_length=manifest.policy.embed_length,
+        bos_id=manifest.tokenizer.bos_id if manifest.tokenizer.bos_id is not None else eos[0],
+        eos_ids=eos,
+    )
+    return out
+
+
+def weight_bytes(files: AndroidFiles, manifest: Manifest) -> int:
+    """Bytes of weights that decoding one token reads: program and adapter, less the token table
+    (of which it reads one row) where that is not the head as well."""
+    vocab, hidden = manifest.model.vocab, manifest.model.hidden
+    total = files.program.stat().st_size + files.adapter.stat().st_size
+    if files.target.quantize != "none":
+        return total - vocab * (hidden + 4)  # int8 rows, each with a float32 scale
+    # A float32 program holds each of the model's parameters once; more than that is a second
+    # copy of a table that the checkpoint has only once.
+    copied = files.program.stat().st_size - 4 * manifest.model.parameters
+    return total - 4 * vocab * hidden * (copied > 2 * vocab * hidden)
