@@ -182,6 +182,10 @@ def paper_bundle(folder: Path, spec: ModelSpec, targets: Sequence[str], rank: in
                 vocab=spec.vocab,
                 hidden=spec.hidden,
                 layers=len(spec.layers),
+                heads=spec.heads,
+                kv_heads=spec.kv_heads,
+                head_dim=spec.head_dim,
+                intermediate=spec.intermediate,
                 context=spec.context,
             ),
             tokenizer=manifest.Tokenizer(

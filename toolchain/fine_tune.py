@@ -11,15 +11,15 @@ from typing import Literal, cast
 
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.adapter_tensors import from_runtime, load_adapter, to_runtime
+from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.flat_tensor import write_ptd
-from runtime_py.bundle.manifest import Manifest, open_bundle
 from runtime_py.bundle.peft_adapter import read_peft, write_peft
 from runtime_py.engine.examples import Example, fit
+from runtime_py.engine.streaming import open_training
 from runtime_py.engine.trainer import Settings, Step, evaluate, train
-from runtime_py.engine.training_error import TrainingError
+from runtime_py.loop.errors import TrainingError
 from runtime_py.loop.stream import read_stream
-from toolchain.compile.training_part import open_engine
 from toolchain.report.curves import Series, write_svg
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -96,17 +96,16 @@ def _check(request: Request) -> None:
 
 
 def _examples(
-    request: Request, manifest: Manifest, said: Callable[[str], None]
+    request: Request, bundle: Bundle, said: Callable[[str], None]
 ) -> tuple[list[Example], list[Example], tuple[str, ...], tuple[str, ...]]:
     """-> training and held-out examples, ids of those cut and of those left out. Of every so many
     dialogues the last is held out."""
-    assert manifest.training is not None
     dialogues = [record.dialogue for record in read_stream(request.data)]
     if not dialogues:
         raise TrainingError(f"{request.data} has no dialogue: give one JSON object a line.")
-    text = ChatText(request.bundle, manifest)
-    fitted = fit(dialogues, text, max(manifest.training.lengths), request.refuse_long)
-    longest = max(manifest.training.lengths)
+    text = ChatText(bundle)
+    fitted = fit(dialogues, text, max(bundle.training.lengths), request.refuse_long)
+    longest = max(bundle.training.lengths)
     if fitted.cut:
         said(f"cut at a turn to fit {longest} tokens: {len(fitted.cut)} of {len(dialogues)}")
     if fitted.left_out:
@@ -139,16 +138,12 @@ def fine_tune(
     Raises ``TrainingError``, ``BundleError``, ``AdapterError`` or ``LoopError`` with a sentence.
     """
     _check(request)
-    manifest = open_bundle(request.bundle)
+    bundle = open_bundle(request.bundle)
+    manifest = bundle.manifest
     keep = request.keep_mb if request.memory == "high" else 0.0
-    engine = open_engine(request.bundle, manifest, keep_mb=keep, threads=request.threads)
-    assert manifest.training is not None
-    training, held, cut, left_out = _examples(request, manifest, said)
-    source = (
-        load_adapter(request.adapter)
-        if request.adapter
-        else read_peft(request.bundle / manifest.adapter.peft)
-    )
+    engine = open_training(bundle, keep_mb=keep, threads=request.threads)
+    training, held, cut, left_out = _examples(request, bundle, said)
+    source = load_adapter(request.adapter) if request.adapter else read_peft(bundle.peft)
     values = to_runtime(source, manifest.adapter.tensors)
     state = AdapterState.of(manifest.adapter.tensors, values)
     settings = Settings(
@@ -186,9 +181,9 @@ def fine_tune(
         state,
         training,
         settings,
-        manifest.training.optimizer,
+        bundle.training.optimizer,
         folder,
-        base=next(f.sha256 for f in manifest.files if f.path == manifest.training.weights),
+        base=next(f.sha256 for f in manifest.files if f.path == bundle.training.weights),
         told=step_done,
     )
     assert outcome is not None

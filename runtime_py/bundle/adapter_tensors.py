@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from runtime_py.bundle.manifest import AdapterTensor
-from runtime_py.bundle.peft_adapter import AdapterError, PeftAdapter, read_peft
+from runtime_py.bundle.peft_adapter import PeftAdapter, read_peft
 from runtime_py.bundle.peft_config import check_config
+from runtime_py.loop.errors import AdapterError
 
 _DTYPES = ("float32", "float16", "bfloat16")
 META = "adapter_config.json"  # in a .ptd: UTF-8 JSON as uint8, beside the tensors

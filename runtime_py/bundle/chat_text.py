@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from runtime_py.bundle.manifest import BundleError, Manifest
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.loop.dialogue import Turn
+from runtime_py.loop.errors import BundleError
 
 
 class ChatText:
     """Renders and encodes as docs/bundle.md says under "Text"."""
 
-    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         from transformers import PreTrainedTokenizerFast
 
-        own = manifest.tokenizer
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(bundle / own.file))
+        own = bundle.manifest.tokenizer
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(bundle.path / own.file))
         special = {"bos_token": own.bos_id, "eos_token": own.eos_ids[0]}
         for name, index in special.items():  # chat templates write them out
             if index is not None:
                 setattr(self.tokenizer, name, self.tokenizer.convert_ids_to_tokens(index))
-        self.template = (bundle / own.chat_template).read_text(encoding="utf-8")
+        self.template = (bundle.path / own.chat_template).read_text(encoding="utf-8")
         self.stops = [str(self.tokenizer.convert_ids_to_tokens(index)) for index in own.eos_ids]
 
     def render(self, turns: Sequence[Turn], reply: bool = False) -> str:

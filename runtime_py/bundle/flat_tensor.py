@@ -17,7 +17,8 @@ from executorch.extension.flat_tensor.serialize.serialize import (
     _get_extended_header,
 )
 
-from runtime_py.bundle.peft_config import AdapterError
+from runtime_py.loop.errors import AdapterError
+from runtime_py.loop.files import write_bytes
 
 ALIGNMENT = 16
 _TYPES: dict[np.dtype, ScalarType] = {
@@ -36,9 +37,7 @@ def write_ptd(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         named[name] = DataEntry(len(buffers), ALIGNMENT, layout)
         buffers.append(np.ascontiguousarray(array).tobytes())
     blob = FlatTensorSerializer().serialize(DataPayload(buffers, named))
-    beside = path.with_name(path.name + ".part")
-    beside.write_bytes(bytes(blob))
-    beside.replace(path)
+    write_bytes(path, bytes(blob))
 
 
 def _header(path: Path, blob: bytes) -> FlatTensorHeader:

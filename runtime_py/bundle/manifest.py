@@ -5,23 +5,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from runtime_py.loop.errors import LoopError
+from runtime_py.loop.files import sha256
 from runtime_py.loop.policy import LoopPolicy
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest.sha256"  # of the manifest itself, in hexadecimal
-
-
-class BundleError(Exception):
-    """A bundle that cannot be used; the message says which file, what was expected, what to do."""
 
 
 class _Strict(BaseModel):
@@ -53,6 +49,9 @@ class Program(_Strict):
 
 
 class Model(_Strict):
+    """``heads``, ``kv_heads``: of queries, and of keys and values; ``head_dim``: channels of one;
+    ``intermediate``: width of the MLP; ``context``: the most tokens."""
+
     name: str
     source: str
     architecture: str
@@ -60,6 +59,10 @@ class Model(_Strict):
     vocab: int
     hidden: int
     layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
     context: int
 
 
@@ -182,7 +185,7 @@ class File(_Strict):
 
 
 class Manifest(_Strict):
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     attune: str
     versions: dict[str, str]
     model: Model
@@ -210,21 +213,17 @@ class Manifest(_Strict):
         return self
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _files(folder: Path) -> list[Path]:
+def bundle_files(folder: Path) -> list[Path]:
+    """Every file of a bundle but the manifest and its checksum, by path."""
     own = (folder / MANIFEST, folder / CHECKSUM)
     return sorted(p for p in folder.rglob("*") if p.is_file() and p not in own)
 
 
 def list_files(folder: Path) -> tuple[File, ...]:
-    """Every file of a bundle but the manifest and its checksum, by path."""
+    """What the manifest says of each of ``bundle_files``."""
     return tuple(
         File(path=p.relative_to(folder).as_posix(), bytes=p.stat().st_size, sha256=sha256(p))
-        for p in _files(folder)
+        for p in bundle_files(folder)
     )
 
 
@@ -232,65 +231,3 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     (folder / CHECKSUM).write_text(sha256(folder / MANIFEST) + "\n", encoding="ascii")
-
-
-def open_bundle(folder: Path) -> Manifest:
-    """Reads the manifest and checks every file against it, before anything native sees them.
-
-    Raises ``BundleError`` with all misfits: missing, changed and unlisted files.
-    """
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise BundleError(
-            f"there is no bundle at {folder}: expected a folder that attune export wrote."
-        )
-    if not path.is_file():
-        raise BundleError(
-            f"{folder} has no {MANIFEST}: expected a folder that attune export wrote."
-        )
-    checksum = folder / CHECKSUM
-    stored = checksum.read_bytes() if checksum.is_file() else b""
-    if stored != sha256(path).encode() + b"\n":
-        raise BundleError(
-            f"{path} does not match {CHECKSUM} beside it: one of the two is damaged. Copy the "
-            f"bundle again, or export anew."
-        )
-    try:
-        raw = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(f"{path} is not JSON ({error}): export the bundle again.") from error
-    version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if version != SCHEMA_VERSION:
-        raise BundleError(
-            f"{path} has schema version {version}, this attune reads {SCHEMA_VERSION}: export the "
-            f"bundle again, or use the attune that made it."
-        )
-    try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors()[:8]
-        )
-        raise BundleError(f"{path} does not follow the schema: {problems}.") from error
-    _check_files(folder, manifest)
-    return manifest
-
-
-def _check_files(folder: Path, manifest: Manifest) -> None:
-    problems = []
-    listed = {file.path for file in manifest.files}
-    for file in manifest.files:
-        path = folder / file.path
-        if not path.is_file():
-            problems.append(f"{file.path} is missing")
-        elif path.stat().st_size != file.bytes:
-            problems.append(f"{file.path} has {path.stat().st_size} bytes instead of {file.bytes}")
-        elif sha256(path) != file.sha256:
-            problems.append(f"{file.path} is not the file that was exported (SHA-256 differs)")
-    for path in _files(folder):
-        if (name := path.relative_to(folder).as_posix()) not in listed:
-            problems.append(f"{name} is not in the manifest")
-    if problems:
-        raise BundleError(
-            f"the bundle {folder} is damaged: {'; '.join(problems)}. Copy it again, or export anew."
-        )

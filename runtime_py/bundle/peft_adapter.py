@@ -10,18 +10,18 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, TensorSpec, deserialize, serialize_file
+from safetensors import SafetensorError, TensorSpec, deserialize, serialize
 
-from runtime_py.bundle.peft_config import AdapterError, check_config, fresh_config, resolve
+from runtime_py.bundle.peft_config import check_config, fresh_config, resolve
+from runtime_py.loop.errors import AdapterError
+from runtime_py.loop.files import replacing
 
 __all__ = [
-    "AdapterError",
     "PeftAdapter",
     "check_fits",
     "fresh_config",
@@ -85,7 +85,8 @@ def write_peft(folder: Path, adapter: PeftAdapter) -> None:
     """Write an adapter folder that ``peft.PeftModel.from_pretrained`` loads, whole or not at all.
 
     Values are rounded to nearest even in ``adapter.dtype``: unchanged if they were read in it.
-    Raises ``AdapterError`` if the folder exists, the adapter is unsound, or writing fails.
+    Raises ``AdapterError`` if the folder exists or the adapter is unsound, ``WriteError`` if
+    writing fails.
     """
     if os.path.lexists(folder):
         raise AdapterError(f"{folder} exists already; choose another name or remove it.")
@@ -105,18 +106,11 @@ def write_peft(folder: Path, adapter: PeftAdapter) -> None:
         )
         for name, array in stored.items()
     }
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
-        beside.mkdir(parents=True)
+    with replacing(folder) as beside:
+        beside.mkdir()
         text = json.dumps(adapter.config, indent=2, ensure_ascii=False, allow_nan=False)
         (beside / _CONFIG).write_text(text + "\n", encoding="utf-8")
-        serialize_file(specs, beside / _WEIGHTS, metadata={"format": "pt"})
-        beside.rename(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise AdapterError(f"{folder} cannot be written: {reason}.") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        (beside / _WEIGHTS).write_bytes(serialize(specs, metadata={"format": "pt"}))
 
 
 def check_fits(adapter: PeftAdapter, expected: Mapping[str, tuple[int, int]]) -> None:

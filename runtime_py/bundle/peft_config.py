@@ -7,10 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-
-class AdapterError(Exception):
-    """An adapter that cannot be used as asked; the message says what, where, and what to do."""
-
+from runtime_py.loop.errors import AdapterError
 
 # Fields that make an adapter more than B·A·scaling, and what they are called.
 _REFUSED = {

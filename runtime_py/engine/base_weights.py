@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime_py.engine.training_error import TrainingError
+from runtime_py.loop.errors import TrainingError
 
 _DTYPES: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "I8": np.dtype(np.int8)}
 _MOST_HEADER = 100_000_000  # bytes, safetensors' own limit

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime_py.bundle.chat_text import ChatText
-from runtime_py.engine.training_error import TrainingError
 from runtime_py.loop.dialogue import Dialogue
+from runtime_py.loop.errors import TrainingError
 
 IGNORED = -100  # PyTorch's label for positions that do not count
 

@@ -6,9 +6,7 @@ and ends with the same bits. A trained adapter is the bundle's own ``.ptd`` with
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,16 +18,15 @@ import numpy as np
 from safetensors.numpy import save
 
 from runtime_py.bundle.adapter_state import AdapterState
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
-from runtime_py.bundle.manifest import AdapterTensor, BundleError, Manifest, Tensor, Training
-from runtime_py.engine.base_weights import BaseWeights
+from runtime_py.bundle.manifest import AdapterTensor, Manifest, Tensor
 from runtime_py.engine.examples import Example, fit
 from runtime_py.engine.native import silenced
-from runtime_py.engine.program_calls import ExecutorchPrograms
-from runtime_py.engine.streaming import StepNumbers, StreamingEngine
+from runtime_py.engine.streaming import StepNumbers, StreamingEngine, open_training
 from runtime_py.engine.trainer import Settings, evaluate, train
-from runtime_py.engine.training_error import TrainingError
-from runtime_py.loop.errors import LoopError, StoreFull
+from runtime_py.loop.errors import LoopError, TrainingDiverged
+from runtime_py.loop.files import replacing
 from runtime_py.loop.protocols import FineTuneJob, FineTuneResult
 
 ADAPTER = "adapter.ptd"  # in a job's folder
@@ -64,10 +61,10 @@ def _unlimited() -> float:
     return math.inf
 
 
-def runtime_file(bundle: Path, manifest: Manifest, file: Path) -> Path:
+def runtime_file(bundle: Bundle, file: Path) -> Path:
     """The ``.ptd`` for an adapter's file: the bundle's own where ``file`` is its PEFT weights."""
-    if file == bundle / manifest.adapter.peft / _PEFT_WEIGHTS and manifest.adapter.runtime:
-        return bundle / manifest.adapter.runtime
+    if file == bundle.peft / _PEFT_WEIGHTS:
+        return bundle.android.adapter
     if file.suffix != ".ptd":
         raise LoopError(
             f"{file} is not an adapter file of this bundle: expected a .ptd, or convert it with "
@@ -111,25 +108,13 @@ def write_values(
     file: Path, source: Path, tensors: Sequence[AdapterTensor], values: Mapping[str, np.ndarray]
 ) -> None:
     """``source``, a ``.ptd``, with other values, at ``file``: there whole, or not at all."""
-    beside = file.with_name(file.name + ".part")
-    try:
+    with replacing(file) as beside:
         shutil.copyfile(source, beside)
         with beside.open("r+b") as out:
             for tensor in tensors:
                 assert tensor.offset is not None
                 out.seek(tensor.offset)
                 out.write(np.ascontiguousarray(values[tensor.name], "<f4").tobytes())
-            out.flush()
-            os.fsync(out.fileno())
-        beside.replace(file)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise StoreFull(
-            f"{file} cannot be written: no space is left. The training is not lost; free some "
-            f"space and fine-tune again."
-        ) from error
 
 
 class StreamedFineTuner:
@@ -139,8 +124,7 @@ class StreamedFineTuner:
 
     def __init__(
         self,
-        bundle: Path,
-        manifest: Manifest,
+        bundle: Bundle,
         text: ChatText,
         *,
         threads: int | None = None,
@@ -148,12 +132,8 @@ class StreamedFineTuner:
         available_mb: Callable[[], float] = _unlimited,
         told: Callable[[TrainingCall], None] = _unheard,
     ) -> None:
-        if manifest.android is None or manifest.training is None:
-            raise BundleError(
-                f"{bundle} has no training programs for Android: export it with --target android."
-            )
-        self._bundle, self._manifest, self._text, self._threads = bundle, manifest, text, threads
-        self._training, self._android = manifest.training, manifest.android
+        self._training, self._android = bundle.training, bundle.android
+        self._bundle, self._text, self._threads = bundle, text, threads
         self._before, self._available, self._told = before, available_mb, told
 
     def run(
@@ -163,8 +143,8 @@ class StreamedFineTuner:
         longest = min(job.max_sequence_tokens, max(self._training.lengths))
         examples = fit(job.training, self._text, longest).examples
         held_out = fit(job.held_out, self._text, longest).examples
-        tensors = self._manifest.adapter.tensors
-        parent = runtime_file(self._bundle, self._manifest, job.parent)
+        tensors = self._bundle.manifest.adapter.tensors
+        parent = runtime_file(self._bundle, job.parent)
         if not examples or not held_out:  # nothing to learn from, or nothing to judge it by
             write_values(folder / ADAPTER, parent, tensors, read_values(parent, tensors))
             return FineTuneResult(folder / ADAPTER, math.nan, math.nan, (), 0.0)
@@ -187,25 +167,17 @@ class StreamedFineTuner:
                 return None
             engine.trained = True
             after = evaluate(engine, state, held_out)
-        except TrainingError as error:
-            if isinstance(error.__cause__, OSError):
-                raise StoreFull(str(error)) from error
-            if not engine.diverged:
-                raise
+        except TrainingDiverged:
             write_values(folder / ADAPTER, parent, tensors, state.tensors)
             return FineTuneResult(folder / ADAPTER, before, math.inf, (), 0.0)
         write_values(folder / ADAPTER, parent, tensors, state.tensors)
         return FineTuneResult(folder / ADAPTER, before, after, done.losses, done.seconds)
 
     def _open(self) -> StreamingEngine:
-        programs = self._android.programs
-        file = next(p.file for p in programs if p.name == "adamw")
-        own = [program for program in programs if program.file == file]
         with silenced():  # the runtime talks of the processor
-            runner = ExecutorchPrograms(self._bundle, own, self._threads)
+            engine = open_training(self._bundle, threads=self._threads)
         self._threads = None  # the pool stays for the process
-        weights = BaseWeights(self._bundle / self._training.weights)
-        return StreamingEngine(runner, weights, self._training)
+        return engine
 
     def program_for(self, tokens: int) -> int:
         """The length of the shortest programs that hold ``tokens``."""
@@ -213,7 +185,7 @@ class StreamedFineTuner:
 
     def need_mb(self, length: int) -> float:
         """What a run with the programs of ``length`` tokens takes at most, in MB."""
-        return training_bytes(self._manifest, self._training, length) / 1e6
+        return training_bytes(self._bundle, length) / 1e6
 
 
 class _Guarded:
@@ -229,7 +201,7 @@ class _Guarded:
     ) -> None:
         self._available, self._told = available_mb, told
         self.capacity, self._length = capacity, capacity
-        self.diverged, self.trained = False, False
+        self.trained = False
         self._check(need_mb)
         self._reserve_mb = RESERVE * need_mb
         with _memory():
@@ -253,7 +225,6 @@ class _Guarded:
         self._check(self._reserve_mb)
         with _memory():
             loss, labels = self._engine.gradient(state, examples, into)
-        self.diverged |= not math.isfinite(loss)
         self._length = self._engine.length_of(examples)
         self._told(TrainingCall("gradient", self._length, labels))
         return loss, labels
@@ -261,7 +232,6 @@ class _Guarded:
     def update(self, state: AdapterState, gradient: np.ndarray, numbers: StepNumbers) -> float:
         with _memory():
             norm = self._engine.update(state, gradient, numbers)
-        self.diverged |= not math.isfinite(norm)
         self._told(TrainingCall("update", self._length, step=state.step))
         return norm
 
@@ -277,27 +247,22 @@ def _memory() -> Iterator[None]:
         raise
 
 
-def training_bytes(manifest: Manifest, training: Training, length: int) -> int:
+def training_bytes(bundle: Bundle, length: int) -> int:
     """An upper estimate of what a run takes with programs of ``length`` tokens, beside the mapped
     weights: every layer's input; of one block its outputs twice, its scores three times and its
     matrices in float32; the head's logits twice, and one slice of its rows twice, in float32 and
     packed; the adapter, gradient and moments, and the copies of them in an update and
     in what is being saved."""
-    assert manifest.android is not None
-    programs = {program.name: program for program in manifest.android.programs}
-    block = programs[f"block_forward_{length}"]
+    model, training = bundle.manifest.model, bundle.training
+    block = bundle.android.program(f"block_forward_{length}")
     outputs = sum(_numbers(tensor) for tensor in block.outputs)
-    shapes = {tensor.name: [int(n) for n in tensor.shape] for tensor in block.inputs}
-    heads = shapes["base.q.q" if "base.q.q" in shapes else "base.q.value"][1] // (
-        2 * shapes["cos"][1]
-    )
     packed = 2 if training.precision == "int4" else 1
     matrices = packed * sum(_numbers(t) for t in block.inputs if t.name.endswith((".q", ".value")))
-    rows = 2 * min(training.head_slice, manifest.model.vocab) * manifest.model.hidden
-    inputs = (len(training.layers) + 3) * manifest.model.hidden * length
-    logits = 2 * training.positions * manifest.model.vocab
-    adapter = 12 * sum(math.prod(tensor.shape) for tensor in manifest.adapter.tensors)
-    block_numbers = 2 * outputs + 3 * heads * length * length + matrices
+    rows = 2 * min(training.head_slice, model.vocab) * model.hidden
+    inputs = (len(training.layers) + 3) * model.hidden * length
+    logits = 2 * training.positions * model.vocab
+    adapter = 12 * sum(math.prod(tensor.shape) for tensor in bundle.manifest.adapter.tensors)
+    block_numbers = 2 * outputs + 3 * model.heads * length * length + matrices
     return 4 * (inputs + block_numbers + logits + rows + adapter)
 
 

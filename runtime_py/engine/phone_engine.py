@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
-from runtime_py.bundle.manifest import BundleError, Manifest
 from runtime_py.engine.job_runner import runtime_file
 from runtime_py.engine.native import silenced
 from runtime_py.loop.dialogue import Dialogue, Turn
@@ -50,22 +50,19 @@ class PhoneEngine:
 
     def __init__(
         self,
-        bundle: Path,
-        manifest: Manifest,
+        bundle: Bundle,
         threads: int | None = None,
         told: Callable[[LmCall], None] = _unheard,
         lean: bool = False,
     ) -> None:
-        if manifest.android is None or manifest.adapter.runtime is None:
-            raise BundleError(f"{bundle} has no Android part: export it with --target android.")
-        self.text = ChatText(bundle, manifest)
-        self._bundle, self._manifest, self._threads, self._told = bundle, manifest, threads, told
-        self._adapter = bundle / manifest.adapter.runtime
+        self._program, self._adapter = bundle.android.lm, bundle.android.adapter
+        self.text = ChatText(bundle)
+        self._bundle, self._threads, self._told = bundle, threads, told
         self._lm: ExecutorchLm | None = None
         self._lean, self._method = lean, ""
 
     def use_adapter(self, file: Path) -> None:
-        adapter = runtime_file(self._bundle, self._manifest, file)
+        adapter = runtime_file(self._bundle, file)
         if adapter != self._adapter:
             self.release()
             self._adapter = adapter
@@ -83,7 +80,7 @@ class PhoneEngine:
                 ExecutorchLm,  # heavy; whoever only counts calls has no need
             )
 
-            program = self._bundle / "android" / "lm.pte"
+            program = self._program
             try:
                 with silenced():  # the runtime talks of the processor
                     self._lm = ExecutorchLm(program, self._adapter, self._threads)
@@ -97,7 +94,7 @@ class PhoneEngine:
 
     def embed(self, dialogue: Dialogue) -> Embedding:
         ids = self.text.encode(self.text.render(dialogue.turns))
-        ids = ids[: self._manifest.policy.embed_length]
+        ids = ids[: self._bundle.manifest.policy.embed_length]
         pooled, entropy = self._loaded("embed").embed(_tokens(ids))  # [1, n] -> [hidden]
         self._told(LmCall("embed", len(ids), 0))
         return Embedding(pooled.numpy().astype(np.float32, copy=True), entropy)
@@ -111,12 +108,12 @@ class PhoneEngine:
         prompt = self._prompt(messages)
         if not prompt:
             return ""
-        stops = set(self._manifest.tokenizer.eos_ids)
+        stops = set(self._bundle.manifest.tokenizer.eos_ids)
         chance = SplitMix64(seed)
         logits = lm.prefill(_tokens(prompt))
         self._told(LmCall("prefill", len(prompt), 0))
         written: list[int] = []
-        end = min(len(prompt) + max_new_tokens, self._manifest.model.context)
+        end = min(len(prompt) + max_new_tokens, self._bundle.manifest.model.context)
         for position in range(len(prompt), end):
             token = sample(logits[0].numpy(), temperature, chance)
             if token in stops:
@@ -132,7 +129,7 @@ class PhoneEngine:
     def _prompt(self, messages: Sequence[Turn]) -> list[int]:
         for first in range(0, len(messages), 2):
             ids = self.text.encode(self.text.render(messages[first:], reply=True))
-            if len(ids) < self._manifest.model.context:
+            if len(ids) < self._bundle.manifest.model.context:
                 return ids
         return []
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from runtime_py.bundle.manifest import Program
 from runtime_py.engine.native import silenced
-from runtime_py.engine.training_error import TrainingError
+from runtime_py.loop.errors import TrainingError
 
 
 class Programs(Protocol):

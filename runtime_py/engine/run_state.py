@@ -6,10 +6,8 @@ read back is bit for bit what was written.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from runtime_py.bundle.adapter_state import AdapterState
-from runtime_py.engine.training_error import TrainingError
+from runtime_py.loop.errors import TrainingError
+from runtime_py.loop.files import write_bytes
 
 FILE = "training.safetensors"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -41,38 +39,15 @@ def job_digest(values: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def write_beside(path: Path, data: bytes) -> None:
-    """Writes ``path`` whole or not at all, also across a loss of power."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        if error.errno not in _FULL:
-            raise
-        raise TrainingError(
-            f"{path} cannot be written (no space left on device): the state before it is whole; "
-            f"free space and train again to go on from there."
-        ) from error
-
-
 def save_state(folder: Path, state: AdapterState, progress: Progress) -> None:
+    """Raises ``DiskFull`` where there is no space; the state before is whole then."""
     metadata = {
         "progress": json.dumps(asdict(progress)),
         "layout": state.layout.digest,
         "step": str(state.step),
     }
     tensors = {"parameters": state.parameters, "mean": state.mean, "square": state.square}
-    write_beside(folder / FILE, save(tensors, metadata))
+    write_bytes(folder / FILE, save(tensors, metadata))
 
 
 def load_state(folder: Path, state: AdapterState, job: str) -> Progress | None:

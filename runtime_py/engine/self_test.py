@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 from runtime_py.bundle.adapter_state import AdapterState
-from runtime_py.bundle.manifest import AdapterTensor, BundleError, Manifest
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.engine.examples import Example
 from runtime_py.engine.job_runner import read_values, write_values
 from runtime_py.engine.lm import ExecutorchLm
 from runtime_py.engine.program_calls import ExecutorchPrograms, Programs
 from runtime_py.engine.streaming import StreamingEngine
-from runtime_py.engine.training_error import TrainingError
 from runtime_py.loop.buffer import Buffer
+from runtime_py.loop.errors import BundleError, TrainingError
 from runtime_py.loop.lexicons import BUILTIN, Lexicons, read_lexicons
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import Embedding
@@ -231,23 +231,19 @@ def _likeness(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def gradient_of(
-    bundle: Path, manifest: Manifest, programs: Programs, values: Values, example: Example
+    bundle: Bundle, programs: Programs, values: Values, example: Example
 ) -> tuple[float, np.ndarray]:
     """What ``Engine.gradient`` asks for, streamed through ``programs``."""
-    assert manifest.training is not None
-    weights = BaseWeights(bundle / manifest.training.weights)
-    engine = StreamingEngine(programs, weights, manifest.training)
-    state = AdapterState.of(manifest.adapter.tensors, values)
+    engine = StreamingEngine(programs, BaseWeights(bundle.training_weights), bundle.training)
+    state = AdapterState.of(bundle.manifest.adapter.tensors, values)
     into = state.layout.zeros()
     loss, count = engine.gradient(state, [example], into)
     return loss / count, into
 
 
-def adapter_files(
-    bundle: Path, runtime: str, tensors: Sequence[AdapterTensor], scratch: Path
-) -> tuple[dict[str, Path], Values]:
+def adapter_files(bundle: Bundle, scratch: Path) -> tuple[dict[str, Path], Values]:
     """The files of ``initial`` and ``effect``, and the values of the second."""
-    own = bundle / runtime
+    own, tensors = bundle.android.adapter, bundle.manifest.adapter.tensors
     changed = effect(read_values(own, tensors))
     write_values(scratch / "effect.ptd", own, tensors, changed)
     return {"initial": own, "effect": scratch / "effect.ptd"}, changed
@@ -256,17 +252,12 @@ def adapter_files(
 class PhoneTest:
     """The bundle's Android programs in this process."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, threads: int | None = None) -> None:
-        if manifest.android is None or manifest.adapter.runtime is None:
-            raise BundleError(f"{bundle} has no Android part: export it with --target android.")
-        self._bundle, self._manifest = bundle, manifest
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        self._bundle = bundle
         self._scratch = tempfile.TemporaryDirectory(prefix="attune-self-test-")
-        files, self._values = adapter_files(
-            bundle, manifest.adapter.runtime, manifest.adapter.tensors, Path(self._scratch.name)
-        )
-        program = next(p.file for p in manifest.android.programs if p.name == "forward")
+        files, self._values = adapter_files(bundle, Path(self._scratch.name))
         self._lms = {
-            name: ExecutorchLm(bundle / program, file, threads) for name, file in files.items()
+            name: ExecutorchLm(bundle.android.lm, file, threads) for name, file in files.items()
         }
 
     def logits(self, tokens: np.ndarray, prompt: int, adapter: str) -> np.ndarray:
@@ -280,9 +271,7 @@ class PhoneTest:
         return pooled.numpy().copy(), entropy
 
     def gradient(self, example: Example) -> tuple[float, np.ndarray] | None:
-        if self._manifest.training is None or self._manifest.android is None:
+        if self._bundle.manifest.training is None:
             return None
-        programs = self._manifest.android.programs
-        file = next(p.file for p in programs if p.name == "adamw")
-        runner = ExecutorchPrograms(self._bundle, [p for p in programs if p.file == file])
-        return gradient_of(self._bundle, self._manifest, runner, self._values, example)
+        runner = ExecutorchPrograms(self._bundle.path, self._bundle.android.training_programs)
+        return gradient_of(self._bundle, runner, self._values, example)

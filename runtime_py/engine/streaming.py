@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime_py.bundle.adapter_state import AdapterState
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Training
 from runtime_py.engine.base_weights import BaseWeights, decode_rows
 from runtime_py.engine.examples import IGNORED, Example
-from runtime_py.engine.program_calls import Programs
-from runtime_py.engine.training_error import TrainingError
+from runtime_py.engine.program_calls import ExecutorchPrograms, Programs
+from runtime_py.loop.errors import TrainingError
 
 UNSEEN = -30000.0  # a score that no softmax sees
 
@@ -282,3 +283,11 @@ def causal_mask(owner: np.ndarray, window: int | None) -> np.ndarray:
     if window is not None:
         seen &= distance < window
     return np.where(seen, np.float32(0.0), np.float32(UNSEEN))[None, None]
+
+
+def open_training(
+    bundle: Bundle, *, keep_mb: float = 0.0, threads: int | None = None
+) -> StreamingEngine:
+    """A bundle's Android training programs on its weights file. Raises ``BundleError``."""
+    runner = ExecutorchPrograms(bundle.path, bundle.android.training_programs, threads)
+    return StreamingEngine(runner, BaseWeights(bundle.training_weights), bundle.training, keep_mb)

@@ -22,7 +22,7 @@ from runtime_py.bundle.manifest import Optimizer
 from runtime_py.engine.examples import Example, pack
 from runtime_py.engine.run_state import Progress, job_digest, load_state, save_state
 from runtime_py.engine.streaming import StepNumbers, step_numbers
-from runtime_py.engine.training_error import TrainingError
+from runtime_py.loop.errors import TrainingDiverged, TrainingError
 from runtime_py.loop.random_stream import SplitMix64
 
 
@@ -160,7 +160,7 @@ def train(
     ``folder``. None where ``stop`` said so between two calls: all whole steps are saved. ``base``
     names the weights that ``engine`` computes with, where a run could meet others.
 
-    Raises ``TrainingError`` where a loss is no number: the last good state is in ``folder``.
+    Raises ``TrainingDiverged`` where a loss is no number: the last good state is in ``folder``.
     """
     if not examples:
         raise TrainingError("there is no dialogue to train on: give at least one.")
@@ -195,7 +195,7 @@ def train(
             loss, labels = engine.gradient(state, some, gradient)
             if not math.isfinite(loss):
                 keep(step - 1)
-                raise TrainingError(
+                raise TrainingDiverged(
                     f"the loss of {', '.join(e.id for e in some)} in step {step} is {loss}: "
                     f"training stopped and kept the state of step {step - 1} in {folder}; lower "
                     f"the learning rate or leave the dialogue out."
@@ -207,7 +207,7 @@ def train(
         norm = engine.update(state, gradient, numbers)
         if not math.isfinite(norm):
             keep(step - 1)
-            raise TrainingError(
+            raise TrainingDiverged(
                 f"the gradient of step {step} is {norm} (dialogues "
                 f"{', '.join(examples[i].id for i in plan[step - 1])}): training stopped and kept "
                 f"the state of step {step - 1} in {folder}; lower the learning rate or leave them "

@@ -6,14 +6,14 @@ row names is left from an interruption, and is removed when the store is opened.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime_py.loop.errors import LoopError, StoreFull
+from runtime_py.loop.errors import LoopError
+from runtime_py.loop.files import replacing, sha256
 from runtime_py.loop.protocols import FineTuneResult
 from runtime_py.loop.schedule import Moment
 from runtime_py.loop.store import Store
@@ -47,7 +47,7 @@ class Versions:
             "SELECT file, sha256 FROM adapters WHERE number = ?", number
         )[0]
         path = self._folder / str(name)
-        if not name or not path.is_file() or _sha256(path) != digest:
+        if not name or not path.is_file() or sha256(path) != digest:
             raise LoopError(f"the file of adapter {number} ({path}) is missing or damaged.")
         return path
 
@@ -89,20 +89,9 @@ class Versions:
     def keep(self, result: FineTuneResult, number: int) -> AdapterFile:
         """Copies a result's file to where version ``number`` has it; no row names it yet."""
         name = f"{number:05d}{result.adapter.suffix}"
-        beside = self._folder / f"{name}.part"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self._folder / name) as beside:
             shutil.copyfile(result.adapter, beside)
-            with beside.open("rb") as file:
-                os.fsync(file.fileno())
-            beside.replace(self._folder / name)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise StoreFull(
-                f"adapter {number} cannot be written to {self._folder}: {error.strerror or error}. "
-                f"Free some space and fine-tune again; the finished run is not lost."
-            ) from None
-        return AdapterFile(name, _sha256(self._folder / name))
+        return AdapterFile(name, sha256(self._folder / name))
 
     def activate(self, number: int) -> None:
         """Inside a transaction."""
@@ -144,19 +133,8 @@ class Versions:
         ``adapter_model.safetensors``; None where the files are that already."""
         if os.path.lexists(folder):
             raise LoopError(f"{folder} exists already; choose another name or remove it.")
-        beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-        try:
-            beside.mkdir(parents=True)
+        with replacing(folder) as beside:
+            beside.mkdir()
             shutil.copyfile(self._bundle / _CONFIG, beside / _CONFIG)
             convert = as_peft if number and as_peft else shutil.copyfile
             convert(self.file(number), beside / _WEIGHTS)
-            beside.rename(folder)
-        except OSError as error:
-            raise LoopError(f"{folder} cannot be written: {error.strerror or error}.") from None
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,10 +1,14 @@
-"""What can go wrong in the loop: one family of exceptions, each message a sentence to act on."""
+"""What can go wrong on the phone: one family of exceptions, each message a sentence to act on."""
 
 from __future__ import annotations
 
 
-class LoopError(Exception):
+class AttuneError(Exception):
     """The message says what was wrong, where, what was expected, and what to do."""
+
+
+class LoopError(AttuneError):
+    """Something that the loop was given, or a store, cannot be used."""
 
 
 class DuplicateDialogue(LoopError):  # noqa: N818 - what happened, not that it is an error
@@ -19,5 +23,25 @@ class StoreDamaged(LoopError):  # noqa: N818
     """The file is not a sound store. It is left as it is; ``recovery.recover`` can read it."""
 
 
-class StoreFull(LoopError):  # noqa: N818
-    """No space left. What was being written is not there; everything before it is."""
+class WriteError(LoopError):
+    """A file or folder cannot be written. Nothing of it is there; what was there before is."""
+
+
+class DiskFull(WriteError):  # noqa: N818
+    """No space is left. The same holds; once there is space it can be done again."""
+
+
+class BundleError(AttuneError):
+    """A bundle cannot be used as asked."""
+
+
+class AdapterError(AttuneError):
+    """An adapter cannot be used as asked."""
+
+
+class TrainingError(AttuneError):
+    """Data, state or weights of a training run cannot be used."""
+
+
+class TrainingDiverged(TrainingError):  # noqa: N818
+    """The loss or the gradient is not a number any more; the state before the step is whole."""

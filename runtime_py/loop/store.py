@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtime_py.loop.errors import LoopError, StoreBusy, StoreDamaged, StoreFull
+from runtime_py.loop.errors import DiskFull, LoopError, StoreBusy, StoreDamaged
 from runtime_py.loop.log import Event
 from runtime_py.loop.random_stream import SplitMix64
 from runtime_py.loop.schedule import Moment
@@ -177,7 +177,7 @@ def translated(path: Path) -> Iterator[None]:
                 f"other one, or choose another store."
             ) from None
         if name == "SQLITE_FULL":
-            raise StoreFull(
+            raise DiskFull(
                 f"no space is left for the store {path}; the last change was not made, and nothing "
                 f"before it is lost. Free some space and try again."
             ) from None

@@ -20,18 +20,19 @@ from transformers import PreTrainedModel
 from exporters.model.checkpoint import Checkpoint, load_checkpoint
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.adapter_tensors import to_runtime
+from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.flat_tensor import write_ptd
-from runtime_py.bundle.manifest import Manifest, open_bundle
+from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.examples import IGNORED, Example
 from runtime_py.engine.lm import ExecutorchLm
+from runtime_py.engine.streaming import open_training
 from runtime_py.engine.trainer import Settings, train
 from toolchain.bench.training_engines import peft_model
 from toolchain.bench.training_speed import Request as TrainingRequest
 from toolchain.bench.training_speed import pick_sequence
 from toolchain.cli.chat import StockRunner
 from toolchain.compile.bundle_export import Request, export
-from toolchain.compile.training_part import open_engine
 from toolchain.verify.autograd import TorchEngine
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -69,7 +70,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def manifest(bundle: Path) -> Manifest:
-    return open_bundle(bundle)
+    return open_bundle(bundle).manifest
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_stock_runner_writes_what_transformers_writes(
     bundle: Path, manifest: Manifest, checkpoint: Checkpoint, prompts: list[str]
 ) -> None:
     model = checkpoint.hf_model()
-    replies = _replies(StockRunner(bundle, manifest), prompts)
+    replies = _replies(StockRunner(Bundle(bundle, manifest)), prompts)
     assert len(replies) == PROMPTS
     assert all(replies.values())
     assert replies == {text: _greedy(model, checkpoint, text) for text in replies}
@@ -152,7 +153,7 @@ def test_one_program_with_two_adapters_equals_peft(
         file = tmp_path / f"{name}.ptd"
         write_ptd(file, to_runtime(adapter, manifest.adapter.tensors))
         model = PeftModel.from_pretrained(checkpoint.hf_model(), folder).eval()
-        found[name] = _replies(StockRunner(bundle, manifest, file), prompts)
+        found[name] = _replies(StockRunner(Bundle(bundle, manifest), file), prompts)
         assert found[name] == {text: _greedy(model, checkpoint, text) for text in found[name]}
         text = next(iter(found[name]))
         tokens = checkpoint.tokenizer(text, add_special_tokens=False, return_tensors="pt")
@@ -229,7 +230,7 @@ def test_gradients_are_exact(
 ) -> None:
     """Every LoRA gradient of one real dialogue, against float32 and float64."""
     state = _state(trained, manifest, tmp_path / "lora")
-    engine = open_engine(bundle, manifest)
+    engine = open_training(Bundle(bundle, manifest))
     flat = state.layout.zeros()
     loss, count = engine.gradient(state, [sequence], flat)
     assert count == sequence.count
@@ -255,7 +256,7 @@ def test_twenty_steps(
     states = [_state(trained, manifest, tmp_path / name) for name in ("a", "b")]
     start = {n: v.copy() for n, v in states[0].tensors.items()}
     engines = (
-        open_engine(bundle, manifest),
+        open_training(Bundle(bundle, manifest)),
         TorchEngine(trained, manifest.adapter.tensors, optimizer),
     )
     losses = []

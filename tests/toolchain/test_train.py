@@ -18,8 +18,8 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
+from runtime_py.bundle.bundle import open_bundle
 from runtime_py.bundle.chat_text import ChatText
-from runtime_py.bundle.manifest import open_bundle
 from runtime_py.engine.examples import IGNORED, example
 from runtime_py.engine.job_runner import peft_writer, read_values, write_values
 from runtime_py.engine.run_state import FILE
@@ -65,7 +65,7 @@ def test_it_learns_and_peft_agrees(
     assert (out / "curve.svg").read_text().startswith("<?xml")
     base = AutoModelForCausalLM.from_pretrained(builtin_folder(), dtype=torch.float32)
     peft = PeftModel.from_pretrained(base, str(out / "adapter")).eval()
-    text = ChatText(fp32.bundle, open_bundle(fp32.bundle))
+    text = ChatText(open_bundle(fp32.bundle))
     total, count = 0.0, 0
     dialogues = [record.dialogue for record in read_stream(data)]
     for dialogue in [dialogues[i] for i in (3, 8, 12, 17)]:  # one in so many, see fine_tune
@@ -88,7 +88,7 @@ def test_it_learns_and_peft_agrees(
 
 def test_a_phones_adapter_is_pefts(fp32: Exported, tmp_path: Path) -> None:
     """The loop's own writer gives PEFT's file the names, shapes and values of the .ptd."""
-    manifest = open_bundle(fp32.bundle)
+    manifest = open_bundle(fp32.bundle).manifest
     assert manifest.adapter.runtime is not None
     source = fp32.bundle / manifest.adapter.runtime
     values = read_values(source, manifest.adapter.tensors)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from runtime_py.bundle.manifest import BundleError, Manifest
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.engine.native import silenced
+from runtime_py.loop.errors import BundleError
 from toolchain.bench.engines import BundleEngine, Engine, TorchEngine
 from toolchain.bench.generation_report import ADAPTER_COST, BUNDLE, LLAMA, TORCH, WITHOUT
 from toolchain.bench.llama import FORMATS, LlamaEngine, import_llama, requantize
 from toolchain.report.console import Stages
 from toolchain.verify.source import (
     Source,
-    android_files,
     find_source,
     lower_without_adapter,
 )
@@ -30,8 +30,7 @@ class Contestants:
 
     def __init__(
         self,
-        bundle: Path,
-        manifest: Manifest,
+        bundle: Bundle,
         folder: Path,
         *,
         source: str | None,
@@ -41,12 +40,12 @@ class Contestants:
     ) -> None:
         if llama is not None and not llama.is_file():
             raise BundleError(f"there is no file {llama}: give a GGUF with --llama.")
-        self._manifest, self._folder = manifest, folder
-        self._files = android_files(bundle, manifest)
+        self._manifest, self._folder = bundle.manifest, folder
+        self._files = bundle.android
         self.reasons: dict[str, str] = {}
-        with Stages(f"bench {bundle.name}", quiet=quiet) as stages:
+        with Stages(f"bench {bundle.path.name}", quiet=quiet) as stages:
             stages("read the source")
-            found = find_source(manifest, source)
+            found = find_source(bundle.manifest, source)
             self._torch: PreTrainedModel | None = None
             if isinstance(found, str):
                 self.reasons[TORCH] = found
@@ -95,7 +94,7 @@ class Contestants:
             ends.callback(made.clear)
             with silenced():
                 made[BUNDLE] = BundleEngine(
-                    f"attune {quantize}", self._files.program, self._files.adapter, threads
+                    f"attune {quantize}", self._files.lm, self._files.adapter, threads
                 )
                 if self._without is not None:
                     made[WITHOUT] = BundleEngine(

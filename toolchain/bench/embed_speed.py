@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from runtime_py.bundle.manifest import BundleError, open_bundle
+from runtime_py.bundle.bundle import open_bundle
 from runtime_py.engine.lm import ExecutorchLm
 from runtime_py.engine.native import silenced
+from runtime_py.loop.errors import BundleError
 from toolchain.bench import machine, rounds
 from toolchain.bench.generation_report import BUNDLE, TORCH
 from toolchain.bench.generation_speed import text_ids
-from toolchain.verify.source import android_files, find_source
+from toolchain.verify.source import find_source
 
 TOKENS = 256
 
@@ -82,8 +83,8 @@ def bench(
 ) -> Report:
     """``tokens``: None for ``TOKENS``, or as many as the program reads. Raises ``BundleError`` and
     ``ExportError`` for what cannot be run."""
-    manifest = open_bundle(bundle)
-    files = android_files(bundle, manifest)
+    opened = open_bundle(bundle)
+    manifest, files = opened.manifest, opened.android
     tokens = tokens or min(TOKENS, manifest.policy.embed_length)
     if tokens > manifest.policy.embed_length:
         raise BundleError(
@@ -95,14 +96,14 @@ def bench(
     told("read the source")
     found = find_source(manifest, source)
     model = None if isinstance(found, str) else found.checkpoint.hf_model()
-    ids = text_ids(bundle, manifest, tokens)
+    ids = text_ids(opened, tokens)
     runs, names = [], {}
     for own in dict.fromkeys(threads):
         torch.set_num_threads(own)
         with silenced():
-            name = f"attune {files.target.quantize}"
+            name = f"attune {files.quantize}"
             engines: dict[str, _Bundle | _Torch] = {
-                BUNDLE: _Bundle(name, files.program, files.adapter, own)
+                BUNDLE: _Bundle(name, files.lm, files.adapter, own)
             }
         if model is not None:
             engines[TORCH] = _Torch(model)
@@ -119,7 +120,7 @@ def bench(
         timings = rounds.interleave(engines, measure, count, tokens, telling)
         runs.append(Run(own, timings))
     reason = found if isinstance(found, str) else None
-    return Report(str(bundle), files.target.quantize, tokens, names, tuple(runs), reason)
+    return Report(str(bundle), files.quantize, tokens, names, tuple(runs), reason)
 
 
 def as_json(report: Report) -> dict:

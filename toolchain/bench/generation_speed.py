@@ -9,14 +9,15 @@ from pathlib import Path
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerFast
 
-from runtime_py.bundle.manifest import BundleError, Manifest, open_bundle
+from runtime_py.bundle.bundle import Bundle, open_bundle
+from runtime_py.loop.errors import BundleError
 from toolchain.bench import generation_report, machine, rounds
 from toolchain.bench.contestants import Contestants
 from toolchain.bench.engines import Engine
 from toolchain.bench.profile import Row, profile_decode
 from toolchain.compile.shipped_text import shipped_dialogues
 from toolchain.report.console import console, print_json
-from toolchain.verify.source import android_files, weight_bytes
+from toolchain.verify.source import weight_bytes
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Request:
 
 def bench(request: Request) -> None:
     """Measures and prints. Raises ``BundleError`` and ``ExportError`` for what cannot be run."""
-    manifest = open_bundle(request.bundle)
-    files = android_files(request.bundle, manifest)
+    bundle = open_bundle(request.bundle)
+    manifest, files = bundle.manifest, bundle.android
     needed = request.prompt_tokens + request.tokens
     if needed > manifest.model.context:
         raise BundleError(
@@ -49,13 +50,12 @@ def bench(request: Request) -> None:
     threads = tuple(dict.fromkeys(request.threads)) or (machine.usable_cores(),)
     if min(threads) < 1:
         raise BundleError(f"--threads {min(threads)} runs nothing: give at least 1.")
-    ids = text_ids(request.bundle, manifest, needed)
+    ids = text_ids(bundle, needed)
     prompt, continuation = ids[: request.prompt_tokens], ids[request.prompt_tokens :]
     runs, names = [], {}
     with tempfile.TemporaryDirectory(prefix="attune-") as folder:
         contestants = Contestants(
-            request.bundle,
-            manifest,
+            bundle,
             Path(folder),
             source=request.source,
             llama=request.llama,
@@ -68,7 +68,7 @@ def bench(request: Request) -> None:
                 measured = _measure(request, engines, prompt, continuation, count)
             profile: list[Row] = []
             if request.profile:
-                profile = profile_decode(files.program, files.adapter, prompt, continuation, count)
+                profile = profile_decode(files.lm, files.adapter, prompt, continuation, count)
             runs.append(generation_report.Run(count, *measured, profile))
     setting = generation_report.Setting(
         what="decode" if request.tokens else "prefill",
@@ -77,7 +77,7 @@ def bench(request: Request) -> None:
         prompt_tokens=request.prompt_tokens,
         tokens=request.tokens or request.prompt_tokens,
         rounds=request.rounds,
-        weight_bytes=weight_bytes(files, manifest),
+        weight_bytes=weight_bytes(bundle),
         names=names,
         reasons=contestants.reasons,
     )
@@ -87,9 +87,11 @@ def bench(request: Request) -> None:
         generation_report.show(setting, runs)
 
 
-def text_ids(bundle: Path, manifest: Manifest, count: int) -> list[int]:
+def text_ids(bundle: Bundle, count: int) -> list[int]:
     """Token ids of the text that ships with attune, repeated where it is too short."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(bundle / manifest.tokenizer.file))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(bundle.path / bundle.manifest.tokenizer.file)
+    )
     turns = [turn["content"] for d in shipped_dialogues("perplexity") for turn in d]
     ids = tokenizer("\n".join(turns), add_special_tokens=False)["input_ids"]
     return (ids * (count // len(ids) + 1))[:count]

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from exporters.model.transformer import Transformer
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.adapter_tensors import to_runtime
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.examples import IGNORED, Example
 from runtime_py.engine.native import silenced
-from runtime_py.engine.streaming import StreamingEngine, step_numbers
-from toolchain.compile.training_part import open_engine
+from runtime_py.engine.streaming import StreamingEngine, open_training, step_numbers
 
 RATE, DECAY, CLIP = 3e-4, 0.01, 1.0
 
@@ -153,8 +153,10 @@ def labelled(tokens: Tensor, labels: Tensor) -> Example:
 
 
 def attune_stepper(
-    name: str, bundle: Path, manifest: Manifest, sequence: Example, keep_mb: float, threads: int
+    name: str, bundle: Bundle, sequence: Example, keep_mb: float, threads: int
 ) -> AttuneStepper:
-    engine = open_engine(bundle, manifest, keep_mb=keep_mb, threads=threads)
-    values = to_runtime(read_peft(bundle / manifest.adapter.peft), manifest.adapter.tensors)
-    return AttuneStepper(name, engine, AdapterState.of(manifest.adapter.tensors, values), sequence)
+    engine = open_training(bundle, keep_mb=keep_mb, threads=threads)
+    values = to_runtime(read_peft(bundle.peft), bundle.manifest.adapter.tensors)
+    return AttuneStepper(
+        name, engine, AdapterState.of(bundle.manifest.adapter.tensors, values), sequence
+    )

@@ -82,7 +82,7 @@ def main(kind: str, bundle: str, source: str, threads: str, keep_mb: str, exampl
     object of tokens and labels."""
     import torch
 
-    from runtime_py.bundle.manifest import open_bundle
+    from runtime_py.bundle.bundle import open_bundle
     from toolchain.bench.training_engines import (
         Stepper,
         TorchStepper,
@@ -95,17 +95,15 @@ def main(kind: str, bundle: str, source: str, threads: str, keep_mb: str, exampl
     torch.set_num_threads(int(threads))
     data = json.loads(example)
     sequence = labelled(torch.tensor(data["tokens"]), torch.tensor(data["labels"]))
-    manifest = open_bundle(Path(bundle))
+    opened = open_bundle(Path(bundle))
     made: Stepper
     if kind == "attune":
-        made = attune_stepper(
-            "attune", Path(bundle), manifest, sequence, float(keep_mb), int(threads)
-        )
+        made = attune_stepper("attune", opened, sequence, float(keep_mb), int(threads))
     else:
-        found = find_source(manifest, source or None)
+        found = find_source(opened.manifest, source or None)
         if isinstance(found, str):
             raise ExportError(found)
-        model = peft_model(found.checkpoint.hf_model(), manifest)
+        model = peft_model(found.checkpoint.hf_model(), opened.manifest)
         del found
         made = TorchStepper(model, sequence, kind.endswith("checkpointing"))
     print("ready", flush=True)

@@ -31,10 +31,10 @@ NAMES = {
 def kernel_seconds(report: Report, run: Run) -> float | None:
     """A whole step in ExecuTorch's kernels, extrapolated from one layer and four:
     t₁ + (layers − 1)(t₄ − t₁) / 3."""
-    if KERNELS_ONE not in run.timings or report.manifest.training is None:
+    if KERNELS_ONE not in run.timings or report.bundle.manifest.training is None:
         return None
     one, four = (min(run.timings[key].seconds) for key in (KERNELS_ONE, KERNELS_FOUR))
-    layers = len(report.manifest.training.layers)
+    layers = len(report.bundle.training.layers)
     # A model of fewer than four layers was measured whole.
     return four if layers <= 4 else one + (layers - 1) * (four - one) / 3
 
@@ -79,13 +79,12 @@ def as_json(report: Report) -> dict:
         }
         for run in report.runs
     ]
-    assert report.manifest.training is not None
     return {
         "bundle": str(report.request.bundle),
         "tokens": len(report.sequence.tokens),
         "labels": report.sequence.count,
         "dialogue": report.sequence.id,
-        "precision": report.manifest.training.precision,
+        "precision": report.bundle.training.precision,
         "rounds": report.request.rounds,
         "machine": machine.describe(),
         LOW: runs[0][LOW],
@@ -96,11 +95,10 @@ def as_json(report: Report) -> dict:
 
 
 def show(report: Report) -> None:
-    assert report.manifest.training is not None
     output.print(
         f"[bold]{escape(str(report.request.bundle))}[/]  a step of {len(report.sequence.tokens)} "
         f"tokens, {report.sequence.count} of them labels, base weights "
-        f"{report.manifest.training.precision}; {report.request.rounds} interleaved rounds"
+        f"{report.bundle.training.precision}; {report.request.rounds} interleaved rounds"
     )
     for run in report.runs:
         table = Table(f"{run.threads} threads", box=None, pad_edge=False)

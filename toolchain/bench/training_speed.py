@@ -13,11 +13,12 @@ import torch
 
 from exporters.executorch.training_program import lower_training
 from exporters.training.programs import training_programs
+from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.chat_text import ChatText
-from runtime_py.bundle.manifest import BundleError, Manifest, open_bundle
 from runtime_py.engine.examples import IGNORED, Example, example
 from runtime_py.engine.native import silenced
 from runtime_py.loop.dialogue import Dialogue, Turn
+from runtime_py.loop.errors import BundleError
 from runtime_py.loop.stream import read_stream
 from toolchain.bench import machine, training_memory
 from toolchain.bench.rounds import Timing
@@ -68,7 +69,7 @@ class Run:
 @dataclass(frozen=True)
 class Report:
     request: Request
-    manifest: Manifest
+    bundle: Bundle
     sequence: Example
     runs: tuple[Run, ...]
     memory: Mapping[str, training_memory.Memory]
@@ -77,9 +78,9 @@ class Report:
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 
-def pick_sequence(request: Request, manifest: Manifest) -> Example:
+def pick_sequence(request: Request, bundle: Bundle) -> Example:
     """The first dialogue of at least so many tokens, cut to them; else the longest there is."""
-    text = ChatText(request.bundle, manifest)
+    text = ChatText(bundle)
     if request.data is not None:
         dialogues = [record.dialogue for record in read_stream(request.data)]
     else:
@@ -148,14 +149,12 @@ def _xnnpack_product(path: Path, size: int) -> Callable[[torch.Tensor, torch.Ten
     return call
 
 
-def step_flops(manifest: Manifest, sequence: Example, kept: int) -> float:
+def step_flops(bundle: Bundle, sequence: Example, kept: int) -> float:
     """FLOPs of the products of one step that keeps ``kept`` layers' activations and the last's."""
-    assert manifest.android is not None
-    assert manifest.training is not None
-    flops = {p.name: p.flops or 0.0 for p in manifest.android.programs}
-    length = min(n for n in manifest.training.lengths if n >= sequence.inputs)
-    layers = len(manifest.training.layers)
-    heads = -(-sequence.count // manifest.training.positions)
+    flops = {p.name: p.flops or 0.0 for p in bundle.android.target.programs}
+    length = min(n for n in bundle.training.lengths if n >= sequence.inputs)
+    layers = len(bundle.training.layers)
+    heads = -(-sequence.count // bundle.training.positions)
     total = layers * flops[f"block_forward_{length}"] + heads * flops["head"] + flops["adamw"]
     total += (kept + 1) * flops[f"block_backward_saved_{length}"]
     return total + (layers - kept - 1) * flops[f"block_backward_{length}"]
@@ -163,55 +162,56 @@ def step_flops(manifest: Manifest, sequence: Example, kept: int) -> float:
 
 def bench(request: Request, told: Callable[[str], None] = lambda text: None) -> Report:
     """Measures. Raises ``BundleError`` and ``ExportError`` for what cannot be run."""
-    manifest = open_bundle(request.bundle)
-    if manifest.training is None or manifest.android is None:
-        raise BundleError(f"{request.bundle} has no training programs for Android: export anew.")
-    if request.tokens - 1 > max(manifest.training.lengths):
+    bundle = open_bundle(request.bundle)
+    android = bundle.android
+    if request.tokens - 1 > max(bundle.training.lengths):
         raise BundleError(
             f"--tokens {request.tokens} does not fit the longest training program "
-            f"({max(manifest.training.lengths)} tokens): export with a longer --train-lengths."
+            f"({max(bundle.training.lengths)} tokens): export with a longer --train-lengths."
         )
-    sequence = pick_sequence(request, manifest)
-    source = find_source(manifest, request.source)
+    sequence = pick_sequence(request, bundle)
+    source = find_source(bundle.manifest, request.source)
     reasons = {TORCH: source} if isinstance(source, str) else {}
     runs, lowering = [], None
     with tempfile.TemporaryDirectory(prefix="attune-") as folder:
-        kernels = _kernels(request, manifest, source, sequence, Path(folder), told)
+        kernels = _kernels(request, bundle, source, sequence, Path(folder), told)
         for threads in request.threads:
             runs.append(
-                _run(request, manifest, source, sequence, kernels, threads, told, Path(folder))
+                _run(request, bundle, source, sequence, kernels, threads, told, Path(folder))
             )
         if not isinstance(source, str):
             told("lower the training programs")
-            lowering = _lowering(manifest, source, Path(folder))
+            lowering = _lowering(bundle, source, Path(folder))
     memory = _memory(request, source, sequence, told) if request.memory else {}
     return Report(
         request,
-        manifest,
+        bundle,
         sequence,
         tuple(runs),
         memory,
-        next(p.bytes for p in manifest.android.programs if p.name == "head"),
+        android.program("head").bytes,
         lowering,
         reasons,
     )
 
 
-def _lowering(manifest: Manifest, source: Source, folder: Path) -> float:
+def _lowering(bundle: Bundle, source: Source, folder: Path) -> float:
     """Seconds of CPU time of lowering the bundle's training programs once more."""
-    assert manifest.training is not None
-    model = float_model(manifest, source)
+    model = float_model(bundle.manifest, source)
     spec = training_spec(
-        model, manifest.adapter.targets, manifest.adapter.rank, manifest.training.precision
+        model,
+        bundle.manifest.adapter.targets,
+        bundle.manifest.adapter.rank,
+        bundle.training.precision,
     )
     begin = time.process_time()
-    lower_training(training_programs(spec, manifest.training.lengths), folder / "training.pte")
+    lower_training(training_programs(spec, bundle.training.lengths), folder / "training.pte")
     return time.process_time() - begin
 
 
 def _kernels(
     request: Request,
-    manifest: Manifest,
+    bundle: Bundle,
     source: Source | str,
     sequence: Example,
     folder: Path,
@@ -222,7 +222,7 @@ def _kernels(
     made = {}
     for key, layers in ((KERNELS_ONE, 1), (KERNELS_FOUR, 4)):
         told(f"export {layers} layers for ExecuTorch's kernels")
-        model = float_model(manifest, source)
+        model = float_model(bundle.manifest, source)
         layers = min(layers, len(model.blocks))
         del model.blocks[layers:]
         model.spec = replace(model.spec, layers=model.spec.layers[:layers])
@@ -232,7 +232,7 @@ def _kernels(
 
 def _run(
     request: Request,
-    manifest: Manifest,
+    bundle: Bundle,
     source: Source | str,
     sequence: Example,
     kernels: Mapping[str, KernelStepper],
@@ -243,18 +243,15 @@ def _run(
     made: dict[str, Stepper] = {}
     for key, keep in ((LOW, 0.0), (HIGH, request.keep_mb)):
         with silenced():
-            made[key] = attune_stepper(
-                f"attune {key}", request.bundle, manifest, sequence, keep, threads
-            )
+            made[key] = attune_stepper(f"attune {key}", bundle, sequence, keep, threads)
     if not isinstance(source, str):
         for key in (TORCH, CHECKPOINTING):
-            model = peft_model(source.checkpoint.hf_model(), manifest)
+            model = peft_model(source.checkpoint.hf_model(), bundle.manifest)
             made[key] = TorchStepper(model, sequence, key == CHECKPOINTING)
     made |= kernels
     engine = made[HIGH]
     assert isinstance(engine, AttuneStepper)
-    assert manifest.training is not None
-    length = min(n for n in manifest.training.lengths if n >= sequence.inputs)
+    length = min(n for n in bundle.training.lengths if n >= sequence.inputs)
     kept = engine.kept_layers(length)
     torch.set_num_threads(threads)
     product, peak = Product(folder), 0.0
@@ -272,8 +269,8 @@ def _run(
             losses.setdefault(key, loss)
     timings = {key: Timing(tuple(v), len(sequence.tokens)) for key, v in seconds.items()}
     flops = {
-        LOW: step_flops(manifest, sequence, 0),
-        HIGH: step_flops(manifest, sequence, kept),
+        LOW: step_flops(bundle, sequence, 0),
+        HIGH: step_flops(bundle, sequence, kept),
     }
     return Run(threads, timings, peak, flops, losses, neighbours.cores())
 

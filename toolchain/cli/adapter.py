@@ -10,8 +10,9 @@ import typer
 from rich.table import Table
 
 from runtime_py.bundle.adapter_tensors import load_adapter, to_runtime
-from runtime_py.bundle.manifest import open_bundle
-from runtime_py.bundle.peft_adapter import AdapterError, write_peft
+from runtime_py.bundle.bundle import open_bundle
+from runtime_py.bundle.peft_adapter import write_peft
+from runtime_py.loop.errors import AdapterError
 from toolchain.report.console import megabytes, output, print_json
 
 app = typer.Typer(help="Show and convert LoRA adapters.", no_args_is_help=True)
@@ -94,7 +95,7 @@ def convert(
             raise AdapterError(
                 "a .ptd file has the layout of one compiled program: name its bundle with --bundle."
             )
-        write_ptd(out, to_runtime(adapter, open_bundle(bundle).adapter.tensors))
+        write_ptd(out, to_runtime(adapter, open_bundle(bundle).manifest.adapter.tensors))
         size = out.stat().st_size
     else:
         write_peft(out, adapter)

@@ -9,10 +9,7 @@ from rich.markup import escape
 
 import toolchain.report.quiet  # noqa: F401  (before the heavy imports)
 from exporters.errors import ExportError
-from runtime_py.bundle.manifest import BundleError
-from runtime_py.bundle.peft_adapter import AdapterError
-from runtime_py.engine.training_error import TrainingError
-from runtime_py.loop.errors import LoopError
+from runtime_py.loop.errors import AdapterError, BundleError, LoopError, TrainingError
 from toolchain.cli import (
     adapter,
     bench,

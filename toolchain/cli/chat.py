@@ -12,17 +12,18 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from runtime_py.bundle.manifest import BundleError, Manifest, open_bundle
+from runtime_py.bundle.bundle import Bundle, open_bundle
+from runtime_py.bundle.manifest import Manifest
 from runtime_py.engine.native import silenced
+from runtime_py.loop.errors import BundleError
 from toolchain.report.console import console, print_json
 
 
 class StockRunner:
     """A bundle's ``lm.pte`` in ExecuTorch's own ``TextLLMRunner``, unchanged."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, adapter: Path | None = None) -> None:
-        if manifest.android is None or manifest.adapter.runtime is None:
-            raise BundleError(f"{bundle} has no Android part: export it with --target android.")
+    def __init__(self, bundle: Bundle, adapter: Path | None = None) -> None:
+        android, manifest = bundle.android, bundle.manifest
         # Importing registers the kernels that the runner looks up, and says so.
         with silenced():
             from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
@@ -31,7 +32,7 @@ class StockRunner:
         from transformers import PreTrainedTokenizerFast
 
         self.manifest = manifest
-        file = bundle / manifest.tokenizer.file
+        file = bundle.path / manifest.tokenizer.file
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
         special = {
             "bos_token": manifest.tokenizer.bos_id,
@@ -40,10 +41,10 @@ class StockRunner:
         for name, index in special.items():  # chat templates write them out
             if index is not None:
                 setattr(self.tokenizer, name, self.tokenizer.convert_ids_to_tokens(index))
-        self.template = (bundle / manifest.tokenizer.chat_template).read_text(encoding="utf-8")
-        data = adapter or bundle / manifest.adapter.runtime
+        self.template = (bundle.path / manifest.tokenizer.chat_template).read_text(encoding="utf-8")
+        data = adapter or android.adapter
         with silenced():
-            self._runner = TextLLMRunner(str(bundle / "android/lm.pte"), str(file), str(data))
+            self._runner = TextLLMRunner(str(android.lm), str(file), str(data))
 
     def render(self, messages: list[dict]) -> str:
         """The prompt that the chat template makes of a conversation, ready for a reply."""
@@ -111,15 +112,15 @@ def chat(
 
     Example: [bold]attune chat out/tiny --prompt "I need a hotel in Paris."[/]
     """
-    manifest = open_bundle(bundle)
+    opened = open_bundle(bundle)
     if as_json and prompt is None:
         raise BundleError("--json answers one message: give it with --prompt.")
-    with _runtime_adapter(manifest, adapter) as file:
-        runner = StockRunner(bundle, manifest, file)
+    with _runtime_adapter(opened.manifest, adapter) as file:
+        runner = StockRunner(opened, file)
         if prompt is not None:
             _once(runner, prompt, max_new_tokens, temperature, as_json)
             return
-        _converse(runner, manifest, max_new_tokens, temperature)
+        _converse(runner, opened.manifest, max_new_tokens, temperature)
 
 
 @contextmanager

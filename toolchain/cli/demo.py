@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from runtime_py.bundle.manifest import open_bundle
+from runtime_py.bundle.bundle import open_bundle
 from toolchain.report.console import Stages, console, print_json
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="attune-demo-") as folder:
         bundle = out or Path(folder) / "tiny"
         with Stages("demo", quiet=as_json) as stages:
-            manifest = export(Request("tiny", bundle, ("android", "ios")), stages)
+            export(Request("tiny", bundle, ("android", "ios")), stages)
             stages("check every file of the bundle")
-            open_bundle(bundle)
+            opened = open_bundle(bundle)
             exported = time.monotonic() - start
             stages("generate a reply")
-            runner = StockRunner(bundle, manifest)
+            runner = StockRunner(opened)
             reply, statistics = runner.generate(
                 runner.render([{"role": "user", "content": PROMPT}]), count=40, temperature=0.0
             )
@@ -57,7 +57,7 @@ def demo(
         if as_json:
             print_json(
                 {
-                    "bundle_bytes": sum(f.bytes for f in manifest.files),
+                    "bundle_bytes": sum(f.bytes for f in opened.manifest.files),
                     "export_seconds": exported,
                     "stages": stages.seconds,
                     "prompt": PROMPT,
@@ -69,7 +69,7 @@ def demo(
                 }
             )
             return
-        summary(manifest, bundle, exported, peak_memory())
+        summary(opened.manifest, bundle, exported, peak_memory())
         console.print(
             f"\n[bold]user[/]       {PROMPT}\n[bold]assistant[/]  {escape(reply.strip())}"
         )

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from runtime_py.bundle.manifest import BundleError, open_bundle
+from runtime_py.bundle.bundle import open_bundle
+from runtime_py.loop.errors import BundleError
 from toolchain.report.console import console, output, print_json
 
 if TYPE_CHECKING:  # PyTorch is loaded only once the command runs
@@ -40,15 +41,15 @@ def evaluate(
     """
     from toolchain.bench.machine import usable_cores
     from toolchain.verify import evaluation
-    from toolchain.verify.source import android_files, find_source
+    from toolchain.verify.source import find_source
 
-    manifest = open_bundle(bundle)
-    android_files(bundle, manifest)
+    opened = open_bundle(bundle)
+    opened.android  # noqa: B018 - a bundle without one is told now
     rows = evaluation.read_dialogues(data, dialogues)
-    found = find_source(manifest, source)
+    found = find_source(opened.manifest, source)
     if isinstance(found, str):
         raise BundleError(f"{bundle} cannot be compared with PyTorch: {found}.")
-    texts = evaluation.texts_of(manifest, found, rows, longest)
+    texts = evaluation.texts_of(opened.manifest, found, rows, longest)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -63,8 +64,7 @@ def evaluate(
             progress.reset(task, total=tokens or None, description=name)
 
         result = evaluation.evaluate(
-            bundle,
-            manifest,
+            opened,
             found,
             texts,
             threads=threads or usable_cores(),

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from runtime_py.bundle.manifest import Manifest, Target, Tensor, open_bundle
+from runtime_py.bundle.bundle import open_bundle
+from runtime_py.bundle.manifest import Manifest, Target, Tensor
 from toolchain.report.console import megabytes, output, print_json
 
 
@@ -20,7 +21,7 @@ def inspect(
 
     Example: [bold]attune inspect out/tiny[/]
     """
-    manifest = open_bundle(bundle)
+    manifest = open_bundle(bundle).manifest
     if as_json:
         print_json(describe(manifest))
     else:

@@ -41,7 +41,7 @@ def parity(
 
     Example: [bold]attune parity out/tiny --html parity.html[/]
     """
-    from runtime_py.bundle.manifest import BundleError
+    from runtime_py.loop.errors import BundleError
     from toolchain.verify.parity import ladder, parity_report
 
     request = ladder.Request(bundle, tuple(rung or ()), source, quick, cpu)

@@ -133,7 +133,7 @@ def _announce(prepared: Prepared) -> None:
     found, device = prepared.estimate, prepared.device
     bad = prepared.stream.bad
     console.print(
-        f"{prepared.manifest.model.name} on {device.name}: about "
+        f"{prepared.bundle.manifest.model.name} on {device.name}: about "
         f"{found.within(device.memory.app_mb):,.0f} MB of "
         f"{device.memory.app_mb:,.0f} at the peak, {found.storage:,.0f} MB of "
         f"{device.storage.app_mb:,.0f} stored"

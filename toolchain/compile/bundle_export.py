@@ -23,6 +23,7 @@ from exporters.model.transformer import Transformer, build
 from exporters.training.programs import TrainingSpec
 from runtime_py.bundle import manifest as m
 from runtime_py.bundle.adapter_tensors import to_runtime
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.flat_tensor import locate, write_ptd
 from runtime_py.bundle.peft_adapter import (
     PeftAdapter,
@@ -249,13 +250,13 @@ def _fill(folder: Path, request: Request, progress: Callable[[str], None]) -> m.
     return _manifest(folder, source, policy, layout, targets, trained)
 
 
-def _with_memory(manifest: m.Manifest) -> m.Manifest:
+def _with_memory(folder: Path, manifest: m.Manifest) -> m.Manifest:
     """The policy with what fine-tuning this model takes at the longest sequences."""
     trained, loop = manifest.training, manifest.policy.loop
     if trained is None or manifest.android is None:
         return manifest
     longest = int(loop["longest_sequence_tokens"])
-    need = training_bytes(manifest, trained, longest) / 1e6
+    need = training_bytes(Bundle(folder, manifest), longest) / 1e6
     own = {**loop, "fine_tune_memory_mb": math.ceil(need)}
     policy = manifest.policy.model_copy(update={"loop": own})
     return manifest.model_copy(update={"policy": policy})
@@ -294,6 +295,10 @@ def _manifest(
             vocab=spec.vocab,
             hidden=spec.hidden,
             layers=len(spec.layers),
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            intermediate=spec.intermediate,
             context=spec.context,
         ),
         tokenizer=m.Tokenizer(
@@ -317,7 +322,7 @@ def _manifest(
         training=trained,
         files=m.list_files(folder),
     )
-    manifest = _with_memory(manifest)
+    manifest = _with_memory(folder, manifest)
     m.write_manifest(folder, manifest)
     return manifest
 

@@ -147,20 +147,6 @@ class EagerPrograms:
         return [output.contiguous().numpy() for output in self._modules[name](*tensors)]
 
 
-def open_engine(
-    bundle: Path, manifest: m.Manifest, *, keep_mb: float = 0.0, threads: int | None = None
-) -> StreamingEngine:
-    """A bundle's Android training programs on its weights file. Raises ``BundleError``."""
-    if manifest.android is None or manifest.training is None:
-        raise m.BundleError(
-            f"{bundle} has no training programs for Android: export it with --target android."
-        )
-    programs = [p for p in manifest.android.programs if p.file == PROGRAMS["android"]]
-    weights = BaseWeights(bundle / manifest.training.weights)
-    runner = ExecutorchPrograms(bundle, programs, threads)
-    return StreamingEngine(runner, weights, manifest.training, keep_mb)
-
-
 def prove(
     folder: Path,
     programs: Sequence[m.Program],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
-from runtime_py.bundle.manifest import BundleError, Manifest
+from runtime_py.bundle.bundle import Bundle
+from runtime_py.bundle.manifest import Manifest
 from runtime_py.engine.job_runner import training_bytes
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.policy import LoopPolicy
@@ -48,13 +48,10 @@ class Estimate:
         return self.idle + self.lm > limit_mb
 
 
-def estimate(bundle: Path, manifest: Manifest, policy: LoopPolicy, places: int) -> Estimate:
-    training, adapter = manifest.training, manifest.adapter
-    if training is None or adapter.runtime is None:
-        raise BundleError(
-            f"{bundle} has no training programs for Android: export it with --target android."
-        )
-    sizes = Counter(manifest).sizes
+def estimate(bundle: Bundle, policy: LoopPolicy, places: int) -> Estimate:
+    training, manifest = bundle.training, bundle.manifest
+    adapter = manifest.adapter
+    sizes = Counter(bundle).sizes
     files = {file.path: file.bytes for file in manifest.files}
     tokens = min(512, manifest.model.context)
     cache = 8 * sizes.layers * manifest.model.context * sizes.keys
@@ -67,10 +64,10 @@ def estimate(bundle: Path, manifest: Manifest, policy: LoopPolicy, places: int) 
 
     def trained(length: int) -> float:
         fitting = min(own for own in training.lengths if own >= length)
-        return (training_bytes(manifest, training, fitting) + files[training.weights]) / 1e6
+        return (training_bytes(bundle, fitting) + files[training.weights]) / 1e6
 
     numbers = sum(math.prod(tensor.shape) for tensor in adapter.tensors)
-    kept = (policy.adapters_kept + 2) * files[adapter.runtime] + 24 * numbers
+    kept = (policy.adapters_kept + 2) * bundle.android.adapter.stat().st_size + 24 * numbers
     store = 1.5 * policy.bins * policy.bin_bytes + LOG_BYTES * places
     return Estimate(
         idle=APP_MB + TOKENIZER * files[manifest.tokenizer.file] / 1e6,

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runtime_py.bundle.manifest import Manifest
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.engine.job_runner import StreamedFineTuner, peft_writer
 from runtime_py.engine.phone_engine import PhoneEngine
 from runtime_py.loop.annotation import Question
 from runtime_py.loop.dialogue import Dialogue, check_text
-from runtime_py.loop.errors import LoopError, StoreFull
+from runtime_py.loop.errors import DiskFull, LoopError
 from runtime_py.loop.lexicons import BUILTIN, read_lexicons
 from runtime_py.loop.metrics import rouge1
 from runtime_py.loop.personalizer import Personalizer
@@ -78,28 +78,27 @@ def dialogues_of(stream: Path, places: int | None = None) -> Iterator[Dialogue]:
     return (record.dialogue for record in itertools.islice(records, places))
 
 
-def lexicons_of(bundle: Path, manifest: Manifest, own: str | None) -> Path:
+def lexicons_of(bundle: Bundle, own: str | None) -> Path:
     if own is not None:
         return Path(own)
-    return bundle / "lexicons" if manifest.policy.lexicons else BUILTIN
+    return bundle.path / "lexicons" if bundle.manifest.policy.lexicons else BUILTIN
 
 
 class Phone:
     """An app with a bundle, its meter and its clock. Use it in a ``with``."""
 
-    def __init__(self, life: Life, manifest: Manifest, say: Say) -> None:
+    def __init__(self, life: Life, bundle: Bundle, say: Say) -> None:
         self._life, self._say = life, say
-        bundle, device = Path(life.bundle), device_of(life)
+        device = device_of(life)
         policy = LoopPolicy.from_fields(life.policy)
         self.clock = Clock(device, policy)
-        self._meter = Meter(self.clock, Counter(manifest), device.compute)
-        self._engine = PhoneEngine(bundle, manifest, life.threads, self._meter.lm, lean=life.lean)
+        self._meter = Meter(self.clock, Counter(bundle), device.compute)
+        self._engine = PhoneEngine(bundle, life.threads, self._meter.lm, lean=life.lean)
         folder = Path(life.folder) / STATE
-        beside = sum(file.bytes for file in manifest.files)
+        beside = sum(file.bytes for file in bundle.manifest.files)
         self._quota = Quota(folder, beside, device.storage.app_mb)
         streamed = StreamedFineTuner(
             bundle,
-            manifest,
             self._engine.text,
             threads=life.threads,
             before=self._engine.release,
@@ -112,13 +111,13 @@ class Phone:
         self._app = Personalizer(
             folder=folder,
             policy=policy,
-            lexicons=read_lexicons(lexicons_of(bundle, manifest, life.lexicons)),
+            lexicons=read_lexicons(lexicons_of(bundle, life.lexicons)),
             engine=self._meter.timed(self._engine),
-            tuner=NightTuner(streamed, self._meter, self._quota, manifest, say),
+            tuner=NightTuner(streamed, self._meter, self._quota, bundle, say),
             clock=self.clock,
-            bundle_adapter=bundle / manifest.adapter.peft,
-            hidden=manifest.model.hidden,
-            as_peft=peft_writer(manifest),
+            bundle_adapter=bundle.peft,
+            hidden=bundle.hidden,
+            as_peft=peft_writer(bundle.manifest),
         )
 
     def __enter__(self) -> Phone:
@@ -226,7 +225,7 @@ class Phone:
             try:
                 self._quota.limit(self._app.store)
                 result = change()
-            except StoreFull as error:
+            except DiskFull as error:
                 if not self._quota.others_fill_it:
                     raise
                 if not waiting:

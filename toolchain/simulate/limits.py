@@ -15,7 +15,7 @@ import resource
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime_py.loop.errors import LoopError, StoreFull
+from runtime_py.loop.errors import DiskFull, LoopError
 from runtime_py.loop.store import Store
 
 PAGE = 4096  # bytes, SQLite's default
@@ -98,9 +98,9 @@ class Quota:
         return (self._folder / BALLAST).exists()
 
     def check(self, more: int) -> None:
-        """Raises ``StoreFull`` where ``more`` bytes do not fit."""
+        """Raises ``DiskFull`` where ``more`` bytes do not fit."""
         if (left := self.left) < more:
-            raise StoreFull(
+            raise DiskFull(
                 f"the storage of {self._most / 1e6:,.0f} MB has {left / 1e6:,.2f} MB left, and "
                 f"{more / 1e6:,.2f} MB are needed; free some space."
             )

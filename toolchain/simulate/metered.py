@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from runtime_py.bundle.manifest import Manifest
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.engine.job_runner import TrainingCall
 from runtime_py.engine.phone_engine import LmCall
 from runtime_py.engine.run_state import FILE
@@ -93,11 +93,11 @@ class NightTuner:
         tuner: FineTuner,
         meter: Meter,
         quota: Quota,
-        manifest: Manifest,
+        bundle: Bundle,
         say: Callable[[dict[str, Any]], None],
     ) -> None:
         self._tuner, self._meter, self._quota, self._say = tuner, meter, quota, say
-        numbers = sum(math.prod(tensor.shape) for tensor in manifest.adapter.tensors)
+        numbers = sum(math.prod(tensor.shape) for tensor in bundle.manifest.adapter.tensors)
         self._state, self._adapter = 12 * numbers, 5 * numbers  # bytes, with their headers
 
     def run(

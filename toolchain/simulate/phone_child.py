@@ -28,9 +28,8 @@ def main(file: str, descriptor: str) -> int:
 
     import runtime_py.engine.lm  # noqa: F401
     from exporters.errors import ExportError
-    from runtime_py.bundle.manifest import BundleError, open_bundle
-    from runtime_py.engine.training_error import TrainingError
-    from runtime_py.loop.errors import LoopError
+    from runtime_py.bundle.bundle import open_bundle
+    from runtime_py.loop.errors import BundleError, LoopError, TrainingError
     from toolchain.simulate.life import Life, Phone, device_of
 
     torch.set_num_threads(cores)
@@ -43,8 +42,8 @@ def main(file: str, descriptor: str) -> int:
     before = limit_memory(device_of(life).memory.app_mb)
     say({"event": "limited", "resident": before.resident, "data": before.data, "cores": cores})
     try:
-        manifest = open_bundle(Path(life.bundle))
-        with Phone(life, manifest, say) as phone:
+        bundle = open_bundle(Path(life.bundle))
+        with Phone(life, bundle, say) as phone:
             phone.live()
     except (LoopError, BundleError, TrainingError, ExportError) as error:
         say({"event": "error", "why": str(error)})

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from runtime_py.bundle.manifest import BundleError, Manifest, Program, Training
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.engine.job_runner import TrainingCall
 from runtime_py.engine.phone_engine import LmCall
+from runtime_py.loop.errors import BundleError
 from toolchain.simulate.device import Compute
 
 _SIZES = {"float32": 4, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "float16": 2}
@@ -53,24 +54,18 @@ class Sizes:
 class Counter:
     """What each call of a bundle's programs costs."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        training, android = manifest.training, manifest.android
-        if training is None or android is None:
-            raise BundleError(
-                "the bundle has no training programs for Android: export it with --target android."
-            )
-        self._programs = {program.name: program for program in android.programs}
+    def __init__(self, bundle: Bundle) -> None:
+        android, self._training = bundle.android, bundle.training
+        self._programs = {program.name: program for program in android.target.programs}
         if uncounted := [
-            program.name
-            for program in android.programs
-            if program.file == self._programs["adamw"].file and program.flops is None
+            program.name for program in android.training_programs if program.flops is None
         ]:
             raise BundleError(
                 f"the manifest has no flops of {', '.join(uncounted)}: export the bundle again."
             )
-        self._model, self._training = manifest.model, training
+        self._model = bundle.manifest.model
         self._quantized = android.quantize != "none"
-        self.sizes = _sizes(self._programs, training)
+        self.sizes = _sizes(bundle)
 
     def lm(self, call: LmCall) -> Cost:
         """Products with the weights by the head for the last token only, attention to all tokens
@@ -110,14 +105,14 @@ class Counter:
         return Cost(program.flops or 0.0, 0.0, float(moved))
 
 
-def _sizes(programs: dict[str, Program], training: Training) -> Sizes:
-    block = programs[f"block_forward_{min(training.lengths)}"]
+def _sizes(bundle: Bundle) -> Sizes:
+    model, training = bundle.manifest.model, bundle.training
+    block = bundle.android.program(f"block_forward_{min(training.lengths)}")
     packed = 2 if training.precision == "int4" else 1
-    rows, weights = {}, 0
-    for tensor in block.inputs:
-        shape = [int(n) for n in tensor.shape]
-        if tensor.name.startswith("base.") and tensor.name.endswith((".q", ".value")):
-            rows[tensor.name.split(".")[1]] = shape[1]
-            weights += packed * math.prod(shape)
-    layers = len(training.layers)
-    return Sizes(layers, layers * weights, rows["q"], rows["k"], rows["gate"])
+    weights = packed * sum(
+        math.prod(int(n) for n in tensor.shape)
+        for tensor in block.inputs
+        if tensor.name.startswith("base.") and tensor.name.endswith((".q", ".value"))
+    )
+    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    return Sizes(model.layers, model.layers * weights, queries, keys, model.intermediate)

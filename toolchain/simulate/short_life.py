@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from runtime_py.bundle.manifest import open_bundle
+from runtime_py.bundle.bundle import open_bundle
 from runtime_py.engine.job_runner import StreamedFineTuner, TrainingCall, peft_writer
 from runtime_py.engine.phone_engine import PhoneEngine
 from runtime_py.loop.errors import LoopError
@@ -66,9 +66,9 @@ def run_short_loop(
 
     Raises ``BundleError`` or ``LoopError``.
     """
-    manifest = open_bundle(bundle)
+    opened = open_bundle(bundle)
     policy = replace(
-        LoopPolicy.from_fields(dict(manifest.policy.loop)),
+        LoopPolicy.from_fields(dict(opened.manifest.policy.loop)),
         selection="attune",
         bins=64,
         questions_per_day=1000,
@@ -86,7 +86,7 @@ def run_short_loop(
         records = list(read_stream(stream))
     if not records:
         raise LoopError(f"{stream} has no dialogue: give one JSON object a line.")
-    engine = PhoneEngine(bundle, manifest, threads)
+    engine = PhoneEngine(opened, threads)
     steps = 0
 
     def trained(call: TrainingCall) -> None:
@@ -96,19 +96,19 @@ def run_short_loop(
             told("fine-tune", steps, planned.steps)
 
     streamed = StreamedFineTuner(
-        bundle, manifest, engine.text, threads=threads, before=engine.release, told=trained
+        opened, engine.text, threads=threads, before=engine.release, told=trained
     )
     planned = _Planned(streamed)
     with Personalizer(
         folder=folder,
         policy=policy,
-        lexicons=read_lexicons(lexicons_of(bundle, manifest, None)),
+        lexicons=read_lexicons(lexicons_of(opened, None)),
         engine=engine,
         tuner=planned,
         clock=lambda: Moment(0.0, 0),
-        bundle_adapter=bundle / manifest.adapter.peft,
-        hidden=manifest.model.hidden,
-        as_peft=peft_writer(manifest),
+        bundle_adapter=opened.peft,
+        hidden=opened.hidden,
+        as_peft=peft_writer(opened.manifest),
     ) as app:
         before = [app.generate(prompt) for prompt in PROMPTS]
         for number, record in enumerate(records, start=1):

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runtime_py.bundle.manifest import Manifest, open_bundle
+from runtime_py.bundle.bundle import Bundle, open_bundle
+from runtime_py.bundle.manifest import Manifest
 from runtime_py.engine.job_runner import training_bytes
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.lexicons import read_lexicons
@@ -53,7 +54,7 @@ class Prepared:
     """A request that was checked, before anything runs."""
 
     request: Request
-    manifest: Manifest
+    bundle: Bundle
     device: Device
     policy: LoopPolicy
     stream: Stream
@@ -67,18 +68,18 @@ def prepare(request: Request) -> Prepared:
         raise LoopError(f"--answer-rate is {request.answer_rate:g}; expected 0 to 1.")
     if (request.out / STATE).exists():
         raise LoopError(f"{request.out} holds a run already: choose another --out, or remove it.")
-    manifest = open_bundle(request.bundle)
+    bundle = open_bundle(request.bundle)
     device = find_device(request.device)
     if request.dialogues_a_day is not None:
         rhythm = replace(device.rhythm, dialogues=request.dialogues_a_day)
         device = replace(device, rhythm=rhythm)
-    policy = policy_of(manifest, request.policy)
+    policy = policy_of(bundle.manifest, request.policy)
     find_policy(policy.selection)
-    read_lexicons(lexicons_of(request.bundle, manifest, _text(request.lexicons)))
+    read_lexicons(lexicons_of(bundle, _text(request.lexicons)))
     stream = scan(request.stream, request.limit)
-    found = estimate(request.bundle, manifest, policy, len(stream.blocks))
-    check_fits(device, found, manifest)
-    return Prepared(request, manifest, device, policy, stream, found)
+    found = estimate(bundle, policy, len(stream.blocks))
+    check_fits(device, found, bundle.manifest)
+    return Prepared(request, bundle, device, policy, stream, found)
 
 
 def policy_of(manifest: Manifest, file: Path | None) -> LoopPolicy:
@@ -137,13 +138,12 @@ def simulate(prepared: Prepared, told: Told) -> Outcome:
         threads=min(device.compute.cores, host_cores()),
     )
     faults = draw(request.faults, request.full_disk, request.low_memory, places, request.seed)
-    training = prepared.manifest.training
-    assert training is not None
-    needs = {
-        length: training_bytes(prepared.manifest, training, length) for length in training.lengths
-    }
+    lengths = prepared.bundle.training.lengths
+    needs = {length: training_bytes(prepared.bundle, length) for length in lengths}
     watched = Watcher(life, device, faults, needs, told).run()
-    return gather(prepared.manifest, device, prepared.stream, prepared.estimate, life, watched)
+    return gather(
+        prepared.bundle.manifest, device, prepared.stream, prepared.estimate, life, watched
+    )
 
 
 def _text(path: Path | None) -> str | None:

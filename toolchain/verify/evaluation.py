@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from exporters.model.transformer import Transformer
-from runtime_py.bundle.manifest import BundleError, Manifest
+from runtime_py.bundle.bundle import Bundle
+from runtime_py.bundle.manifest import Manifest
 from runtime_py.engine.lm import ExecutorchLm
 from runtime_py.engine.native import silenced
+from runtime_py.loop.errors import BundleError
 from toolchain.compile.shipped_text import perplexity, shared_prefix, tokenize
 from toolchain.verify.source import (
     Source,
-    android_files,
     as_in_bundle,
     float_model,
     load_adapter,
@@ -197,8 +198,7 @@ def texts_of(
 
 @torch.no_grad()
 def evaluate(
-    bundle: Path,
-    manifest: Manifest,
+    bundle: Bundle,
     source: Source,
     texts: Sequence[Tensor],
     *,
@@ -210,7 +210,7 @@ def evaluate(
     through PyTorch. ``stage`` is told what begins and its number of tokens, ``progress`` how many
     tokens were done since."""
     torch.set_num_threads(threads)
-    files = android_files(bundle, manifest)
+    manifest, files = bundle.manifest, bundle.android
     total = sum(text.shape[1] for text in texts)
     stage("quantize in PyTorch", 0)
     plain = float_model(manifest, source)
@@ -232,7 +232,7 @@ def evaluate(
         progress(first.shape[1])
     stage("ExecuTorch, token by token", total)
     with silenced():
-        lm = ExecutorchLm(files.program, files.adapter, threads)
+        lm = ExecutorchLm(files.lm, files.adapter, threads)
     theirs = _Watched(lm.all_logits, progress)
     executorch = perplexity(theirs, texts)
     start = max(shared_prefix(texts), 1) - 1  # the first position whose next token counts

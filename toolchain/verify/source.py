@@ -13,8 +13,10 @@ from exporters.model.checkpoint import Checkpoint, load_checkpoint
 from exporters.model.quantize import quantized
 from exporters.model.spec import read_spec
 from exporters.model.transformer import Transformer, build
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.flat_tensor import read_ptd
-from runtime_py.bundle.manifest import BundleError, Manifest, Program, Target
+from runtime_py.bundle.manifest import Manifest
+from runtime_py.loop.errors import BundleError
 from toolchain.compile.bundle_export import BUILTIN, PREFILL_ANDROID, builtin_folder
 from toolchain.compile.precision import ANDROID
 from toolchain.compile.shipped_text import shipped_dialogues, tokenize
@@ -34,23 +36,6 @@ class Source:
         """The file, where it is a GGUF."""
         path = Path(self.path)
         return path if path.suffix.lower() == ".gguf" else None
-
-
-@dataclass(frozen=True)
-class AndroidFiles:
-    """A bundle's Android part on disk."""
-
-    target: Target
-    program: Path
-    adapter: Path
-
-
-def android_files(bundle: Path, manifest: Manifest) -> AndroidFiles:
-    """Raises ``BundleError`` where the bundle has no Android part."""
-    if manifest.android is None or manifest.adapter.runtime is None:
-        raise BundleError(f"{bundle} has no Android part: export it with --target android.")
-    forward: Program = next(p for p in manifest.android.programs if p.name == "forward")
-    return AndroidFiles(manifest.android, bundle / forward.file, bundle / manifest.adapter.runtime)
 
 
 def _is(manifest: Manifest, checkpoint: Checkpoint) -> bool:
@@ -135,14 +120,15 @@ def lower_without_adapter(manifest: Manifest, source: Source, out: Path) -> Path
     return out
 
 
-def weight_bytes(files: AndroidFiles, manifest: Manifest) -> int:
+def weight_bytes(bundle: Bundle) -> int:
     """Bytes of weights that decoding one token reads: program and adapter, less the token table
     (of which it reads one row) where that is not the head as well."""
+    manifest, files = bundle.manifest, bundle.android
     vocab, hidden = manifest.model.vocab, manifest.model.hidden
-    total = files.program.stat().st_size + files.adapter.stat().st_size
-    if files.target.quantize != "none":
+    total = files.lm.stat().st_size + files.adapter.stat().st_size
+    if files.quantize != "none":
         return total - vocab * (hidden + 4)  # int8 rows, each with a float32 scale
     # A float32 program holds each of the model's parameters once; more than that is a second
     # copy of a table that the checkpoint has only once.
-    copied = files.program.stat().st_size - 4 * manifest.model.parameters
+    copied = files.lm.stat().st_size - 4 * manifest.model.parameters
     return total - 4 * vocab * hidden * (copied > 2 * vocab * hidden)

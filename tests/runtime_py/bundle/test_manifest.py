@@ -12,16 +12,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from exporters.model.spec import read_spec
-from runtime_py.bundle.manifest import (
-    CHECKSUM,
-    MANIFEST,
-    SCHEMA_VERSION,
-    BundleError,
-    File,
-    Manifest,
-    open_bundle,
-    sha256,
-)
+from runtime_py.bundle.bundle import open_bundle
+from runtime_py.bundle.manifest import CHECKSUM, MANIFEST, SCHEMA_VERSION, File, Manifest
+from runtime_py.loop.errors import BundleError
+from runtime_py.loop.files import sha256
 from tests import tiny
 
 TARGETS = ["q_proj"]
@@ -61,7 +55,7 @@ def rewritten(bundle: Path, change: Callable[[dict], object]) -> None:
 
 
 def test_what_was_written_is_read(bundle: Path) -> None:
-    manifest = open_bundle(bundle)
+    manifest = open_bundle(bundle).manifest
     assert Manifest.model_validate_json((bundle / MANIFEST).read_bytes()) == manifest
     assert manifest.model.name == "paper"
     assert manifest.android is not None

@@ -19,13 +19,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from runtime_py.bundle import peft_config
 from runtime_py.bundle.peft_adapter import (
-    AdapterError,
     PeftAdapter,
     check_fits,
     fresh_config,
     read_peft,
     write_peft,
 )
+from runtime_py.loop.errors import AdapterError, DiskFull, WriteError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -309,10 +309,10 @@ def test_writing_never_replaces_and_leaves_nothing_behind(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("runtime_py.bundle.peft_adapter.serialize_file", full)
-    with pytest.raises(AdapterError, match="No space left on device"):
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(DiskFull, match="no space is left"):
         write_peft(tmp_path / "new", adapter)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(AdapterError, match="cannot be written"):
+    with pytest.raises(WriteError, match="cannot be written"):
         write_peft(tmp_path / "file" / "new", adapter)

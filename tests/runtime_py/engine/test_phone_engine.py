@@ -11,7 +11,8 @@ from scipy.special import softmax
 from scipy.stats import chisquare
 
 from exporters.model.spec import read_spec
-from runtime_py.bundle.manifest import AdapterTensor, open_bundle
+from runtime_py.bundle.bundle import open_bundle
+from runtime_py.bundle.manifest import AdapterTensor
 from runtime_py.engine.job_runner import read_values, runtime_file, write_values
 from runtime_py.engine.phone_engine import sample
 from runtime_py.loop.errors import LoopError
@@ -78,10 +79,10 @@ def test_a_short_file_is_no_adapter(tmp_path: Path) -> None:
 def test_the_bundle_s_own_adapter_has_a_runtime_file(tmp_path: Path) -> None:
     spec = read_spec(tiny.config_of("llama"), tiny.CONTEXT)
     bundle = tiny.paper_bundle(tmp_path / "bundle", spec, ["q_proj"], 4)
-    manifest = open_bundle(bundle)
+    opened = open_bundle(bundle)
     own = bundle / "adapter" / "adapter_model.safetensors"
-    assert runtime_file(bundle, manifest, own) == bundle / "android" / "adapter.ptd"
+    assert runtime_file(opened, own) == bundle / "android" / "adapter.ptd"
     other = tmp_path / "00001.ptd"
-    assert runtime_file(bundle, manifest, other) == other
+    assert runtime_file(opened, other) == other
     with pytest.raises(LoopError, match="not an adapter file"):
-        runtime_file(bundle, manifest, tmp_path / "adapter_model.safetensors")
+        runtime_file(opened, tmp_path / "adapter_model.safetensors")

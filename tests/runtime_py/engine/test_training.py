@@ -19,14 +19,15 @@ from tokenizers import processors
 from exporters.training.programs import training_programs
 from runtime_py.bundle import manifest as m
 from runtime_py.bundle.adapter_state import AdapterState, FlatLayout
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.engine.examples import IGNORED, Example, example, fit, pack
 from runtime_py.engine.run_state import FILE, Progress, load_state, save_state
 from runtime_py.engine.streaming import StepNumbers, StreamingEngine, step_numbers
 from runtime_py.engine.trainer import Settings, batches, evaluate, rate_at, train
-from runtime_py.engine.training_error import TrainingError
 from runtime_py.loop.dialogue import Dialogue, Turn
+from runtime_py.loop.errors import DiskFull, TrainingError
 from tests import tiny
 from tests.exporters.training.training_kit import Kit, example_of, make_kit
 from toolchain.compile.training_part import EagerPrograms
@@ -142,7 +143,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> ChatText:
     class Paper:
         tokenizer = own
 
-    return ChatText(folder, Paper())  # type: ignore[arg-type]
+    return ChatText(Bundle(folder, Paper()))  # type: ignore[arg-type]
 
 
 def dialogue(*contents: str, id: str = "d") -> Dialogue:
@@ -312,7 +313,7 @@ def test_a_full_disk_keeps_the_state_before(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(TrainingError, match="no space left on device"):
+    with pytest.raises(DiskFull, match="no space is left"):
         save_state(tmp_path, toy_state(), Progress(2, (0.5, 0.4), 2.0, "job"))
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
     assert (tmp_path / FILE).read_bytes() == before

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from runtime_py.loop import store_schema
-from runtime_py.loop.errors import LoopError, StoreBusy, StoreDamaged, StoreFull
+from runtime_py.loop.errors import DiskFull, LoopError, StoreBusy, StoreDamaged
 from runtime_py.loop.log import replay
 from runtime_py.loop.personalizer import STORE
 from runtime_py.loop.random_stream import SplitMix64
@@ -277,7 +277,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(small_disk: Path) -> None:
             try:
                 app.observe(dialogue(seen))
                 seen += 1
-            except StoreFull as error:
+            except DiskFull as error:
                 full = str(error)
         assert "nothing before it is lost. Free some space and try again" in full
         assert app.status().observed == seen

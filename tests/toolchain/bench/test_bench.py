@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from runtime_py.bundle.manifest import BundleError, open_bundle
+from runtime_py.bundle.bundle import open_bundle
+from runtime_py.loop.errors import BundleError
 from tests.tiny import tokenizer_of
 from tests.toolchain.conftest import Attune
 from toolchain.bench import generation_report, llama, machine, profile
@@ -246,7 +247,7 @@ def test_selection_refuses_an_unknown_policy(attune: Attune) -> None:
 
 
 def test_another_model_is_not_the_source(bundle: Path, tmp_path: Path) -> None:
-    manifest = open_bundle(bundle)
+    manifest = open_bundle(bundle).manifest
     with pytest.raises(BundleError, match="not the model that this bundle was made from"):
         sources.find_source(manifest, str(_checkpoint(tmp_path / "other", 1)))
     with pytest.raises(BundleError, match="not the model"):
@@ -254,17 +255,17 @@ def test_another_model_is_not_the_source(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_quantizing_again_gives_the_weights_of_the_bundle(bundle: Path, source: Path) -> None:
-    manifest = open_bundle(bundle)
+    manifest = open_bundle(bundle).manifest
     found = sources.find_source(manifest, str(source))
     assert not isinstance(found, str)
     model = sources.as_in_bundle(sources.float_model(manifest, found), manifest, found)
-    files = sources.android_files(bundle, manifest)
-    blob = files.program.read_bytes()
+    files = open_bundle(bundle).android
+    blob = files.lm.read_bytes()
     for tensor in (model.table.q, model.head.q, *(b.q for b in model.blocks[0].qkv.bases)):
         assert tensor.numpy().tobytes() in blob
     table = VOCAB * (HIDDEN + 4)
-    both = files.program.stat().st_size + files.adapter.stat().st_size
-    assert sources.weight_bytes(files, manifest) == both - table
+    both = files.lm.stat().st_size + files.adapter.stat().st_size
+    assert sources.weight_bytes(open_bundle(bundle)) == both - table
 
 
 def test_evaluate_compares_with_pytorch(
@@ -320,7 +321,7 @@ def test_difference_against_a_closed_form() -> None:
 
 @torch.no_grad()
 def test_perturbation_is_small_and_leaves_the_model_alone(bundle: Path, source: Path) -> None:
-    manifest = open_bundle(bundle)
+    manifest = open_bundle(bundle).manifest
     found = sources.find_source(manifest, str(source))
     assert not isinstance(found, str)
     model = sources.float_model(manifest, found)

@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from exporters.model.spec import read_spec
-from runtime_py.bundle.manifest import CHECKSUM, MANIFEST, BundleError, Program, open_bundle
+from runtime_py.bundle.bundle import open_bundle
+from runtime_py.bundle.manifest import CHECKSUM, MANIFEST, Program
+from runtime_py.loop.errors import BundleError
 from tests import tiny
 from tests.toolchain.conftest import Attune, Exported, Said, command
 from toolchain.compile import training_part
@@ -352,7 +354,7 @@ def instant_android(fp32: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.copyfile(fp32.bundle / "android/lm.pte", out)
         return Lowered()
 
-    manifest = open_bundle(fp32.bundle)
+    manifest = open_bundle(fp32.bundle).manifest
     assert manifest.android is not None
     programs = manifest.android.programs
 

@@ -16,13 +16,8 @@ from safetensors.torch import load_file
 from exporters.model.spec import ModelSpec, read_spec
 from runtime_py.bundle.adapter_tensors import META, from_runtime, to_runtime
 from runtime_py.bundle.flat_tensor import read_ptd, write_ptd
-from runtime_py.bundle.peft_adapter import (
-    AdapterError,
-    PeftAdapter,
-    fresh_config,
-    read_peft,
-    write_peft,
-)
+from runtime_py.bundle.peft_adapter import PeftAdapter, fresh_config, read_peft, write_peft
+from runtime_py.loop.errors import AdapterError
 from tests import tiny
 from tests.toolchain.conftest import Attune
 from toolchain.compile.adapter_layout import fresh, layout, module_shapes

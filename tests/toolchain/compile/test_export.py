@@ -19,9 +19,11 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from exporters.coreml.multifunction import read_signatures
-from runtime_py.bundle.manifest import CHECKSUM, MANIFEST, BundleError, Manifest, open_bundle
+from runtime_py.bundle.bundle import open_bundle
+from runtime_py.bundle.manifest import CHECKSUM, MANIFEST, Manifest
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.lm import ExecutorchLm
+from runtime_py.loop.errors import BundleError
 from tests import tiny
 from tests.toolchain.conftest import Attune, Exported, command
 from toolchain.cli.chat import StockRunner
@@ -59,7 +61,7 @@ def greedy(model: torch.nn.Module, tokenizer, prompt: str, count: int = COUNT) -
 
 def test_the_bundle_is_whole(both: Exported) -> None:
     assert both.beside == ["tiny"], "something was left beside the bundle"
-    manifest = open_bundle(both.bundle)
+    manifest = open_bundle(both.bundle).manifest
     names = {file.path for file in manifest.files}
     assert names >= {
         "adapter/adapter_config.json",
@@ -75,7 +77,7 @@ def test_the_bundle_is_whole(both: Exported) -> None:
 
 
 def test_the_bundle_speaks_of_its_model(both: Exported, reference: PreTrainedModel) -> None:
-    manifest, config = open_bundle(both.bundle), reference.config
+    manifest, config = open_bundle(both.bundle).manifest, reference.config
     model = manifest.model
     assert (model.architecture, model.vocab) == (config.model_type, config.vocab_size)
     assert (model.hidden, model.layers) == (config.hidden_size, config.num_hidden_layers)
@@ -127,7 +129,7 @@ def test_inspect_for_people(both: Exported, attune: Attune) -> None:
 
 
 def test_the_manifest_says_what_the_core_ml_package_has(both: Exported) -> None:
-    manifest = open_bundle(both.bundle)
+    manifest = open_bundle(both.bundle).manifest
     assert manifest.ios is not None
     files = {program.file for program in manifest.ios.programs}
     found = {(file, s.name): s for file in files for s in read_signatures(both.bundle / file)}
@@ -160,14 +162,14 @@ def test_the_adapter_loads_in_peft_and_does_nothing_yet(
     plain = reference(tokens).logits
     model = AutoModelForCausalLM.from_pretrained(builtin_folder(), dtype=torch.float32)
     peft = PeftModel.from_pretrained(model, str(both.bundle / "adapter")).eval()
-    adapter = open_bundle(both.bundle).adapter
+    adapter = open_bundle(both.bundle).manifest.adapter
     assert peft.peft_config["default"].r == adapter.rank == 8
     assert set(peft.peft_config["default"].target_modules) == set(adapter.targets)
     assert tiny.relative(peft(tokens).logits, plain) < 1e-5
 
 
 def test_offsets_are_where_the_adapters_bytes_are(both: Exported) -> None:
-    adapter = open_bundle(both.bundle).adapter
+    adapter = open_bundle(both.bundle).manifest.adapter
     stored = load_file(both.bundle / "adapter/adapter_model.safetensors")
     assert adapter.runtime is not None
     data = (both.bundle / adapter.runtime).read_bytes()
@@ -201,7 +203,7 @@ def test_the_adapter_there_and_back(both: Exported, attune: Attune, tmp_path: Pa
 
 
 def test_the_smallest_precision_that_is_near_float32_was_chosen(both: Exported) -> None:
-    manifest = open_bundle(both.bundle)
+    manifest = open_bundle(both.bundle).manifest
     for name, target in (("android", manifest.android), ("ios", manifest.ios)):
         assert target is not None
         assert target.chosen_by == "perplexity"
@@ -238,7 +240,7 @@ def test_the_perplexity_is_that_of_transformers(
         )
         losses.append(loss[prefix - 1 :])
     expected = torch.cat(losses).mean().exp().item()
-    android = open_bundle(both.bundle).android
+    android = open_bundle(both.bundle).manifest.android
     assert android is not None
     measured = {row.quantize: row.perplexity for row in android.measured}
     assert measured["none"] == pytest.approx(expected, rel=1e-4)
@@ -247,7 +249,7 @@ def test_the_perplexity_is_that_of_transformers(
 def test_it_is_as_small_as_its_bits_allow(both: Exported, reference: PreTrainedModel) -> None:
     """Linear weights at 4.5 or 8.1 bits and an embedding at 8; the rest is a twentieth, and a
     graph of some hundred KB that a model of this size cannot hide."""
-    android = open_bundle(both.bundle).android
+    android = open_bundle(both.bundle).manifest.android
     assert android is not None
     config = reference.config
     table = config.vocab_size * config.hidden_size
@@ -264,7 +266,7 @@ def test_it_is_as_small_as_its_bits_allow(both: Exported, reference: PreTrainedM
 
 @pytest.fixture(scope="module")
 def runner(fp32: Exported) -> StockRunner:
-    return StockRunner(fp32.bundle, open_bundle(fp32.bundle))
+    return StockRunner(open_bundle(fp32.bundle))
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -357,7 +359,7 @@ def test_chat_with_other_adapters(
     replies = []
     for seed in (1, 2):
         model = AutoModelForCausalLM.from_pretrained(builtin_folder(), dtype=torch.float32)
-        peft = tiny.adapted(model, open_bundle(fp32.bundle).adapter.targets, 8, seed)
+        peft = tiny.adapted(model, open_bundle(fp32.bundle).manifest.adapter.targets, 8, seed)
         folder, file = tmp_path / f"a{seed}", tmp_path / f"a{seed}.ptd"
         peft.save_pretrained(str(folder))
         attune("adapter", "convert", folder, file, "--bundle", fp32.bundle, "--json").json()
@@ -390,7 +392,7 @@ def test_export_with_an_adapter_a_context_and_a_template(attune: Attune, tmp_pat
         *("--adapter", tmp_path / "lora", "--context", 40, "--chat-template", template, "--json"),
     ).json()
     assert [p.name for p in out.parent.iterdir()] == ["bundle"]
-    manifest = open_bundle(out)
+    manifest = open_bundle(out).manifest
     assert said["ios"] is None
     assert manifest.model.context == 40
     assert manifest.adapter.rank == 5
@@ -418,7 +420,7 @@ def instant_export(monkeypatch: pytest.MonkeyPatch, fp32: Exported) -> list[Requ
         asked.append(request)
         progress("copy")
         shutil.copytree(fp32.bundle, request.out)
-        return open_bundle(request.out)
+        return open_bundle(request.out).manifest
 
     monkeypatch.setattr("toolchain.compile.bundle_export.export", copy)
     return asked
@@ -454,7 +456,9 @@ def test_demo(instant_export: list[Request], attune: Attune, tmp_path: Path) -> 
     value = attune("demo", "--json", "--out", tmp_path / "kept").json()
     assert instant_export[0].targets == ("android", "ios")
     assert value["reply"].strip()
-    assert value["bundle_bytes"] == sum(f.bytes for f in open_bundle(tmp_path / "kept").files)
+    assert value["bundle_bytes"] == sum(
+        f.bytes for f in open_bundle(tmp_path / "kept").manifest.files
+    )
     plain = attune("demo")
     assert plain.code == 0
     assert value["reply"].strip() in plain.out + plain.err
@@ -472,7 +476,7 @@ def test_force_replaces_a_bundle(
     def fill(folder: Path, request: Request, progress) -> Manifest:
         assert (request.out / "old.txt").exists()
         shutil.copytree(fp32.bundle, folder, dirs_exist_ok=True)
-        return open_bundle(folder)
+        return open_bundle(folder).manifest
 
     def fail(folder: Path, request: Request, progress) -> Manifest:
         (folder / "half").write_text("x")

@@ -16,7 +16,7 @@ import pytest
 
 from runtime_py.loop.store import open_store
 from tests.toolchain.conftest import Attune, Exported, Said, command
-from toolchain.simulate.limits import Quota, StoreFull, folder_bytes
+from toolchain.simulate.limits import DiskFull, Quota, folder_bytes
 
 STREAM = Path(__file__).parents[3] / "toolchain" / "compile" / "data" / "demo_stream.jsonl"
 POLICY = {
@@ -231,12 +231,12 @@ def test_writes_beyond_the_quota_are_refused(tmp_path: Path) -> None:
     quota = Quota(tmp_path, 500_000, 1.0)
     quota.limit(store)
     store.execute("CREATE TABLE big (data BLOB)")
-    with pytest.raises(StoreFull, match="no space is left"), store.transaction():
+    with pytest.raises(DiskFull, match="no space is left"), store.transaction():
         store.execute("INSERT INTO big VALUES (zeroblob (900000))")
     store.close()
     assert folder_bytes(tmp_path) < 500_000
     (tmp_path / "more").write_bytes(bytes(quota.left))
-    with pytest.raises(StoreFull, match=r"has 0\.00 MB left"):
+    with pytest.raises(DiskFull, match=r"has 0\.00 MB left"):
         quota.check(1)
 
 

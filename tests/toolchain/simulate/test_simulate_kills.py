@@ -20,7 +20,7 @@ RUNS, KILLS = 200, 5
 
 def live(life: Life) -> None:
     """Forked from a server that has imported everything, so that a start takes no seconds."""
-    from runtime_py.bundle.manifest import open_bundle
+    from runtime_py.bundle.bundle import open_bundle
 
     with Phone(life, open_bundle(Path(life.bundle)), _unheard) as phone:
         phone.live()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime_py.bundle.manifest import open_bundle
+from runtime_py.bundle.bundle import open_bundle
 from runtime_py.engine.job_runner import TrainingCall
 from runtime_py.engine.phone_engine import LmCall
 from runtime_py.loop.errors import LoopError
@@ -192,8 +192,9 @@ def test_faults_are_drawn_from_the_seed() -> None:
 
 
 def test_a_device_too_small_is_refused_with_the_sum(both: Exported) -> None:
-    manifest = open_bundle(both.bundle)
-    found = estimate(both.bundle, manifest, LoopPolicy(), 100)
+    bundle = open_bundle(both.bundle)
+    manifest = bundle.manifest
+    found = estimate(bundle, LoopPolicy(), 100)
     assert found.least_peak <= found.peak
     check_fits(PIXEL, found, manifest)
     small = replace(PIXEL, memory=replace(PIXEL.memory, app_mb=found.idle))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from runtime_py.bundle import manifest as m
+from runtime_py.bundle.bundle import Bundle, open_bundle
 from tests.toolchain.conftest import Exported, attune, both, fp32  # noqa: F401  (fixtures)
 from toolchain.verify.parity import ladder
 from toolchain.verify.parity.context import Context
@@ -23,7 +24,7 @@ Change = Callable[[m.Manifest], m.Manifest]
 def models(both: Exported) -> Models:  # noqa: F811
     """Of the built-in model, with what takes seconds done: reading and quantizing."""
     request = ladder.Request(both.bundle)
-    context = ladder.open_context(request, m.open_bundle(both.bundle), both.bundle)
+    context = ladder.open_context(request, open_bundle(both.bundle), both.bundle)
     found = context.source
     assert found.eager is not None
     assert found.android is not None
@@ -38,7 +39,7 @@ def signed(bundle: Path, change: Change = lambda manifest: manifest) -> m.Manife
     files = m.list_files(bundle)
     changed = change(manifest.model_copy(update={"files": files}))
     m.write_manifest(bundle, changed)
-    return m.open_bundle(bundle)
+    return open_bundle(bundle).manifest
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class Faulty:
     def context(self, models: Models | None = None, change: Change | None = None) -> Context:
         manifest = signed(self.bundle, change or (lambda manifest: manifest))
         request = ladder.Request(self.bundle, quick=True)
-        context = ladder.open_context(request, manifest, self.scratch)
+        context = ladder.open_context(request, Bundle(self.bundle, manifest), self.scratch)
         found = models or self.models
         return replace(context, models=found)
 

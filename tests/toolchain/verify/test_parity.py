@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from runtime_py.bundle import manifest as m
+from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.engine.self_test import FOLDER, JSON, TENSORS, PhoneTest, read_golden, self_test
+from runtime_py.loop.errors import BundleError
 from tests import tiny
 from tests.toolchain.conftest import Exported
 from tests.toolchain.verify.conftest import Faulty, signed
@@ -115,12 +117,12 @@ def test_another_schema_version(faulty: Faulty, attune) -> None:
     said = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(said | {"schema_version": 99}), encoding="utf-8")
     (faulty.bundle / m.CHECKSUM).write_text(m.sha256(path) + "\n", encoding="ascii")
-    with pytest.raises(m.BundleError, match="schema version 99"):
+    with pytest.raises(BundleError, match="schema version 99"):
         ladder.climb(ladder.Request(faulty.bundle))
 
 
 def test_an_unknown_rung(both: Exported) -> None:
-    with pytest.raises(m.BundleError, match="no --rung attic; known: eager"):
+    with pytest.raises(BundleError, match="no --rung attic; known: eager"):
         ladder.climb(ladder.Request(both.bundle, rungs=("attic",)))
 
 
@@ -153,7 +155,7 @@ def test_qemu_is_missing(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_processor_that_qemu_computes_wrongly(both: Exported) -> None:
     request = ladder.Request(both.bundle, ("eager", "arm64"), quick=True, cpu="max")
-    context = ladder.open_context(request, m.open_bundle(both.bundle), both.bundle)
+    context = ladder.open_context(request, open_bundle(both.bundle), both.bundle)
     rung = ladder.run_rung("arm64", context)
     assert rung.status == "not run"
     assert "wrongly" in rung.reason
@@ -164,8 +166,8 @@ def test_the_golden_vectors_of_a_phone(both: Exported, faulty: Faulty) -> None:
     assert golden is not None
     size = sum(file.stat().st_size for file in (both.bundle / FOLDER).iterdir())
     assert size < 300_000
-    manifest = m.open_bundle(both.bundle)
-    checks = self_test(golden, PhoneTest(both.bundle, manifest), "android")
+    bundle = open_bundle(both.bundle)
+    checks = self_test(golden, PhoneTest(bundle), "android")
     assert all(check.passed for check in checks)
     assert {check.program for check in checks} >= {"lm", "embed", "loss", "gradient"}
     # The weights of another model: the same phone finds out.
@@ -174,18 +176,18 @@ def test_the_golden_vectors_of_a_phone(both: Exported, faulty: Faulty) -> None:
     half = len(content) // 2
     content[half : half + 200_000] = bytes(200_000)
     weights.write_bytes(bytes(content))
-    damaged = self_test(golden, PhoneTest(faulty.bundle, manifest), "android")
+    damaged = self_test(golden, PhoneTest(Bundle(faulty.bundle, bundle.manifest)), "android")
     assert {check.program for check in damaged if not check.passed} >= {"loss"}
 
 
 def test_golden_vectors_that_are_damaged(faulty: Faulty) -> None:
     file = faulty.bundle / FOLDER / TENSORS
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(m.BundleError, match="golden vectors"):
+    with pytest.raises(BundleError, match="golden vectors"):
         read_golden(faulty.bundle)
     path = faulty.bundle / FOLDER / JSON
     path.write_text(json.dumps({"format": 9}), encoding="utf-8")
-    with pytest.raises(m.BundleError, match="golden"):
+    with pytest.raises(BundleError, match="golden"):
         read_golden(faulty.bundle)
 
 

@@ -24,7 +24,9 @@ from exporters.training.adamw import AdamW
 from exporters.training.programs import adamw_program, block_programs
 from exporters.training.storage import PRECISIONS
 from runtime_py.bundle import manifest as m
+from runtime_py.bundle.bundle import open_bundle
 from runtime_py.engine.base_weights import BaseWeights
+from runtime_py.loop.errors import BundleError
 from tests.toolchain.verify.conftest import Faulty, own_models, signed
 from toolchain.compile.training_part import manifest_program
 from toolchain.verify.arm64.emulate import Call
@@ -83,8 +85,8 @@ def test_one_flipped_byte_in_the_weights_file(faulty: Faulty) -> None:
         return new
 
     rewrite(faulty.bundle / WEIGHTS, "layers.3.up.q", flip)
-    with pytest.raises(m.BundleError, match=WEIGHTS):
-        m.open_bundle(faulty.bundle)  # the hash tells, before any rung
+    with pytest.raises(BundleError, match=WEIGHTS):
+        open_bundle(faulty.bundle)  # the hash tells, before any rung
     caught(faulty.climb("quantized"), "up projection", "in 1 of", layer=3)
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from runtime_py.bundle.adapter_tensors import to_runtime
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.examples import IGNORED, Example, example
 from runtime_py.engine.job_runner import read_values
-from runtime_py.engine.training_error import TrainingError
 from runtime_py.loop.dialogue import Dialogue, Turn
+from runtime_py.loop.errors import TrainingError
 from toolchain.compile.proofs import with_effect
 from toolchain.compile.shipped_text import shipped_dialogues
 
@@ -85,22 +85,21 @@ def cases(manifest: Manifest, text: ChatText, quick: bool = False) -> list[Case]
     return found
 
 
-def adapters(bundle: Path, manifest: Manifest) -> dict[str, dict[str, np.ndarray]]:
+def adapters(bundle: Bundle) -> dict[str, dict[str, np.ndarray]]:
     """The bundle's own adapter, and one that has an effect: the programs' tensors by name."""
-    own = manifest.adapter
+    own = bundle.manifest.adapter
     if own.runtime is not None:
-        values = read_values(bundle / own.runtime, own.tensors)
+        values = read_values(bundle.path / own.runtime, own.tensors)
     else:
-        values = to_runtime(read_peft(bundle / own.peft), own.tensors)
+        values = to_runtime(read_peft(bundle.peft), own.tensors)
     initial = {tensor.name: values[tensor.name] for tensor in own.tensors}
     return {INITIAL: initial, EFFECT: with_effect(initial)}
 
 
-def examples(manifest: Manifest, text: ChatText, quick: bool = False) -> list[Example]:
+def examples(bundle: Bundle, text: ChatText, quick: bool = False) -> list[Example]:
     """For training: real dialogues shorter than the program (so it is padded) and one that fills
     it, and one single label."""
-    assert manifest.training is not None
-    longest = max(manifest.training.lengths)
+    longest = max(bundle.training.lengths)
     found: list[Example] = []
     for dialogue in dialogues(20):
         try:

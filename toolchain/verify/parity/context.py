@@ -16,6 +16,7 @@ from exporters.model.transformer import Transformer
 from exporters.training.programs import TrainingSpec, training_programs
 from exporters.training.weights_file import write_weights
 from runtime_py.bundle.adapter_state import AdapterState
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.engine.base_weights import BaseWeights
@@ -35,8 +36,7 @@ class Context:
     """``models`` is the reason where there is no source. ``eager``, ``ios``, ``executorch``
     and ``replayed`` are what a rung leaves for those after it."""
 
-    bundle: Path
-    manifest: Manifest
+    bundle: Bundle
     text: ChatText
     models: Models | str
     cases: Sequence[Case]
@@ -69,39 +69,34 @@ class Context:
     @cached_property
     def float_programs(self) -> EagerPrograms:
         """Those that Core ML's package has too."""
-        assert self.manifest.training is not None
-        return EagerPrograms(training_programs(self.float_spec, self.manifest.training.lengths))
+        return EagerPrograms(training_programs(self.float_spec, self.bundle.training.lengths))
 
     @cached_property
     def programs(self) -> EagerPrograms:
         """Those of the bundle's weights file."""
-        assert self.manifest.training is not None
         spec = self.source.training_spec
-        return EagerPrograms(training_programs(spec, self.manifest.training.lengths))
+        return EagerPrograms(training_programs(spec, self.bundle.training.lengths))
 
     @cached_property
     def float_weights(self) -> BaseWeights:
         """The source's own weights, as a weights file."""
-        assert self.manifest.training is not None
         path = self.scratch / "float.safetensors"
-        lengths = self.manifest.training.lengths
+        lengths = self.bundle.training.lengths
         write_weights(self.source.captured, self.float_spec, max(lengths), path)
         return BaseWeights(path)
 
     @cached_property
     def weights(self) -> BaseWeights:
-        assert self.manifest.training is not None
-        return BaseWeights(self.bundle / self.manifest.training.weights)
+        return BaseWeights(self.bundle.training_weights)
 
     def torch_engine(self) -> TorchEngine:
-        assert self.manifest.training is not None
-        tensors = self.manifest.adapter.tensors
-        return TorchEngine(self.source.eager, tensors, self.manifest.training.optimizer)
+        tensors = self.bundle.manifest.adapter.tensors
+        return TorchEngine(self.source.eager, tensors, self.bundle.training.optimizer)
 
     @cached_property
     def android(self) -> Said:
         """What PyTorch says with the weights of ``lm.pte``."""
-        return said_by(self.source.android, self.cases, self.adapters, self.manifest)
+        return said_by(self.source.android, self.cases, self.adapters, self.bundle.manifest)
 
 
 def said_by(

@@ -44,14 +44,13 @@ class CoreMlLm:
     """``prefill``, ``decode`` and ``embed`` as a host calls them, with one state for both."""
 
     def __init__(self, context: Context) -> None:
-        manifest = context.manifest
-        assert manifest.ios is not None
+        manifest = context.bundle.manifest
         self._manifest = manifest
-        programs = {program.name: program for program in manifest.ios.programs}
+        programs = {program.name: program for program in context.bundle.ios.target.programs}
         wanted = ("prefill", "decode", "embed")
         if lost := [name for name in wanted if name not in programs]:
             raise ExportError(f"the bundle has no function {', '.join(lost)} for iOS.")
-        package = read_package(context.bundle / programs["prefill"].file)
+        package = read_package(context.bundle.path / programs["prefill"].file)
         self.interpreter = mil.Interpreter(package, _KEEP)
         tokens = next(t for t in programs["prefill"].inputs if t.name == "tokens")
         self.chunk = int(tokens.shape[1])
@@ -100,9 +99,9 @@ class CoreMlLm:
 
 def coreml(context: Context) -> Rung:
     """Every function against PyTorch with the package's weights."""
-    if context.manifest.ios is None:
+    if context.bundle.manifest.ios is None:
         return not_run("coreml", "the bundle has no iOS part.")
-    quantize = context.manifest.ios.quantize
+    quantize = context.bundle.ios.quantize
     cases = few(context.cases)
     bound, pooled = _bound(context, cases), of_logits(quantize)
     checks: list[Check] = []
@@ -113,7 +112,7 @@ def coreml(context: Context) -> Rung:
         lm = CoreMlLm(context)
         expected = context.ios
         if expected is None:
-            expected = said_by(context.source.ios, cases, context.adapters, context.manifest)
+            expected = said_by(context.source.ios, cases, context.adapters, context.bundle.manifest)
         said = run(lm, cases, context.adapters, 1 if context.quick else _STEPS)
         own = compared(said, expected, cases, bound, pooled, of_adapter(quantize), "ios lm")
         own += padding(lm, cases[0], context)
@@ -121,7 +120,7 @@ def coreml(context: Context) -> Rung:
         checks += own + stored
         if any(not check.passed for check in own):
             found = place or _named(own)
-        if context.manifest.training is not None:
+        if context.bundle.manifest.training is not None:
             context.told("coreml: training programs")
             more, where = _training(context)
             checks += more
@@ -138,8 +137,7 @@ def _bound(context: Context, cases: Sequence[Case]) -> Tolerance:
     module, so that a fault of the rewriting does not excuse itself."""
     usual = TABLE["float16"]
     assert usual.max_rel is not None
-    assert context.manifest.ios is not None
-    if context.manifest.ios.quantize == "none":
+    if context.bundle.ios.quantize == "none":
         return usual
     single = for_half(context.source.ios)
     half = for_half(context.source.ios).half()
@@ -182,7 +180,7 @@ def run(lm: CoreMlLm, cases: Sequence[Case], adapters: Mapping[str, Values], ste
 
 def padding(lm: CoreMlLm, case: Case, context: Context) -> list[Check]:
     """Other tokens as padding, and not a bit may change."""
-    other = context.manifest.model.vocab - 1
+    other = context.bundle.manifest.model.vocab - 1
     values = context.adapters[EFFECT]
     pairs: dict[str, list[np.ndarray]] = {"ios lm": [], "embed": []}
     for filler in (0, other):
@@ -222,7 +220,7 @@ def _states(
     found: Found | None = None
     layers: list[tuple[str, float]] = []
     spans = {"prefill": slice(0, case.prompt), "decode": slice(case.prompt, end)}
-    for layer in range(context.manifest.model.layers):
+    for layer in range(context.bundle.manifest.model.layers):
         for kind in ("k", "v"):
             want = expected[f"layers.{layer}.{kind}.placed"][0]  # [S, K, D]
             own = lm.states[f"{kind}_{layer}"].float().numpy()[0].transpose(1, 0, 2)[:end]
@@ -259,15 +257,14 @@ def _state_found(
 
 def _training(context: Context) -> tuple[list[Check], Found | None]:
     """The calls of a step in float32, as PyTorch makes them, by the package's functions."""
-    manifest = context.manifest
-    assert manifest.ios is not None
+    manifest = context.bundle.manifest
     example = context.examples[-1] if context.quick else context.examples[0]
-    programs = {program.name: program for program in manifest.ios.programs}
+    programs = {program.name: program for program in context.bundle.ios.target.programs}
     calls: list[Recorded] = []
     for keep in (False, True):
         values = context.adapters[EFFECT]
         made = training_checks.record(
-            manifest, context.float_programs, context.float_weights, values, example, keep
+            context.bundle, context.float_programs, context.float_weights, values, example, keep
         )
         calls += [c for c in made if not keep or c.kind == "block_backward_saved"]
     last = manifest.model.layers - 1
@@ -275,7 +272,7 @@ def _training(context: Context) -> tuple[list[Check], Found | None]:
     if lost := sorted({call.name for call in kept} - set(programs)):
         raise ExportError(f"the bundle has no function {', '.join(lost)} for iOS.")
     file = programs["adamw"].file
-    interpreter = mil.Interpreter(read_package(context.bundle / file), 0)
+    interpreter = mil.Interpreter(read_package(context.bundle.path / file), 0)
     signatures = context.float_programs.signatures
     outputs = [_call(interpreter, call, signatures[call.name]) for call in kept]
     return training_checks.judged(kept, outputs, signatures, f"{example.id}, {EFFECT}")

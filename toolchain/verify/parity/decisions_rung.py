@@ -54,13 +54,13 @@ class TorchPhone:
 
     def __init__(self, context: Context, model: Transformer) -> None:
         self._context, self._model = context, model
-        self._adapter = context.bundle / str(context.manifest.adapter.runtime)
+        self._adapter = context.bundle.android.adapter
 
     def use_adapter(self, file: Path) -> None:
-        self._adapter = runtime_file(self._context.bundle, self._context.manifest, file)
+        self._adapter = runtime_file(self._context.bundle, file)
 
     def embed(self, dialogue: Dialogue) -> Embedding:
-        text, manifest = self._context.text, self._context.manifest
+        text, manifest = self._context.text, self._context.bundle.manifest
         ids = text.encode(text.render(dialogue.turns))[: manifest.policy.embed_length]
         pooled, entropy = embedding_of(self._model, np.array(ids, np.int64))
         return Embedding(pooled.astype(np.float32), float(entropy[0]))
@@ -73,7 +73,7 @@ class TorchPhone:
 
     def greedy(self, messages: Sequence[Turn], most: int) -> tuple[str, list[int], list[float]]:
         """The reply, its tokens, and by how much of the logits' range each was the likeliest."""
-        text, manifest = self._context.text, self._context.manifest
+        text, manifest = self._context.text, self._context.bundle.manifest
         set_adapter(self._model, read_values(self._adapter, manifest.adapter.tensors))
         ids = text.encode(text.render(messages, reply=True))
         written: list[int] = []
@@ -99,12 +99,11 @@ class TorchTuner:
     def run(
         self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
     ) -> FineTuneResult | None:
-        context, manifest = self._context, self._context.manifest
-        assert manifest.training is not None
-        longest = min(job.max_sequence_tokens, max(manifest.training.lengths))
+        context, manifest = self._context, self._context.bundle.manifest
+        longest = min(job.max_sequence_tokens, max(context.bundle.training.lengths))
         examples = fit(job.training, context.text, longest).examples
         held_out = fit(job.held_out, context.text, longest).examples
-        parent = runtime_file(context.bundle, manifest, job.parent)
+        parent = runtime_file(context.bundle, job.parent)
         tensors = manifest.adapter.tensors
         if not examples or not held_out:  # as the phone does: nothing to learn from, or to judge by
             write_values(folder / "adapter.ptd", parent, tensors, read_values(parent, tensors))
@@ -113,9 +112,9 @@ class TorchTuner:
         settings = Settings(
             epochs=job.epochs, batch=job.batch, learning_rate=job.learning_rate, seed=job.seed
         )
-        engine = StreamingEngine(context.programs, context.weights, manifest.training)
+        engine = StreamingEngine(context.programs, context.weights, context.bundle.training)
         before = evaluate(engine, state, held_out)
-        optimizer = manifest.training.optimizer
+        optimizer = context.bundle.training.optimizer
         done = train(engine, state, examples, settings, optimizer, folder, stop=stop)
         if done is None:
             return None
@@ -143,7 +142,7 @@ def live(
     """The stream from first to last, every question answered, and one night of fine-tuning."""
     policy = LoopPolicy(
         bins=BINS,
-        bin_bytes=4 * context.manifest.model.hidden + 16384,
+        bin_bytes=4 * context.bundle.manifest.model.hidden + 16384,
         questions_per_day=1000,
         heldout_every=3,
         paraphrases=0,  # they are sampled at a temperature: the text below is not
@@ -156,11 +155,11 @@ def live(
     )
     folder = context.scratch / name
     folder.mkdir()
-    bundle = context.bundle / context.manifest.adapter.peft
+    bundle = context.bundle.peft
     ticks = iter(range(1, 1 << 30))
     with Personalizer(
         folder, policy, read_lexicons(), engine, tuner,
-        lambda: Moment(float(next(ticks)), 0), bundle, context.manifest.model.hidden,
+        lambda: Moment(float(next(ticks)), 0), bundle, context.bundle.manifest.model.hidden,
     ) as loop:  # fmt: skip
         decisions = [loop.observe(dialogue) for dialogue in stream]
         prompt = stream[0].turns[:1]
@@ -169,7 +168,7 @@ def live(
             loop.answer(question.id)
         report = loop.fine_tune(NIGHT)
         trained = sorted(folder.rglob("*.ptd"))
-        tensors = context.manifest.adapter.tensors
+        tensors = context.bundle.manifest.adapter.tensors
         adapter = read_values(trained[-1], tensors) if trained else {}
         return Life(
             decisions=tuple(decisions),
@@ -189,7 +188,7 @@ def _number(loss: float | None) -> float:
 
 def decisions(context: Context) -> Rung:
     """ExecuTorch's loop against PyTorch's, and against itself."""
-    manifest = context.manifest
+    manifest = context.bundle.manifest
     if manifest.android is None or manifest.training is None:
         return not_run("decisions", "the bundle has no Android part to run the loop with.")
     stream = dialogues(QUICK_STREAM if context.quick else STREAM)
@@ -206,9 +205,9 @@ def decisions(context: Context) -> Rung:
 
 def phone_life(context: Context, name: str, stream: Sequence[Dialogue]) -> Life:
     """The loop as a phone runs it."""
-    engine = PhoneEngine(context.bundle, context.manifest)
-    text = ChatText(context.bundle, context.manifest)
-    tuner = StreamedFineTuner(context.bundle, context.manifest, text)
+    engine = PhoneEngine(context.bundle)
+    text = ChatText(context.bundle)
+    tuner = StreamedFineTuner(context.bundle, text)
     return live(context, name, engine, tuner, stream)
 
 
@@ -283,18 +282,17 @@ def _reply(
 ) -> list[Check]:
     """Greedy text with the bundle's adapter. Where it parts, PyTorch's two likeliest tokens must be
     closer than the precision tells apart."""
-    assert context.manifest.android is not None
     own, want = found.first_reply, expected.first_reply
     if own == want:
         return [stated("loop", "reply", "greedy text", True, "")]
-    reference.use_adapter(context.bundle / str(context.manifest.adapter.runtime))
+    reference.use_adapter(context.bundle.android.adapter)
     _, tokens, margins = reference.greedy(stream[0].turns[:1], _WORDS)
     theirs = context.text.encode(own)
     place = next(
         (i for i, (a, b) in enumerate(zip(theirs, tokens, strict=False)) if a != b),
         min(len(theirs), len(tokens), len(margins) - 1),
     )
-    allowed = 0.1 if of_logits(context.manifest.android.quantize).name != "float32" else 2e-4
+    allowed = 0.1 if of_logits(context.bundle.android.quantize).name != "float32" else 2e-4
     tie = margins[min(place, len(margins) - 1)] <= allowed
     note = f"parts at token {place}, where PyTorch prefers its own by {margins[place]:.2g}"
     return [stated("loop", "reply", "greedy text", tie, note + (" (a tie)" if tie else ""))]

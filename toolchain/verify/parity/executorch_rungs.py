@@ -32,48 +32,46 @@ def _here(program: Path, data: Sequence[Path], calls: Sequence[Call]) -> list[li
 
 
 def _training(context: Context) -> dict[str, Program]:
-    assert context.manifest.android is not None
     return {
         program.name: program
-        for program in context.manifest.android.programs
+        for program in context.bundle.android.target.programs
         if program.name not in ("forward", "embed")
     }
 
 
 def missing(context: Context) -> list[str]:
     """Programs that the manifest should have and has not."""
-    manifest = context.manifest
-    assert manifest.android is not None
+    manifest = context.bundle.manifest
     wanted = ["forward", "embed"]
     if manifest.training is not None:
         kinds = ("block_forward", "block_backward", "block_backward_saved")
         wanted += [f"{kind}_{length}" for length in manifest.training.lengths for kind in kinds]
         wanted += ["head", "adamw"]
-    have = {program.name for program in manifest.android.programs}
+    have = {program.name for program in context.bundle.android.target.programs}
     return [name for name in wanted if name not in have]
 
 
 def executorch(context: Context) -> Rung:
     """Every program against PyTorch with the same weights, on the same inputs."""
-    if context.manifest.android is None:
+    if context.bundle.manifest.android is None:
         return not_run("executorch", "the bundle has no Android part.")
     if lost := missing(context):
         names = ", ".join(lost)
         gone = [stated("manifest", "bundle", name, False, "is missing") for name in lost]
         reason = f"the bundle has no program {names}: export it again."
         return rung("executorch", "quantized", gone, reason=reason)
-    quantize = context.manifest.android.quantize
+    quantize = context.bundle.android.quantize
     checks: list[Check] = []
     found: Found | None = None
     layers: list[tuple[str, float]] = []
     try:
         context.told("executorch: lm.pte")
         said = lm_checks.run(
-            context.bundle, context.manifest, _here, context.cases, context.adapters,
+            context.bundle, _here, context.cases, context.adapters,
             context.scratch,
         )  # fmt: skip
         context.executorch = said
-        checks += lm_checks.constants(said, context.manifest)
+        checks += lm_checks.constants(said, context.bundle.manifest)
         bounds = of_logits(quantize), of_pooled(quantize), of_adapter(quantize)
         own = lm_checks.compared(said, context.android, context.cases, *bounds)
         checks += own
@@ -81,7 +79,7 @@ def executorch(context: Context) -> Rung:
         layers = _layers(context)
         if any(not check.passed for check in own):
             found = _place(own, layers, context)
-        if context.manifest.training is not None:
+        if context.bundle.manifest.training is not None:
             more, place = _replayed(context)
             checks += more
             found = found or place
@@ -93,15 +91,13 @@ def executorch(context: Context) -> Rung:
 
 def _layers(context: Context) -> list[tuple[str, float]]:
     """What one prompt gives inside ``lm.pte``, place by place, with an adapter that has effect."""
-    manifest, model = context.manifest, context.source.android
-    assert manifest.android is not None
+    manifest, model = context.bundle.manifest, context.source.android
     tokens = context.cases[0].tokens
     own = manifest.adapter
     data = context.scratch / "watched.ptd"
-    write_values(data, context.bundle / str(own.runtime), own.tensors, context.adapters[EFFECT])
-    file = next(p.file for p in manifest.android.programs if p.name == "forward")
+    write_values(data, context.bundle.android.adapter, own.tensors, context.adapters[EFFECT])
     call = Call("forward", (tokens[None], np.array([0], np.int64)))
-    steps = run_calls(context.bundle / file, [data], [call], watch=True).steps
+    steps = run_calls(context.bundle.android.lm, [data], [call], watch=True).steps
     set_adapter(model, context.adapters[EFFECT])
     expected = probes.of_transformer(model, tokens)
     return probes.differences(probes.of_executorch(steps, model.spec, expected), expected)
@@ -130,9 +126,8 @@ def _place(
 
 
 def _replayed(context: Context) -> tuple[list[Check], Found | None]:
-    manifest = context.manifest
     signatures = _training(context)
-    files = {name: context.bundle / program.file for name, program in signatures.items()}
+    files = {name: context.bundle.path / program.file for name, program in signatures.items()}
     kept: list[Recorded] = []
     checks: list[Check] = []
     found: Found | None = None
@@ -142,7 +137,7 @@ def _replayed(context: Context) -> tuple[list[Check], Found | None]:
         context.told(f"executorch: training on {example.id}")
         values = context.adapters[adapter]
         calls = training_checks.record(
-            manifest, context.programs, context.weights, values, example, keep
+            context.bundle, context.programs, context.weights, values, example, keep
         )
         if keep:
             calls = [call for call in calls if call.kind == "block_backward_saved"]
@@ -162,7 +157,7 @@ def _replayed(context: Context) -> tuple[list[Check], Found | None]:
 
 def arm64(context: Context) -> Rung:
     """The same files and calls on ARM NEON kernels, against those on this processor."""
-    if context.manifest.android is None:
+    if context.bundle.manifest.android is None:
         return not_run("arm64", "the bundle has no Android part.")
     try:
         refuse_cpu(context.cpu)
@@ -177,7 +172,7 @@ def arm64(context: Context) -> Rung:
     def there(program: Path, data: Sequence[Path], calls: Sequence[Call]) -> list[list[np.ndarray]]:
         return Arm64Program(program, data, cpu=context.cpu).run_sequence(calls)
 
-    quantize = context.manifest.android.quantize
+    quantize = context.bundle.android.quantize
     cases = _few(context.cases)
     adapters = {name: context.adapters[name] for name in context.adapters}
     checks: list[Check] = []
@@ -185,7 +180,7 @@ def arm64(context: Context) -> Rung:
     try:
         context.told("arm64: lm.pte")
         said = lm_checks.run(
-            context.bundle, context.manifest, there, cases, adapters, context.scratch,
+            context.bundle, there, cases, adapters, context.scratch,
             steps=_ARM_STEPS, constants=False,
         )  # fmt: skip
         same = same_program(quantize)
@@ -194,7 +189,7 @@ def arm64(context: Context) -> Rung:
         )
         context.told("arm64: training programs")
         signatures = _training(context)
-        files = {name: context.bundle / p.file for name, p in signatures.items()}
+        files = {name: context.bundle.path / p.file for name, p in signatures.items()}
         outputs = training_checks.again(context.replayed, there, files)
         more, found = training_checks.judged(
             context.replayed, outputs, signatures, "layer 0", same=True

@@ -46,14 +46,12 @@ class DelegateTest:
     """A self-test's engine on ``.pte`` files behind an executor."""
 
     def __init__(self, context: Context, executor: Executor) -> None:
-        manifest = context.manifest
-        assert manifest.android is not None
         self._context, self._executor = context, executor
-        self._programs = {program.name: program for program in manifest.android.programs}
+        self._programs = {
+            program.name: program for program in context.bundle.android.target.programs
+        }
         self._files, self._values = adapter_files(
             context.bundle,
-            str(manifest.adapter.runtime),
-            manifest.adapter.tensors,
             context.scratch,
         )
         self._prefill = int(str(self._programs["forward"].inputs[0].shape[1]).split("..")[-1])
@@ -61,23 +59,23 @@ class DelegateTest:
     def logits(self, tokens: np.ndarray, prompt: int, adapter: str) -> np.ndarray:
         case = Case("golden", tokens, prompt, "")
         calls, counted = calls_of(case, self._prefill, case.steps)
-        file = self._context.bundle / self._programs["forward"].file
+        file = self._context.bundle.path / self._programs["forward"].file
         outputs = self._executor(file, [self._files[adapter]], calls)
         return np.concatenate([outputs[index][0] for index in counted])
 
     def embed(self, tokens: np.ndarray) -> tuple[np.ndarray, float]:
-        file = self._context.bundle / self._programs["embed"].file
+        file = self._context.bundle.path / self._programs["embed"].file
         calls = [Call("embed", (tokens[None],))]
         ((pooled, entropy),) = self._executor(file, [self._files["initial"]], calls)
         return pooled, float(entropy.reshape(-1)[0])
 
     def gradient(self, example: Example) -> tuple[float, np.ndarray] | None:
         context = self._context
-        if context.manifest.training is None:
+        if context.bundle.manifest.training is None:
             return None
         own = [p for name, p in self._programs.items() if name not in ("forward", "embed")]
-        programs = _Programs(context.bundle, own, self._executor)
-        return gradient_of(context.bundle, context.manifest, programs, self._values, example)
+        programs = _Programs(context.bundle.path, own, self._executor)
+        return gradient_of(context.bundle, programs, self._values, example)
 
 
 class PackageTest:
@@ -109,7 +107,7 @@ def _here(program: Path, data: Sequence[Path], calls: Sequence[Call]) -> list[li
 
 def without_source(name: str, context: Context) -> Rung:
     """One of the rungs executorch, arm64, coreml, decisions, against the golden vectors."""
-    golden = read_golden(context.bundle)
+    golden = read_golden(context.bundle.path)
     if golden is None:
         return not_run(name, "the bundle has no golden vectors, and its source is not there.")
     target = "ios" if name == "coreml" else "android"
@@ -165,7 +163,7 @@ def _decided(context: Context) -> Rung:
     """Without a reference the loop is compared with itself: twice the same bits."""
     from toolchain.verify.parity import decisions_rung
 
-    if context.manifest.training is None:
+    if context.bundle.manifest.training is None:
         return not_run("decisions", "the bundle has no training programs to run the loop with.")
     stream = decisions_rung.dialogues(decisions_rung.QUICK_STREAM)
     first, second = (decisions_rung.phone_life(context, f"life-{i}", stream) for i in range(2))

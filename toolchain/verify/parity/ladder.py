@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from exporters.errors import ExportError
+from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.chat_text import ChatText
-from runtime_py.bundle.manifest import BundleError, Manifest, open_bundle
+from runtime_py.loop.errors import BundleError
 from toolchain.verify.arm64.emulate import CPU
 from toolchain.verify.parity import (
     coreml_rung,
@@ -55,9 +56,10 @@ def climb(request: Request, told: Callable[[str], None] = lambda stage: None) ->
     if unknown := sorted(set(request.rungs) - set(RUNGS)):
         raise BundleError(f"no --rung {', '.join(unknown)}; known: {', '.join(RUNGS)}.")
     begun = time.monotonic()
-    manifest = open_bundle(request.bundle)
+    bundle = open_bundle(request.bundle)
+    manifest = bundle.manifest
     with tempfile.TemporaryDirectory(prefix="attune-parity-") as scratch:
-        context = open_context(request, manifest, Path(scratch))
+        context = open_context(request, bundle, Path(scratch))
         context.told = told
         rungs = [_run(name, request, context) for name in RUNGS]
         texts = {case.name: case.text for case in context.cases}
@@ -76,17 +78,15 @@ def climb(request: Request, told: Callable[[str], None] = lambda stage: None) ->
     )
 
 
-def open_context(request: Request, manifest: Manifest, scratch: Path) -> Context:
-    bundle = request.bundle
-    text = ChatText(bundle, manifest)
-    values = adapters(bundle, manifest)
+def open_context(request: Request, bundle: Bundle, scratch: Path) -> Context:
+    text = ChatText(bundle)
+    values = adapters(bundle)
     return Context(
         bundle=bundle,
-        manifest=manifest,
         text=text,
-        models=_models(request, manifest, values[INITIAL]),
-        cases=cases(manifest, text, request.quick),
-        examples=examples(manifest, text, request.quick) if manifest.training else (),
+        models=_models(request, bundle, values[INITIAL]),
+        cases=cases(bundle.manifest, text, request.quick),
+        examples=examples(bundle, text, request.quick) if bundle.manifest.training else (),
         adapters=values,
         scratch=scratch,
         quick=request.quick,
@@ -94,7 +94,7 @@ def open_context(request: Request, manifest: Manifest, scratch: Path) -> Context
     )
 
 
-def _models(request: Request, manifest: Manifest, initial: dict[str, np.ndarray]) -> Models | str:
+def _models(request: Request, bundle: Bundle, initial: dict[str, np.ndarray]) -> Models | str:
     """The models in PyTorch, or why there are none. A ``--source`` that is another model than the
     bundle's is the user's mistake, and raises."""
     if (
@@ -105,12 +105,12 @@ def _models(request: Request, manifest: Manifest, initial: dict[str, np.ndarray]
     ):
         return f"the source {request.source} is no longer there."
     try:
-        found = find_source(manifest, request.source)
+        found = find_source(bundle.manifest, request.source)
     except ExportError as error:
         return f"the source cannot be read: {error}"
     if isinstance(found, str):
         return found
-    models = Models(request.bundle, manifest, found, initial)
+    models = Models(bundle, found, initial)
     assert models.as_read
     return models
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.engine.job_runner import write_values
 from toolchain.compile.bundle_export import PREFILL_ANDROID
@@ -49,8 +50,7 @@ def calls_of(case: Case, prefill: int, steps: int) -> tuple[list[Call], list[int
 
 
 def run(
-    bundle: Path,
-    manifest: Manifest,
+    bundle: Bundle,
     executor: Executor,
     cases: Sequence[Case],
     adapters: Mapping[str, Mapping[str, np.ndarray]],
@@ -61,17 +61,16 @@ def run(
 ) -> Said:
     """All cases with every adapter; one process for each adapter. The first case's prompt comes
     again at the end, after all others have been in the cache. Raises ``RunError``."""
-    assert manifest.android is not None
-    assert manifest.adapter.runtime is not None
-    files = {program.name: bundle / program.file for program in manifest.android.programs}
+    android, manifest = bundle.android, bundle.manifest
+    files = {program.name: bundle.path / program.file for program in android.target.programs}
     prefill = min(PREFILL_ANDROID, manifest.model.context)
     said = Said({}, {}, {}, {}, {})
     for name, values in adapters.items():
-        data = bundle / manifest.adapter.runtime
+        data = android.adapter
         if name != INITIAL:
             data = scratch / "adapter.ptd"
             own = manifest.adapter
-            write_values(data, bundle / str(own.runtime), own.tensors, values)
+            write_values(data, android.adapter, own.tensors, values)
         calls: list[Call] = []
         wanted: list[tuple[Case, list[int]]] = []
         for case in cases:

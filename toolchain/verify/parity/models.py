@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from exporters.executorch.lm_program import adapter_tensors
 from exporters.model.transformer import Transformer
 from exporters.training.programs import TrainingSpec
 from exporters.training.weights_file import as_stored
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Manifest
 from toolchain.compile.precision import rounded_for_coreml
 from toolchain.compile.training_part import training_spec
@@ -31,8 +31,7 @@ Values = Mapping[str, np.ndarray]
 class Models:
     """Each is made when it is first asked for; ``as_read`` must be the first."""
 
-    bundle: Path
-    manifest: Manifest
+    bundle: Bundle
     source: Source
     initial: Values
 
@@ -40,43 +39,41 @@ class Models:
     def eager(self) -> PeftModel:
         """Float32, with the bundle's PEFT folder as PEFT itself reads it."""
         model = self.source.checkpoint.hf_model()
-        folder = str(self.bundle / self.manifest.adapter.peft)
+        folder = str(self.bundle.peft)
         return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
 
     @cached_property
     def as_read(self) -> dict[str, np.ndarray]:
         """The adapter that PEFT read, before any other was set: by the programs' names."""
-        return peft_values(self.eager, self.manifest)
+        return peft_values(self.eager, self.bundle.manifest)
 
     @cached_property
     def captured(self) -> Transformer:
         """The float32 transformer that programs are captured from."""
-        return float_model(self.manifest, self.source)
+        return float_model(self.bundle.manifest, self.source)
 
     @cached_property
     def android(self) -> Transformer:
         """With the weights of ``lm.pte``. Calibration reads its text with the bundle's adapter."""
         set_adapter(self.captured, self.initial)
-        return as_in_bundle(self.captured, self.manifest, self.source)
+        return as_in_bundle(self.captured, self.bundle.manifest, self.source)
 
     @cached_property
     def ios(self) -> Transformer:
         """Float32 arithmetic with the weights of the Core ML package."""
-        assert self.manifest.ios is not None
-        return rounded_for_coreml(self.captured, self.manifest.ios.quantize)
+        return rounded_for_coreml(self.captured, self.bundle.ios.quantize)
 
     @cached_property
     def training_spec(self) -> TrainingSpec:
         """What the bundle's training programs were made for."""
-        own = self.manifest.training
-        assert own is not None
-        adapter = self.manifest.adapter
+        own = self.bundle.training
+        adapter = self.bundle.manifest.adapter
         spec = training_spec(self._simulated, adapter.targets, adapter.rank, None)
         return replace(spec, blocks=own.precision, head=own.head_precision, positions=own.positions)
 
     @property
     def _simulated(self) -> Transformer:
-        return self.android if self.manifest.android is not None else self.ios
+        return self.android if self.bundle.manifest.android is not None else self.ios
 
     @cached_property
     def stored(self) -> Transformer:

@@ -27,7 +27,7 @@ _NOTICED = 2e-5  # float32's own differences inside are 1e-7 to 1e-6
 
 def eager(context: Context) -> Rung:
     """Hugging Face and PEFT themselves: that the bundle's text, tokens and adapter are theirs."""
-    manifest, models = context.manifest, context.source
+    manifest, models = context.bundle.manifest, context.source
     checkpoint = models.source.checkpoint
     own = manifest.tokenizer
     checks = [
@@ -58,10 +58,10 @@ def _same(output: str, found: object, expected: object) -> Check:
 
 def _adapter(context: Context) -> tuple[list[Check], Found | None]:
     """The adapter as PEFT reads it, and as the programs are given it."""
-    manifest = context.manifest
+    manifest = context.bundle.manifest
     wanted = context.source.as_read
     forms = {"programs' form": context.adapters[INITIAL]}
-    again = to_runtime(read_peft(context.bundle / manifest.adapter.peft), manifest.adapter.tensors)
+    again = to_runtime(read_peft(context.bundle.peft), manifest.adapter.tensors)
     forms["manifest's places"] = {name: again[name] for name in wanted}
     checks: list[Check] = []
     first: Found | None = None
@@ -87,11 +87,11 @@ def _eager_said(context: Context) -> Said:
     model = context.source.eager
     said = Said({}, {}, {}, {}, {})
     for name, values in context.adapters.items():
-        set_peft_adapter(model, context.manifest, values)
+        set_peft_adapter(model, context.bundle.manifest, values)
         for case in context.cases:
             said.logits[name, case.name] = eager_logits(model, case.tokens, case.prompt - 1)
     for case in context.cases:
-        tokens = case.tokens[: context.manifest.policy.embed_length]
+        tokens = case.tokens[: context.bundle.manifest.policy.embed_length]
         said.pooled[case.name], said.entropy[case.name] = eager_embedding(model, tokens)
     context.eager = said
     return said
@@ -99,7 +99,7 @@ def _eager_said(context: Context) -> Said:
 
 def captured(context: Context) -> Rung:
     """The functions that become programs, in float32, against Hugging Face and PEFT."""
-    manifest, models = context.manifest, context.source
+    manifest, models = context.bundle.manifest, context.source
     model = models.captured
     found = said_by(model, context.cases, context.adapters, manifest)
     expected = context.eager or _eager_said(context)
@@ -107,14 +107,18 @@ def captured(context: Context) -> Rung:
     checks = compared(found, expected, context.cases, bound, bound, TABLE["adapter, float32"])
     where, layers = None, []
     if manifest.training is not None:
-        engine = StreamingEngine(context.float_programs, context.float_weights, manifest.training)
+        engine = StreamingEngine(
+            context.float_programs, context.float_weights, context.bundle.training
+        )
         reference = context.torch_engine()
         for example, adapter in context.trained:
             context.told(f"captured: training on {example.id}")
             values = context.adapters[adapter]
             set_peft_adapter(models.eager, manifest, values)
             case = f"{example.id}, {adapter}"
-            checks += training_checks.against(engine, reference, manifest, values, example, case)
+            checks += training_checks.against(
+                engine, reference, context.bundle, values, example, case
+            )
     tokens = _worst_case(checks, context)
     set_peft_adapter(models.eager, manifest, context.adapters[EFFECT])
     set_adapter(model, context.adapters[EFFECT])
@@ -155,7 +159,7 @@ def _training_place(checks: Sequence[Check]) -> Found | None:
 
 def quantized(context: Context) -> Rung:
     """The weights that the bundle has: are they the source's, and what did rounding cost."""
-    manifest, models = context.manifest, context.source
+    manifest, models = context.bundle.manifest, context.source
     checks: list[Check] = []
     found: Found | None = None
     expected = context.eager or _eager_said(context)
@@ -173,16 +177,16 @@ def quantized(context: Context) -> Rung:
         context.ios = said
     if manifest.training is not None:
         context.told("quantized: the weights file")
-        stored, found = weights_checks.training_file(
-            context.bundle, manifest, models, context.scratch
-        )
+        stored, found = weights_checks.training_file(context.bundle, models, context.scratch)
         checks += stored
-        engine = StreamingEngine(context.programs, context.weights, manifest.training)
+        engine = StreamingEngine(context.programs, context.weights, context.bundle.training)
         reference = AutogradEngine(models.stored, context.torch_engine())
         for example, adapter in context.trained:
             context.told(f"quantized: training on {example.id}")
             case = f"{example.id}, {adapter}"
             values = context.adapters[adapter]
-            checks += training_checks.against(engine, reference, manifest, values, example, case)
+            checks += training_checks.against(
+                engine, reference, context.bundle, values, example, case
+            )
     found = found or _training_place([c for c in checks if c.program in ("block + head", "adamw")])
     return rung("quantized", "eager", checks, found, layers)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from runtime_py.bundle.adapter_state import AdapterState
-from runtime_py.bundle.manifest import Manifest, Program
+from runtime_py.bundle.bundle import Bundle
+from runtime_py.bundle.manifest import Program
 from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.engine.examples import Example
 from runtime_py.engine.program_calls import Programs
@@ -53,7 +54,7 @@ def _order(output: str) -> int:
 
 
 def record(
-    manifest: Manifest,
+    bundle: Bundle,
     programs: Programs,
     weights: BaseWeights,
     values: Mapping[str, np.ndarray],
@@ -61,11 +62,10 @@ def record(
     keep: bool = False,
 ) -> list[Recorded]:
     """The calls of one step (forward, head, backward, AdamW) on ``example``."""
-    assert manifest.training is not None
-    recorder = Recorder(programs, manifest.model.layers)
-    engine = StreamingEngine(recorder, weights, manifest.training, _KEEP_ALL if keep else 0.0)
-    state = AdapterState.of(manifest.adapter.tensors, values)
-    step(engine, state, example, manifest)
+    recorder = Recorder(programs, bundle.manifest.model.layers)
+    engine = StreamingEngine(recorder, weights, bundle.training, _KEEP_ALL if keep else 0.0)
+    state = AdapterState.of(bundle.manifest.adapter.tensors, values)
+    step(engine, state, example, bundle)
     heads = [call for call in recorder.calls if call.name == "head"]
     return recorder.calls if keep else [*recorder.calls, _extreme(heads[0], programs)]
 
@@ -82,11 +82,10 @@ def _extreme(head: Recorded, programs: Programs) -> Recorded:
 
 
 def step(
-    engine: TrainingEngine, state: AdapterState, example: Example, manifest: Manifest
+    engine: TrainingEngine, state: AdapterState, example: Example, bundle: Bundle
 ) -> tuple[float, np.ndarray]:
     """Loss a label, and the gradient that it took; ``state`` is updated."""
-    assert manifest.training is not None
-    own = manifest.training.optimizer
+    own = bundle.training.optimizer
     gradient = state.layout.zeros()
     loss, count = engine.gradient(state, [example], gradient)
     number = state.step + 1
@@ -98,18 +97,18 @@ def step(
 def against(
     found: TrainingEngine,
     expected: TrainingEngine,
-    manifest: Manifest,
+    bundle: Bundle,
     values: Mapping[str, np.ndarray],
     example: Example,
     case: str,
 ) -> list[Check]:
     """A whole step of two engines: loss, gradients, and the adapter after AdamW on the same
     gradient, twice, so that the moments count."""
-    tensors = manifest.adapter.tensors
+    tensors = bundle.manifest.adapter.tensors
     own, want = (AdapterState.of(tensors, values) for _ in range(2))
     start = own.parameters.copy()
-    loss, gradient = step(found, own, example, manifest)
-    right, wanted = step(expected, want, example, manifest)
+    loss, gradient = step(found, own, example, bundle)
+    right, wanted = step(expected, want, example, bundle)
     one = (np.array([loss]), np.array([right]))
     checks = [compare("block + head", case, "loss", *one, TABLE["float32, loss"])]
     views, reference = own.layout.views(gradient), want.layout.views(wanted)
@@ -130,7 +129,7 @@ def against(
     ]
     checks += worst(gradients)
     found_, expected_ = (AdapterState.of(tensors, values) for _ in range(2))
-    optimizer = manifest.training.optimizer if manifest.training else None
+    optimizer = bundle.training.optimizer if bundle.manifest.training else None
     assert optimizer is not None
     for number in (1, 2, 3):
         numbers = step_numbers(

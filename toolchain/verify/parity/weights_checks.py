@@ -9,9 +9,9 @@ import torch
 
 from exporters.training.storage import PRECISIONS
 from exporters.training.weights_file import write_weights
-from runtime_py.bundle.manifest import Manifest
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.engine.base_weights import BaseWeights
-from runtime_py.engine.training_error import TrainingError
+from runtime_py.loop.errors import TrainingError
 from toolchain.verify.parity.models import Models
 from toolchain.verify.parity.verdict import Check, Found, stated
 
@@ -43,17 +43,16 @@ def _place(name: str) -> tuple[int | None, str]:
 
 
 def training_file(
-    bundle: Path, manifest: Manifest, models: Models, scratch: Path
+    bundle: Bundle, models: Models, scratch: Path
 ) -> tuple[list[Check], Found | None]:
     """Every tensor of the weights file against the one that the source gives, byte by byte."""
-    assert manifest.training is not None
     fresh = scratch / "weights.safetensors"
-    own = manifest.training
+    own = bundle.training
     write_weights(models.simulated, models.training_spec, max(own.lengths), fresh)
     checks: list[Check] = []
     found: Found | None = None
     try:
-        expected, stored = BaseWeights(fresh), BaseWeights(bundle / own.weights)
+        expected, stored = BaseWeights(fresh), BaseWeights(bundle.training_weights)
         missing = [name for name in expected if name not in stored]
         for name in expected:
             if name in missing:

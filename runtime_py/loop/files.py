@@ -1,0 +1,136 @@
+"""Files that are there whole or not at all, and what they are known by: the SHA-256.
+
+Everything that attune keeps is written through ``replacing``, so there is one rule: whatever stops
+it (an exception, a kill, a loss of power), the path has what it had before, or all of the new.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from runtime_py.loop.errors import DiskFull, WriteError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+)
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path beside ``path`` at which the block writes a file or a folder.
+
+    When the block ends, what it wrote is synced to the disk and takes the place of ``path``. When
+    it raises, that is removed and ``path`` is as it was. What an earlier process left behind when
+    it was killed is removed first. Raises ``DiskFull`` and ``WriteError`` for a disk that is full
+    or cannot be written; any other exception is the block's own.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear(path)
+        try:
+            yield beside
+            _sync(beside)
+            _put(beside, path)
+        finally:
+            _remove(beside)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """The system's refusals to write ``path`` as sentences: ``DiskFull`` and ``WriteError``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DiskFull(
+                f"{path} cannot be written: no space is left. What was there before is whole; free "
+                f"some space and do it again."
+            ) from error
+        if error.errno in _REFUSED:
+            raise WriteError(
+                f"{path} cannot be written: {error.strerror}. What was there before is whole; "
+                f"choose another place, or change its permissions."
+            ) from error
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    with replacing(path) as beside:
+        beside.write_bytes(data)
+
+
+def _put(beside: Path, path: Path) -> None:
+    """Renames. A folder cannot be replaced in one step: it stands aside for that moment."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if path.is_dir() and not path.is_symlink():
+        path.rename(aside)
+    beside.rename(path)
+    _sync_entry(path.parent)
+    _remove(aside)
+
+
+def _clear(path: Path) -> None:
+    """What processes that are gone left beside ``path``: a folder that stood aside comes back."""
+    left = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.(part|old)")
+    for other in path.parent.iterdir():
+        match = left.fullmatch(other.name)
+        if match is None or int(match[1]) == os.getpid() or _alive(int(match[1])):
+            continue
+        if match[2] == "old" and not os.path.lexists(path):
+            other.rename(path)
+        else:
+            _remove(other)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Everything of a file or folder to the disk."""
+    for each in (*path.rglob("*"), path) if path.is_dir() else (path,):
+        if each.is_file() or each.is_dir():
+            _sync_entry(each)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
