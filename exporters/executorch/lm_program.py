@@ -26,7 +26,8 @@ from torch.export import Dim, ExportedProgram
 from exporters.errors import ExportError
 from exporters.executorch.delegation import Delegation, measure
 from exporters.executorch.methods import EmbedProgram, LmProgram
-from exporters.executorch.pieces import ENTER, LEAVE, PieceFactory, edge_config, lora_buffers
+from exporters.executorch.pieces import PieceFactory, edge_config
+from exporters.model.lora_tensors import adapter_tensors
 from exporters.model.transformer import Transformer
 from exporters.signature import ProgramSignature, TensorSpec
 
@@ -41,16 +42,6 @@ class LoweredLm:
     programs: tuple[ProgramSignature, ...]
     delegation: dict[str, Delegation]
     adapter: dict[str, tuple[int, ...]]
-
-
-def adapter_tensors(model: Transformer) -> dict[str, torch.Tensor]:
-    """The model's LoRA tensors under the names that programs and files use, such as
-    ``layers.0.self_attn.q_proj.lora_A``; the tensors themselves, not copies."""
-    return {
-        f"layers.{index}.{public}": block.get_buffer(path)
-        for index, block in enumerate(model.blocks)
-        for path, public in lora_buffers(block, ENTER + LEAVE)
-    }
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ pieces, whatever the model's depth.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +26,10 @@ from torch.export import Dim, ExportedProgram
 
 from exporters.errors import ExportError
 from exporters.executorch.delegation import flops_of
+from exporters.model.lora_tensors import ENTER, LEAVE, lora_buffers
 from exporters.model.quantize import QuantizedLinear, share
-from exporters.model.transformer import Block, Dense, LoRA, Norm, Rotation, Transformer
+from exporters.model.transformer import Block, Dense, Norm, Rotation, Transformer
 
-ENTER, LEAVE = ("qkv",), ("o", "gate_up", "down")  # sites before and after attention
 # Runs only the pass that our graphs need, instead of the whole list.
 _SPECS = [CompileSpec("dqlinear_partitioner", b"")]
 _ALIGNMENT = 16
@@ -40,16 +40,6 @@ def edge_config() -> EdgeCompileConfig:
     return EdgeCompileConfig(
         _check_ir_validity=False, _skip_dim_order=True, preserve_ops=[torch.ops.aten.linear.default]
     )
-
-
-def lora_buffers(block: Block, sites: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The adapter's tensors of some of a block's sites: name in the block, and public suffix such
-    as ``self_attn.q_proj.lora_A``."""
-    for site in sites:
-        for path, module in getattr(block, site).named_modules(prefix=site):
-            if isinstance(module, LoRA):
-                for name, _ in module.named_buffers():
-                    yield f"{path}.{name}", f"{module.target.module}.{name}"
 
 
 class _Body(nn.Module):

@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from exporters.model.lora_tensors import set_adapter
 from exporters.model.transformer import Transformer
 from runtime_py.bundle.bundle import Bundle
+from runtime_py.bundle.flat_tensor import read_ptd
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.engine.lm import ExecutorchLm
 from runtime_py.engine.native import silenced
@@ -29,7 +31,6 @@ from toolchain.verify.source import (
     Source,
     as_in_bundle,
     float_model,
-    load_adapter,
 )
 
 PERTURBATION = 1e-7  # relative, of each embedding channel: one bit of float32
@@ -214,7 +215,7 @@ def evaluate(
     total = sum(text.shape[1] for text in texts)
     stage("quantize in PyTorch", 0)
     plain = float_model(manifest, source)
-    load_adapter(plain, files.adapter)
+    set_adapter(plain, read_ptd(files.adapter))
     model = as_in_bundle(plain, manifest, source)
     first = texts[0]
     stage("PyTorch, the same weights", total)

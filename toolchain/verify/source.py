@@ -6,15 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from exporters.executorch.lm_program import adapter_tensors, lower_lm
+from exporters.executorch.lm_program import lower_lm
 from exporters.model.checkpoint import Checkpoint, load_checkpoint
 from exporters.model.quantize import quantized
 from exporters.model.spec import read_spec
 from exporters.model.transformer import Transformer, build
 from runtime_py.bundle.bundle import Bundle
-from runtime_py.bundle.flat_tensor import read_ptd
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.loop.errors import BundleError
 from toolchain.compile.bundle_export import BUILTIN, PREFILL_ANDROID, builtin_folder
@@ -77,13 +74,6 @@ def float_model(manifest: Manifest, source: Source, adapted: bool = True) -> Tra
     spec = read_spec(source.checkpoint.config, manifest.model.context)
     targets = manifest.adapter.targets if adapted else ()
     return build(spec, source.checkpoint.state, targets, manifest.adapter.rank)
-
-
-def load_adapter(model: Transformer, adapter: Path) -> None:
-    """Copies a runtime file's tensors into the model's."""
-    arrays = read_ptd(adapter)
-    for name, tensor in adapter_tensors(model).items():
-        tensor.copy_(torch.from_numpy(arrays[name].copy()))
 
 
 def as_in_bundle(model: Transformer, manifest: Manifest, source: Source) -> Transformer:

@@ -15,8 +15,9 @@ from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
 
-from exporters.executorch.lm_program import adapter_tensors, lower_lm
+from exporters.executorch.lm_program import lower_lm
 from exporters.executorch.pieces import edge_config
+from exporters.model.lora_tensors import adapter_tensors
 from exporters.model.quantize import Scheme, quantized
 from exporters.model.spec import read_spec
 from exporters.model.transformer import build

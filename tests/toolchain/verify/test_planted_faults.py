@@ -125,7 +125,7 @@ def test_swapped_q_and_k_lora(faulty: Faulty) -> None:
 
 
 def read_ptd(faulty: Faulty, name: str) -> np.ndarray:
-    tensor = next(t for t in faulty.models.manifest.adapter.tensors if t.name == name)
+    tensor = next(t for t in faulty.models.bundle.manifest.adapter.tensors if t.name == name)
     assert tensor.offset is not None
     data = (faulty.bundle / "android/adapter.ptd").read_bytes()
     count = int(np.prod(tensor.shape))
@@ -133,7 +133,7 @@ def read_ptd(faulty: Faulty, name: str) -> np.ndarray:
 
 
 def change_ptd(faulty: Faulty, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    tensor = next(t for t in faulty.models.manifest.adapter.tensors if t.name == name)
+    tensor = next(t for t in faulty.models.bundle.manifest.adapter.tensors if t.name == name)
     assert tensor.offset is not None
     new = change(read_ptd(faulty, name)).astype("<f4")
     with (faulty.bundle / "android/adapter.ptd").open("r+b") as file:
@@ -157,7 +157,7 @@ def with_captured(clean: Models, change: Callable[[ModelSpec], ModelSpec]) -> Mo
     """The models of an export that read the config wrongly."""
     models = own_models(clean)
     spec = change(clean.captured.spec)
-    adapter = clean.manifest.adapter
+    adapter = clean.bundle.manifest.adapter
     models.__dict__["captured"] = build(
         spec, clean.source.checkpoint.state, adapter.targets, adapter.rank
     )
@@ -233,8 +233,8 @@ def test_adamw_without_bias_correction(faulty: Faulty, monkeypatch: pytest.Monke
 def test_an_epsilon_that_is_off_in_a_lowered_block(faulty: Faulty) -> None:
     spec = faulty.models.training_spec
     wrong = replace(spec, model=replace(spec.model, norm_eps=1e-2))
-    assert faulty.models.manifest.training is not None
-    length = max(faulty.models.manifest.training.lengths)
+    assert faulty.models.bundle.manifest.training is not None
+    length = max(faulty.models.bundle.manifest.training.lengths)
     change = relowered(faulty, block_programs(wrong, length)[:1], "android/block.pte")
     caught(faulty.climb("executorch", change=change), "block_forward", "norm before it", layer=0)
 

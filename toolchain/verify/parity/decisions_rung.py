@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from exporters.model.lora_tensors import set_adapter
 from exporters.model.transformer import Transformer
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.chat_text import ChatText
@@ -35,7 +36,7 @@ from runtime_py.loop.schedule import Conditions, Moment
 from toolchain.compile.tolerances import TABLE, of_logits
 from toolchain.verify.parity.cases import dialogues
 from toolchain.verify.parity.context import Context
-from toolchain.verify.parity.models import embedding_of, logits_of, set_adapter
+from toolchain.verify.parity.models import embedding_of, logits_of
 from toolchain.verify.parity.verdict import Check, Rung, compare, not_run, rung, stated
 
 STREAM, QUICK_STREAM = 24, 10

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from exporters.model.lora_tensors import set_adapter
 from runtime_py.bundle.manifest import Program
 from runtime_py.engine.job_runner import write_values
 from toolchain.compile.tolerances import of_adapter, of_logits, of_pooled, same_program
@@ -16,7 +17,6 @@ from toolchain.verify.arm64.emulate import Arm64Program, Call, RunError, refuse_
 from toolchain.verify.parity import lm_checks, probes, training_checks
 from toolchain.verify.parity.cases import EFFECT, Case
 from toolchain.verify.parity.context import Context
-from toolchain.verify.parity.models import set_adapter
 from toolchain.verify.parity.native_child import run_calls
 from toolchain.verify.parity.recording import Recorded
 from toolchain.verify.parity.verdict import Check, Found, Rung, not_run, rung, stated

@@ -10,18 +10,17 @@ from functools import cached_property
 import numpy as np
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from exporters.coreml.functions import Embed
-from exporters.executorch.lm_program import adapter_tensors
-from exporters.model.transformer import Transformer
+from exporters.model.lora_tensors import set_adapter
+from exporters.model.transformer import Transformer, plain_attention
 from exporters.training.programs import TrainingSpec
 from exporters.training.weights_file import as_stored
 from runtime_py.bundle.bundle import Bundle
-from runtime_py.bundle.manifest import Manifest
 from toolchain.compile.precision import rounded_for_coreml
 from toolchain.compile.training_part import training_spec
+from toolchain.verify.peft_module import peft_values
 from toolchain.verify.source import Source, as_in_bundle, float_model
 
 Values = Mapping[str, np.ndarray]
@@ -45,7 +44,7 @@ class Models:
     @cached_property
     def as_read(self) -> dict[str, np.ndarray]:
         """The adapter that PEFT read, before any other was set: by the programs' names."""
-        return peft_values(self.eager, self.bundle.manifest)
+        return peft_values(self.eager, self.bundle.manifest.adapter.tensors)
 
     @cached_property
     def captured(self) -> Transformer:
@@ -86,62 +85,14 @@ class Models:
         return self._simulated
 
 
-def set_adapter(model: Transformer, values: Values) -> None:
-    for name, tensor in adapter_tensors(model).items():
-        tensor.copy_(torch.from_numpy(np.ascontiguousarray(values[name])))
-
-
-@torch.no_grad()
-def set_peft_adapter(model: PeftModel, manifest: Manifest, values: Values) -> None:
-    """The same values in PEFT's module, its scales included."""
-    for tensor, place in _peft_places(model, manifest):
-        place.copy_(torch.from_numpy(values[tensor][0]))
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            name = f"{path.removeprefix('base_model.model.model.')}.scale"
-            module.scaling["default"] = float(values[name].item())
-
-
-def peft_values(model: PeftModel, manifest: Manifest) -> dict[str, np.ndarray]:
-    """What PEFT read, by the programs' names; scales included."""
-    found = {
-        name: place.detach().numpy()[None].copy() for name, place in _peft_places(model, manifest)
-    }
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            name = f"{path.removeprefix('base_model.model.model.')}.scale"
-            found[name] = np.full((1, 1, 1), module.scaling["default"], np.float32)
-    return found
-
-
-def _peft_places(model: PeftModel, manifest: Manifest) -> list[tuple[str, torch.Tensor]]:
-    parameters = dict(model.named_parameters())
-    places = []
-    for tensor in manifest.adapter.tensors:
-        if tensor.name.endswith(".scale"):
-            continue
-        # The name in the programs is the module's own, whatever the manifest says of PEFT's.
-        base, part = tensor.name.rsplit(".", 1)
-        kind = "lora_A" if part == "lora_A" else "lora_B"
-        whole = parameters[f"base_model.model.model.{base}.{kind}.default.weight"]
-        rows = slice(*tensor.rows) if kind == "lora_B" else slice(None)
-        places.append((tensor.name, whole.data[rows]))
-    return places
-
-
 @torch.no_grad()
 def logits_of(model: Transformer, tokens: np.ndarray, first: int) -> np.ndarray:
     """After each token from index ``first`` on: [n, vocab]."""
     ids = torch.from_numpy(tokens)[None]
     positions = torch.arange(ids.shape[1])
-    hidden = model.hidden(ids, positions, plain(model))
+    attends = [plain_attention(model.spec, layer) for layer in model.spec.layers]
+    hidden = model.hidden(ids, positions, attends)
     return model.logits(hidden[:, first:])[0].numpy()
-
-
-def plain(model: Transformer) -> list:
-    from exporters.model.transformer import plain_attention
-
-    return [plain_attention(model.spec, layer) for layer in model.spec.layers]
 
 
 @torch.no_grad()
