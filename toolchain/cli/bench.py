@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from toolchain.cli.options import AndroidBundle, Json, KeepMb
+from toolchain.defaults import KEEP_MB
+
 app = typer.Typer(
     help="Measure a bundle's speed beside PyTorch and llama.cpp.", no_args_is_help=True
 )
 
-_Bundle = Annotated[Path, typer.Argument(help="A bundle with an Android part.")]
 _Threads = Annotated[
     list[int] | None,
     typer.Option(help="Threads of every engine; may be given several times. Default: all cores."),
@@ -25,12 +27,11 @@ _Llama = Annotated[
     typer.Option(help="A GGUF for llama.cpp, rounded to the bundle's bits. Default: the source."),
 ]
 _Rounds = Annotated[int, typer.Option(help="Interleaved rounds; the median counts.", min=1)]
-_Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
 @app.command()
 def decode(
-    bundle: _Bundle,
+    bundle: AndroidBundle,
     threads: _Threads = None,
     tokens: Annotated[int, typer.Option(help="Tokens to decode.", min=1)] = 64,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens before them.", min=1)] = 32,
@@ -43,7 +44,7 @@ def decode(
     profile: Annotated[
         bool, typer.Option("--profile", help="Show where a token's time goes, by operator.")
     ] = False,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure decoding: one token a call, as a reply is written.
 
@@ -69,7 +70,7 @@ def decode(
 
 @app.command()
 def prefill(
-    bundle: _Bundle,
+    bundle: AndroidBundle,
     threads: _Threads = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=2)] = 256,
     source: _SourceOption = None,
@@ -78,7 +79,7 @@ def prefill(
     adapter_cost: Annotated[
         bool, typer.Option("--adapter-cost", help="Export the model without LoRA, and compare.")
     ] = False,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure reading a prompt.
 
@@ -103,7 +104,7 @@ def prefill(
 
 @app.command()
 def embed(
-    bundle: _Bundle,
+    bundle: AndroidBundle,
     threads: _Threads = None,
     tokens: Annotated[
         int | None,
@@ -111,7 +112,7 @@ def embed(
     ] = None,
     source: _SourceOption = None,
     rounds: _Rounds = 5,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure the embedding of a dialogue, which selection waits for.
 
@@ -142,7 +143,7 @@ def embed(
 
 @app.command()
 def train(
-    bundle: _Bundle,
+    bundle: AndroidBundle,
     threads: _Threads = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the sequence.", min=32)] = 256,
     source: _SourceOption = None,
@@ -150,10 +151,10 @@ def train(
         Path | None, typer.Option(help="Dialogues to take the sequence from. Default: attune's.")
     ] = None,
     rounds: _Rounds = 5,
-    keep_mb: Annotated[float, typer.Option(help="Budget of --memory high, in MB.", min=0)] = 160.0,
+    keep_mb: KeepMb = KEEP_MB,
     memory: Annotated[bool, typer.Option(help="Measure memory, in children.")] = True,
     kernels: Annotated[bool, typer.Option(help="Measure ExecuTorch's own kernels.")] = True,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure a training step in both memory modes, beside PyTorch with PEFT.
 
@@ -183,7 +184,7 @@ def train(
 
 
 @app.command()
-def growth(as_json: _Json = False) -> None:
+def growth(as_json: Json = False) -> None:
     """Measure how training's memory grows with layers and tokens, on small random models.
 
     Example: [bold]attune bench growth[/]
@@ -215,7 +216,7 @@ def selection(
     ] = None,
     hidden: Annotated[int, typer.Option(help="Numbers of a pooled vector.", min=1)] = 576,
     policy: Annotated[str, typer.Option(help="The selection policy.")] = "paper",
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure what selection takes beyond the embedding, with the store's transaction.
 

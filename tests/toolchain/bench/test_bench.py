@@ -18,7 +18,7 @@ from tests.tiny import tokenizer_of
 from tests.toolchain.conftest import Attune
 from toolchain.bench import generation_report, llama, machine, profile
 from toolchain.bench.rounds import Timing, decode, interleave, prefill, ratio
-from toolchain.compile.bundle_export import Request, export
+from toolchain.compile.bundle_export import export
 from toolchain.verify import source as sources
 from toolchain.verify.evaluation import difference, perturbed_logits
 
@@ -61,9 +61,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundle") / "b"
-    export(
-        Request(str(source), out, ("android",), quantize={"android": "8da8w"}), lambda step: None
-    )
+    export(str(source), out, targets=("android",), quantize={"android": "8da8w"})
     return out
 
 

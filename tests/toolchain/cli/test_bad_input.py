@@ -363,7 +363,7 @@ def instant_android(fp32: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.copyfile(fp32.bundle / name, folder / name)
         return tuple(program for program in programs if program.file == name)
 
-    monkeypatch.setattr("toolchain.compile.bundle_export.lower_lm", lower_lm)
+    monkeypatch.setattr("toolchain.compile.android.lower_lm", lower_lm)
     monkeypatch.setattr(training_part, "lower_programs", lower_training)
     monkeypatch.setattr("toolchain.compile.precision.perplexity", lambda *arguments: 1.0)
     for proof in ("proofs.equal_to_hugging_face", "proofs.android_program", "training_part.prove"):
