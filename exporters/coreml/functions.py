@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from exporters.errors import ExportError
+from exporters.model.attention import Attend, masked_attention, visible
 from exporters.model.spec import ModelSpec
-from exporters.model.transformer import Attend, LoRA, Transformer, masked_attention, visible
+from exporters.model.transformer import LoRA, Transformer
 
 TINY = 1e-30  # keeps division and logarithm finite where their value does not matter
 

@@ -15,10 +15,11 @@ from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (regis
 from torch import Tensor, nn
 
 from exporters.executorch.pieces import PieceFactory
+from exporters.model.attention import UNSEEN, Attend, masked_attention, visible
 from exporters.model.lora_tensors import ENTER, LEAVE, lora_buffers
 from exporters.model.quantize import share
 from exporters.model.spec import ModelSpec
-from exporters.model.transformer import UNSEEN, Attend, Transformer, masked_attention, visible
+from exporters.model.transformer import Transformer
 
 TINY = 1e-30  # keeps log and division finite where the value does not matter
 

@@ -117,8 +117,10 @@ def _layers(config: PreTrainedConfig, context: int) -> tuple[LayerSpec, ...]:
     layers = []
     for kind, rotary in zip(types, use_rope, strict=True):
         if kind not in ropes:
-            own = params[kind] if per_type else params
-            ropes[kind] = _rope(config, own, kind if per_type else None, context) if own else None
+            values = params[kind] if per_type else params
+            ropes[kind] = (
+                _rope(config, values, kind if per_type else None, context) if values else None
+            )
         window = sliding if kind in (None, "sliding_attention") else None
         if window is not None and window >= context:
             window = None  # never reached within this context

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from exporters.model.assembly import build
 from exporters.model.lora_tensors import set_adapter
-from exporters.model.transformer import Transformer, build
+from exporters.model.transformer import Transformer
 from exporters.training.programs import TrainingSpec
 from runtime_py.bundle import manifest as m
 from runtime_py.bundle.adapter_tensors import to_runtime

@@ -24,7 +24,7 @@ from exporters.training.programs import (
     TrainingSpec,
     training_programs,
 )
-from exporters.training.weights_file import as_stored, biased_sites, own_precision, write_weights
+from exporters.training.weights_file import as_stored, biased_sites, kept_precision, write_weights
 from runtime_py.bundle import manifest as m
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.engine.base_weights import BaseWeights
@@ -46,7 +46,7 @@ def training_spec(
 ) -> TrainingSpec:
     """What the programs are made for; ``precision`` None: the weights exactly as ``model`` has
     them."""
-    blocks, head = own_precision(model)
+    blocks, head = kept_precision(model)
     if precision is not None:
         blocks, head = precision, "fp32" if precision == "fp32" else "int8"
     return TrainingSpec(

@@ -15,15 +15,10 @@ from exporters.coreml.half import SafeNorm, for_half
 from exporters.coreml.lm_package import lower
 from exporters.coreml.multifunction import check, read_signatures, weight_bytes
 from exporters.errors import ExportError
+from exporters.model.assembly import build
+from exporters.model.attention import masked_attention, plain_attention
 from exporters.model.spec import read_spec
-from exporters.model.transformer import (
-    LoRA,
-    Norm,
-    Transformer,
-    build,
-    masked_attention,
-    plain_attention,
-)
+from exporters.model.transformer import LoRA, Norm, Transformer
 from exporters.signature import ProgramSignature
 from tests.toolchain.verify.mil_values import Package
 

@@ -22,7 +22,7 @@ from exporters.training.adamw import AdamW
 from exporters.training.head import TrainingHead
 from exporters.training.programs import BETA1, BETA2, EPS, training_programs
 from exporters.training.storage import PRECISIONS
-from exporters.training.weights_file import as_stored, own_precision, write_weights
+from exporters.training.weights_file import as_stored, kept_precision, write_weights
 from runtime_py.bundle.manifest import Optimizer
 from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.engine.program_calls import ExecutorchPrograms
@@ -304,7 +304,7 @@ def test_quantized_weights_are_those_of_lm(precision: str, tmp_path: Path) -> No
     assert scheme is not None
     model = quantized(kit.model, scheme, [tiny.tokens_of(40, seed) for seed in range(4)])
     spec = training_spec(model, kit.spec.lora, kit.spec.rank, None)
-    assert (spec.blocks, spec.head) == own_precision(model) == (precision, "int8")
+    assert (spec.blocks, spec.head) == kept_precision(model) == (precision, "int8")
     written = write_weights(model, spec, 32, kit.folder / kit.training.weights)
     training = kit.training.model_copy(
         update={"precision": precision, "head_precision": "int8", "table": written.table}

@@ -11,8 +11,9 @@ import torch
 from peft import PeftModel
 
 from exporters.coreml.training_package import lower_training
+from exporters.model.assembly import build
 from exporters.model.spec import read_spec
-from exporters.model.transformer import Transformer, build
+from exporters.model.transformer import Transformer
 from exporters.training.programs import TrainingProgram, TrainingSpec
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.adapter_tensors import to_runtime

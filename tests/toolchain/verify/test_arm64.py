@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from exporters.executorch.lm_program import lower_lm
 from exporters.executorch.pieces import edge_config
+from exporters.model.assembly import build
 from exporters.model.lora_tensors import adapter_tensors
 from exporters.model.quantize import Scheme, quantized
 from exporters.model.spec import read_spec
-from exporters.model.transformer import build
 from runtime_py.bundle.flat_tensor import write_ptd
 from runtime_py.engine.lm import ExecutorchLm
 from tests import tiny

@@ -26,8 +26,9 @@ from exporters.coreml.functions import Embed, adapter_inputs
 from exporters.coreml.lm_package import lower
 from exporters.coreml.patches import quiet
 from exporters.errors import ExportError
+from exporters.model.assembly import build
 from exporters.model.spec import read_spec
-from exporters.model.transformer import Transformer, build
+from exporters.model.transformer import Transformer
 from exporters.signature import ProgramSignature
 from tests import tiny
 from tests.toolchain.verify.mil_values import Package as Folded

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import exporters.model.transformer
 from exporters.executorch.training_program import lower_training
+from exporters.model.assembly import build
 from exporters.model.spec import ModelSpec, Rope
-from exporters.model.transformer import build
 from exporters.training.adamw import AdamW
 from exporters.training.programs import adamw_program, block_programs
 from exporters.training.storage import PRECISIONS

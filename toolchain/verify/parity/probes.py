@@ -13,14 +13,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from exporters.model.attention import Attend, plain_attention
+from exporters.model.lora_targets import site_targets
 from exporters.model.spec import ModelSpec
-from exporters.model.transformer import (
-    Attend,
-    Projection,
-    Transformer,
-    plain_attention,
-    site_targets,
-)
+from exporters.model.transformer import Projection, Transformer
 from exporters.training.block import MATRICES
 from toolchain.verify.evaluation import PERTURBATION
 from toolchain.verify.parity.native_child import Step
