@@ -12,7 +12,8 @@ MODEL_OUT ?= out/builtin-model
 # Where pip finds torch, and torch alone: the URL of an index, such as that of PyTorch's CPU builds,
 # or a folder of wheels. Empty: as pip is configured.
 TORCH_INDEX ?=
-TORCH_FROM = $(if $(findstring ://,$(TORCH_INDEX)),--extra-index-url,--find-links) "$(TORCH_INDEX)"
+TORCH_ONLY = $(if $(findstring ://,$(TORCH_INDEX)),--index-url,--no-index --find-links) "$(TORCH_INDEX)"
+TORCH_ALSO = $(if $(findstring ://,$(TORCH_INDEX)),--extra-index-url,--find-links) "$(TORCH_INDEX)"
 TORCH := $(shell grep -m1 '^torch==' constraints.txt)
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 ARM64_PACKAGES := qemu-user-static g++-aarch64-linux-gnu libc6-dev-arm64-cross g++
@@ -30,12 +31,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) --editable '.[test]'
 	@touch $@
 
-# By itself, so that the place it comes from serves nothing else.
+# By itself, so that the place it comes from serves nothing else; without its dependencies first,
+# since of two places with the same version pip does not say which it takes.
 torch: venv
 	@case "$(TORCH_INDEX)" in ""|*://*) ;; *) test -d "$(TORCH_INDEX)" || { \
 		echo "TORCH_INDEX is neither a URL nor a folder: $(TORCH_INDEX)"; exit 1; } ;; esac
 	@echo "== 1 of 2: $(TORCH)$(if $(TORCH_INDEX), from $(TORCH_INDEX))"
-	$(PIP) $(if $(TORCH_INDEX),$(TORCH_FROM)) "$(TORCH)"
+ifneq ($(TORCH_INDEX),)
+	$(PIP) --no-deps $(TORCH_ONLY) "$(TORCH)"
+endif
+	$(PIP) $(if $(TORCH_INDEX),$(TORCH_ALSO)) "$(TORCH)"  # and what it depends on
 
 venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \

@@ -83,22 +83,32 @@ def venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("venv") / ".venv"
 
 
-def test_torch_comes_from_where_it_is_told(venv: Path, default: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [VERSION, f"{VERSION}+cpu"])
+@pytest.mark.parametrize("kind", ["folder", "index"])
+def test_torch_comes_from_where_it_is_told(
+    kind: str, version: str, venv: Path, default: Path, tmp_path: Path
+) -> None:
+    """Even where pip's default has the same version."""
+    wheels = tmp_path / "torch"
+    wheel(wheels, version, kind)
+    _list(wheels)
+    place = wheels if kind == "folder" else tmp_path.as_uri()
+    done = make(venv, default, f"TORCH_INDEX={place}")
+    assert done.returncode == 0, done.stderr
+    assert origin(venv) == kind
+    assert "1 of 2" in done.stdout
+    uninstall(venv)
+
+
+def test_torch_comes_from_pips_default(venv: Path, default: Path) -> None:
     done = make(venv, default)
     assert done.returncode == 0, done.stderr
     assert origin(venv) == "default"
+    uninstall(venv)
+
+
+def uninstall(venv: Path) -> None:
     subprocess.run([venv / "bin" / "pip", "uninstall", "-qy", "torch"], check=True)
-    wheel(tmp_path / "wheels", f"{VERSION}+cpu", "a folder")
-    done = make(venv, default, f"TORCH_INDEX={tmp_path / 'wheels'}")
-    assert done.returncode == 0, done.stderr
-    assert origin(venv) == "a folder"
-    subprocess.run([venv / "bin" / "pip", "uninstall", "-qy", "torch"], check=True)
-    wheel(tmp_path / "index" / "torch", f"{VERSION}+cpu", "an index")
-    _list(tmp_path / "index" / "torch")
-    done = make(venv, default, f"TORCH_INDEX={(tmp_path / 'index').as_uri()}")
-    assert done.returncode == 0, done.stderr
-    assert origin(venv) == "an index"
-    assert "1 of 2" in done.stdout
 
 
 def test_a_place_that_is_not_there(venv: Path, default: Path, tmp_path: Path) -> None:
