@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
+from runtime_py.bundle.adapter import from_runtime, load_adapter, to_runtime
 from runtime_py.bundle.adapter_state import AdapterState
-from runtime_py.bundle.adapter_tensors import from_runtime, load_adapter, to_runtime
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.flat_tensor import write_ptd
 from runtime_py.bundle.peft_adapter import read_peft, write_peft
 from runtime_py.engine.examples import Example, fit
 from runtime_py.engine.streaming import open_training
-from runtime_py.engine.trainer import Settings, Step, evaluate, train
+from runtime_py.engine.trainer import Settings, StepReport, evaluate, train
 from runtime_py.loop.errors import TrainingError
 from runtime_py.loop.stream import read_stream
 from toolchain.report.curves import Series, write_svg
@@ -130,7 +130,7 @@ def _examples(
 
 def fine_tune(
     request: Request,
-    told: Callable[[Step, float], None],
+    told: Callable[[StepReport, float], None],
     said: Callable[[str], None],
 ) -> Result:
     """Trains and writes ``request.out``; ``told``: each step and the tokens a second so far.
@@ -169,7 +169,7 @@ def fine_tune(
     curve: list[tuple[int, float]] = [(0, before)] if before is not None else []
     read = [0, 0.0]  # tokens, seconds of steps
 
-    def step_done(step: Step) -> None:
+    def step_done(step: StepReport) -> None:
         read[0] += step.tokens
         read[1] += step.seconds
         told(step, read[0] / read[1])
@@ -184,7 +184,7 @@ def fine_tune(
         bundle.training.optimizer,
         folder,
         base=next(f.sha256 for f in manifest.files if f.path == bundle.training.weights),
-        told=step_done,
+        on_step=step_done,
     )
     assert outcome is not None
     after = curve[-1][1] if held and len(curve) > 1 else None

@@ -97,7 +97,7 @@ class Adapter(_Strict):
     tensors: tuple[AdapterTensor, ...]
 
 
-class Precision(_Strict):
+class MeasuredPrecision(_Strict):
     """A quantization that was tried, and the perplexity it has on attune's short text."""
 
     quantize: str
@@ -105,10 +105,10 @@ class Precision(_Strict):
     ratio_to_fp32: float
 
 
-class Target(_Strict):
+class PlatformTarget(_Strict):
     quantize: str
     chosen_by: Literal["perplexity", "user"]
-    measured: tuple[Precision, ...] = ()
+    measured: tuple[MeasuredPrecision, ...] = ()
     programs: tuple[Program, ...]
 
 
@@ -192,8 +192,8 @@ class Manifest(_Strict):
     tokenizer: Tokenizer
     adapter: Adapter
     policy: Policy
-    android: Target | None = None
-    ios: Target | None = None
+    android: PlatformTarget | None = None
+    ios: PlatformTarget | None = None
     training: Training | None = None
     files: tuple[File, ...]
 

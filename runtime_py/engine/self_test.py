@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from runtime_py.bundle.adapter import read_values, write_values
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.engine.examples import Example
-from runtime_py.engine.job_runner import read_values, write_values
 from runtime_py.engine.lm import ExecutorchLm
 from runtime_py.engine.program_calls import ExecutorchPrograms, Programs
 from runtime_py.engine.streaming import StreamingEngine

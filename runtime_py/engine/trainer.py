@@ -65,7 +65,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepReport:
     """What a step says: ``loss`` in nats a label, the gradient's ``norm``, the learning ``rate``,
     ``tokens`` read, ``seconds`` that it took."""
 
@@ -79,7 +79,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """``losses``: of each step, nats a label, before its update."""
 
     losses: tuple[float, ...]
@@ -153,9 +153,9 @@ def train(
     folder: Path,
     *,
     base: str = "",
-    told: Callable[[Step], None] = lambda step: None,
+    on_step: Callable[[StepReport], None] = lambda step: None,
     stop: Callable[[], bool] = lambda: False,
-) -> Outcome | None:
+) -> TrainingOutcome | None:
     """Trains ``state`` in place; goes on from what an earlier run of the same job left in
     ``folder``. None where ``stop`` said so between two calls: all whole steps are saved. ``base``
     names the weights that ``engine`` computes with, where a run could meet others.
@@ -217,5 +217,5 @@ def train(
         if step % settings.save_every == 0 or step == len(plan):
             keep(step)
         taken = time.monotonic() - since
-        told(Step(step, len(plan), total / count, norm, rate, tokens, taken))
-    return Outcome(tuple(losses), time.monotonic() - begun)
+        on_step(StepReport(step, len(plan), total / count, norm, rate, tokens, taken))
+    return TrainingOutcome(tuple(losses), time.monotonic() - begun)

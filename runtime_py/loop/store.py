@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime_py.loop.errors import DiskFull, LoopError, StoreBusy, StoreDamaged
-from runtime_py.loop.log import Event
+from runtime_py.loop.log import LogLine
 from runtime_py.loop.random_stream import SplitMix64
 from runtime_py.loop.schedule import Moment
 from runtime_py.loop.store_schema import APPLICATION_ID, MIGRATIONS
@@ -101,11 +101,11 @@ class Store:
             text,
         )
 
-    def log(self, after: int = 0) -> list[Event]:
+    def log(self, after: int = 0) -> list[LogLine]:
         """The log's lines with a number greater than ``after``, in order."""
         found = self.rows("SELECT * FROM log WHERE seq > ? ORDER BY seq", after)
         return [
-            Event(seq, seconds, day, event, id, json.loads(data))
+            LogLine(seq, seconds, day, event, id, json.loads(data))
             for seq, seconds, day, event, id, data in found
         ]
 

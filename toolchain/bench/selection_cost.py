@@ -54,6 +54,17 @@ class _Vectors:
         pass
 
 
+@dataclass(frozen=True)
+class _NoBundle:
+    """The length of vectors, and an adapter that nothing reads."""
+
+    hidden: int
+    adapter_file: Path
+
+    def as_peft(self, file: Path, folder: Path) -> None:
+        raise NotImplementedError
+
+
 class _NoTuner:
     def run(
         self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
@@ -72,12 +83,11 @@ def bench(
         told(f"fill {count:,} bins")
         policy = LoopPolicy(selection=selection, bins=count)
         with tempfile.TemporaryDirectory(prefix="attune-") as folder:
-            adapter = Path(folder) / "adapter"
-            adapter.mkdir()
-            (adapter / "adapter_model.safetensors").write_bytes(b"")
+            adapter = Path(folder) / "adapter.ptd"
+            adapter.write_bytes(b"")
             with Personalizer(
                 Path(folder) / "state", policy, read_lexicons(), _Vectors(hidden), _NoTuner(),
-                lambda: Moment(0.0, 0), adapter, hidden,
+                lambda: Moment(0.0, 0), _NoBundle(hidden, adapter),
             ) as app:  # fmt: skip
                 seconds, kept = [], 0
                 for number in range(count + COUNTED):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from exporters.model.transformer import Transformer
+from runtime_py.bundle.adapter import to_runtime
 from runtime_py.bundle.adapter_state import AdapterState
-from runtime_py.bundle.adapter_tensors import to_runtime
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft

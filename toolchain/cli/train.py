@@ -53,7 +53,7 @@ def train(
 
     Example: [bold]attune train out/tiny --data mine.jsonl --out out/mine[/]
     """
-    from runtime_py.engine.trainer import Step
+    from runtime_py.engine.trainer import StepReport
     from toolchain.fine_tune import Request, fine_tune
 
     request = Request(
@@ -79,7 +79,7 @@ def train(
     with counted_progress(as_json) as progress:
         task = progress.add_task("train", total=1)
 
-        def told(step: Step, rate: float) -> None:
+        def told(step: StepReport, rate: float) -> None:
             progress.update(
                 task,
                 total=step.of,

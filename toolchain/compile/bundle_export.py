@@ -22,7 +22,7 @@ from exporters.model.spec import ModelSpec, read_spec
 from exporters.model.transformer import Transformer, build
 from exporters.training.programs import TrainingSpec
 from runtime_py.bundle import manifest as m
-from runtime_py.bundle.adapter_tensors import to_runtime
+from runtime_py.bundle.adapter import to_runtime
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.flat_tensor import locate, write_ptd
 from runtime_py.bundle.peft_adapter import (
@@ -32,7 +32,7 @@ from runtime_py.bundle.peft_adapter import (
     read_peft,
     write_peft,
 )
-from runtime_py.engine.job_runner import training_bytes
+from runtime_py.engine.training_memory import training_bytes
 from runtime_py.loop.lexicons import BUILTIN as LEXICONS
 from runtime_py.loop.policy import LoopPolicy
 from toolchain.compile import adapter_layout, golden_vectors, precision, proofs, training_part
@@ -191,7 +191,7 @@ def _fill(folder: Path, request: Request, progress: Callable[[str], None]) -> m.
         ),
         lexicons=_copy_lexicons(folder),
     )
-    targets: dict[str, m.Target] = {}
+    targets: dict[str, m.PlatformTarget] = {}
     trained: m.Training | None = None
     trained_for: TrainingSpec | None = None
     references: dict[str, golden_vectors.Reference] = {}
@@ -221,7 +221,7 @@ def _fill(folder: Path, request: Request, progress: Callable[[str], None]) -> m.
             )
         programs = (*programs, *learning)
         references[target] = golden_vectors.Reference(choice.quantize, choice.simulated)
-        targets[target] = m.Target(
+        targets[target] = m.PlatformTarget(
             quantize=choice.quantize,
             chosen_by="perplexity" if asked is None else "user",
             measured=choice.measured,
@@ -277,7 +277,7 @@ def _manifest(
     source: _Source,
     policy: m.Policy,
     layout: Sequence[m.AdapterTensor],
-    targets: dict[str, m.Target],
+    targets: dict[str, m.PlatformTarget],
     trained: m.Training | None,
 ) -> m.Manifest:
     spec, checkpoint = source.spec, source.checkpoint

@@ -10,7 +10,7 @@ from torch import Tensor
 from exporters.coreml.compression import plan, stored_values
 from exporters.model.quantize import Scheme, quantized, share
 from exporters.model.transformer import Transformer
-from runtime_py.bundle.manifest import Precision
+from runtime_py.bundle.manifest import MeasuredPrecision
 from toolchain.compile.shipped_text import perplexity
 
 WORST_RATIO = 1.03  # of the perplexity of float32 on attune's text
@@ -30,7 +30,7 @@ class Choice:
     with the weights that the lowered one has."""
 
     quantize: str
-    measured: tuple[Precision, ...]
+    measured: tuple[MeasuredPrecision, ...]
     model: Transformer
     simulated: Transformer
 
@@ -64,11 +64,11 @@ class Measure:
         self.texts = texts
         self._float: float | None = None
 
-    def _rate(self, name: str, model: Transformer) -> Precision:
+    def _rate(self, name: str, model: Transformer) -> MeasuredPrecision:
         if self._float is None:
             self._float = perplexity(self.model, self.texts["perplexity"])
         value = self._float if name == "none" else perplexity(model, self.texts["perplexity"])
-        return Precision(quantize=name, perplexity=value, ratio_to_fp32=value / self._float)
+        return MeasuredPrecision(quantize=name, perplexity=value, ratio_to_fp32=value / self._float)
 
     def _with(self, target: str, name: str) -> tuple[Transformer, Transformer]:
         """The model to lower, and one in PyTorch with the weights it will have."""
@@ -82,7 +82,7 @@ class Measure:
 
     def choose(self, target: str, asked: str | None) -> Choice:
         """``asked``, or the smallest whose perplexity is at most ``WORST_RATIO`` × float32's."""
-        measured: list[Precision] = []
+        measured: list[MeasuredPrecision] = []
         for name in [asked] if asked else SCHEMES[target]:
             lowered, simulated = self._with(target, name)
             measured.append(self._rate(name, simulated))

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime_py.bundle.bundle import Bundle
-from runtime_py.engine.job_runner import StreamedFineTuner, peft_writer
 from runtime_py.engine.phone_engine import PhoneEngine
+from runtime_py.engine.streamed_tuner import StreamedFineTuner
 from runtime_py.loop.annotation import Question
 from runtime_py.loop.dialogue import Dialogue, check_text
 from runtime_py.loop.errors import DiskFull, LoopError
@@ -103,7 +103,7 @@ class Phone:
             threads=life.threads,
             before=self._engine.release,
             available_mb=available_mb,
-            told=self._meter.training,
+            on_call=self._meter.training,
         )
         self._user = User(life.seed, life.answer_rate)
         self._ideal: dict[str, Dialogue] = {}  # the stream's own, by id
@@ -115,9 +115,7 @@ class Phone:
             engine=self._meter.timed(self._engine),
             tuner=NightTuner(streamed, self._meter, self._quota, bundle, say),
             clock=self.clock,
-            bundle_adapter=bundle.peft,
-            hidden=bundle.hidden,
-            as_peft=peft_writer(bundle.manifest),
+            bundle=bundle,
         )
 
     def __enter__(self) -> Phone:

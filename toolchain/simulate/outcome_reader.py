@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime_py.bundle.manifest import Manifest
-from runtime_py.loop.log import Event
+from runtime_py.loop.log import LogLine
 from runtime_py.loop.personalizer import STORE
 from runtime_py.loop.status import lost
 from runtime_py.loop.store import open_store
@@ -72,7 +72,7 @@ def _latest(events: list[dict[str, Any]], name: str) -> dict[int, dict[str, Any]
     return {event["place"]: event for event in events if event["event"] == name}
 
 
-def _scored(line: Event) -> Scored:
+def _scored(line: LogLine) -> Scored:
     data = line.data
     return Scored(
         data["number"], line.event == "kept", data["domain"], data["eoe"], data["dss"], data["idd"]
@@ -96,7 +96,7 @@ def _blocks(names: tuple[str, ...], kept: list[bool]) -> tuple[Block, ...]:
     return tuple(found)
 
 
-def _tunings(log: list[Event], events: list[dict[str, Any]]) -> tuple[Tuning, ...]:
+def _tunings(log: list[LogLine], events: list[dict[str, Any]]) -> tuple[Tuning, ...]:
     losses = {e["job"]: tuple(e["losses"]) for e in events if e["event"] == "morning" and e["job"]}
     found, place = [], 0
     for line in log:
@@ -145,7 +145,7 @@ def _nights(device: Device, events: list[dict[str, Any]]) -> tuple[Night, ...]:
 
 
 def _examples(
-    life: Life, log: list[Event], stored: set[str], pairs: list[tuple[Any, ...]]
+    life: Life, log: list[LogLine], stored: set[str], pairs: list[tuple[Any, ...]]
 ) -> tuple[Example, ...]:
     """The newest of each kind."""
     refused = [str(line.id) for line in log if line.event == "refused"][-EXAMPLES:]
@@ -171,7 +171,7 @@ def _examples(
     return tuple(found)
 
 
-def _occupancy(log: list[Event]) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+def _occupancy(log: list[LogLine]) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
     """Domains, and how many sets of each are stored after every observed one."""
     bins: dict[int, str] = {}
     states: list[dict[str, int]] = []

@@ -12,8 +12,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from runtime_py.bundle.bundle import open_bundle
-from runtime_py.engine.job_runner import StreamedFineTuner, TrainingCall, peft_writer
 from runtime_py.engine.phone_engine import PhoneEngine
+from runtime_py.engine.streamed_tuner import StreamedFineTuner, TrainingCall
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.fine_tuning import FineTuneReport
 from runtime_py.loop.lexicons import read_lexicons
@@ -96,7 +96,7 @@ def run_short_loop(
             told("fine-tune", steps, planned.steps)
 
     streamed = StreamedFineTuner(
-        opened, engine.text, threads=threads, before=engine.release, told=trained
+        opened, engine.text, threads=threads, before=engine.release, on_call=trained
     )
     planned = _Planned(streamed)
     with Personalizer(
@@ -106,9 +106,7 @@ def run_short_loop(
         engine=engine,
         tuner=planned,
         clock=lambda: Moment(0.0, 0),
-        bundle_adapter=opened.peft,
-        hidden=opened.hidden,
-        as_peft=peft_writer(opened.manifest),
+        bundle=opened,
     ) as app:
         before = [app.generate(prompt) for prompt in PROMPTS]
         for number, record in enumerate(records, start=1):

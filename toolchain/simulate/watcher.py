@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from runtime_py.engine.job_runner import RESERVE
+from runtime_py.engine.streamed_tuner import RESERVE
 from runtime_py.loop.errors import LoopError
 from toolchain.simulate.device import Device
 from toolchain.simulate.faults import Fault

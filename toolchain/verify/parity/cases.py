@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime_py.bundle.adapter_tensors import to_runtime
+from runtime_py.bundle.adapter import read_values, to_runtime
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.examples import IGNORED, Example, example
-from runtime_py.engine.job_runner import read_values
 from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.errors import TrainingError
 from toolchain.compile.proofs import with_effect

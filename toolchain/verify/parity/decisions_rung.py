@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from exporters.model.transformer import Transformer
+from runtime_py.bundle.adapter import read_values, write_values
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.examples import fit
-from runtime_py.engine.job_runner import StreamedFineTuner, read_values, runtime_file, write_values
 from runtime_py.engine.phone_engine import PhoneEngine
+from runtime_py.engine.streamed_tuner import StreamedFineTuner
 from runtime_py.engine.streaming import StreamingEngine
 from runtime_py.engine.trainer import Settings, evaluate, train
 from runtime_py.loop.dialogue import Dialogue, Turn
@@ -57,7 +58,7 @@ class TorchPhone:
         self._adapter = context.bundle.android.adapter
 
     def use_adapter(self, file: Path) -> None:
-        self._adapter = runtime_file(self._context.bundle, file)
+        self._adapter = file
 
     def embed(self, dialogue: Dialogue) -> Embedding:
         text, manifest = self._context.text, self._context.bundle.manifest
@@ -103,12 +104,12 @@ class TorchTuner:
         longest = min(job.max_sequence_tokens, max(context.bundle.training.lengths))
         examples = fit(job.training, context.text, longest).examples
         held_out = fit(job.held_out, context.text, longest).examples
-        parent = runtime_file(context.bundle, job.parent)
         tensors = manifest.adapter.tensors
         if not examples or not held_out:  # as the phone does: nothing to learn from, or to judge by
-            write_values(folder / "adapter.ptd", parent, tensors, read_values(parent, tensors))
+            values = read_values(job.parent, tensors)
+            write_values(folder / "adapter.ptd", job.parent, tensors, values)
             return FineTuneResult(folder / "adapter.ptd", math.nan, math.nan, (), 0.0)
-        state = AdapterState.of(tensors, read_values(parent, tensors))
+        state = AdapterState.of(tensors, read_values(job.parent, tensors))
         settings = Settings(
             epochs=job.epochs, batch=job.batch, learning_rate=job.learning_rate, seed=job.seed
         )
@@ -119,7 +120,7 @@ class TorchTuner:
         if done is None:
             return None
         after = evaluate(engine, state, held_out)
-        write_values(folder / "adapter.ptd", parent, tensors, state.tensors)
+        write_values(folder / "adapter.ptd", job.parent, tensors, state.tensors)
         return FineTuneResult(folder / "adapter.ptd", before, after, done.losses, done.seconds)
 
 
@@ -155,11 +156,10 @@ def live(
     )
     folder = context.scratch / name
     folder.mkdir()
-    bundle = context.bundle.peft
     ticks = iter(range(1, 1 << 30))
     with Personalizer(
         folder, policy, read_lexicons(), engine, tuner,
-        lambda: Moment(float(next(ticks)), 0), bundle, context.bundle.manifest.model.hidden,
+        lambda: Moment(float(next(ticks)), 0), context.bundle,
     ) as loop:  # fmt: skip
         decisions = [loop.observe(dialogue) for dialogue in stream]
         prompt = stream[0].turns[:1]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime_py.bundle.adapter import write_values
 from runtime_py.bundle.manifest import Program
-from runtime_py.engine.job_runner import write_values
 from toolchain.compile.tolerances import of_adapter, of_logits, of_pooled, same_program
 from toolchain.verify.arm64 import build
 from toolchain.verify.arm64.emulate import Arm64Program, Call, RunError, refuse_cpu
