@@ -10,6 +10,8 @@ import contextlib
 import io
 import itertools
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +22,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from runtime_py.bundle import manifest as m
+from runtime_py.bundle.adapter import to_runtime
 from runtime_py.bundle.bundle import Bundle, open_bundle
+from runtime_py.bundle.flat_tensor import write_ptd
+from runtime_py.bundle.peft_adapter import read_peft, write_peft
 from runtime_py.engine.lm import ExecutorchLm
 from runtime_py.engine.phone_engine import PhoneEngine
 from runtime_py.engine.streamed_tuner import StreamedFineTuner
@@ -52,37 +58,45 @@ class Origin:
     peft: Path
 
 
-def exported(
-    folder: Path, kind: str, targets: list[str], dtype: torch.dtype, options: dict
-) -> Origin:
-    model, peft = tiny.save_checkpoint(folder / "model", kind), folder / "peft"
+@pytest.fixture(scope="module")
+def patterns(fp32: Exported, tmp_path_factory: pytest.TempPathFactory) -> Origin:
+    """Ranks and alphas that differ from module to module and from layer to layer, and a module
+    that the programs adapt and this adapter does not: the built-in model's bundle with another
+    adapter in its place."""
+    folder, model = tmp_path_factory.mktemp("patterns"), builtin_folder()
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    tiny.adapted(base, targets, **options).to(dtype).save_pretrained(str(peft))
+    options: dict = {
+        "rank_pattern": {"v_proj": 2, r"layers\.1\..*q_proj": 6},
+        "alpha_pattern": {"v_proj": 9, "layers.0.self_attn.q_proj": 1},
+    }
+    tiny.adapted(base, ["q_proj", "v_proj"], **options).save_pretrained(str(folder / "peft"))
+    bundle = folder / "bundle"
+    shutil.copytree(fp32.bundle, bundle, copy_function=os.link)
+    shutil.rmtree(bundle / "adapter")
+    adapter, manifest = read_peft(folder / "peft"), open_bundle(fp32.bundle).manifest
+    write_peft(bundle / "adapter", adapter)
+    write_ptd(bundle / "android/adapter.ptd", to_runtime(adapter, manifest.adapter.tensors))
+    for name in (m.MANIFEST, m.CHECKSUM):
+        (bundle / name).unlink()
+    m.write_manifest(bundle, manifest.model_copy(update={"files": m.list_files(bundle)}))
+    return Origin(open_bundle(bundle), model, folder / "peft")
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> Origin:
+    """Phi3's ``qkv_proj``, whose B is three tensors of the programs; rsLoRA; values in bfloat16."""
+    folder = tmp_path_factory.mktemp("fused")
+    model, peft = tiny.save_checkpoint(folder / "model", "phi3"), folder / "peft"
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    options: dict = {"use_rslora": True, "rank_pattern": {"o_proj": 3}}
+    adapted = tiny.adapted(base, ["qkv_proj", "o_proj"], **options)
+    adapted.to(torch.bfloat16).save_pretrained(str(peft))
     export = ["export", str(model), "--adapter", str(peft), "--out", str(folder / "bundle")]
     with contextlib.redirect_stdout(io.StringIO()):
         app.app(
             [*export, "--target", "android", "--quantize", "none", "--json"], standalone_mode=False
         )
     return Origin(open_bundle(folder / "bundle"), model, peft)
-
-
-@pytest.fixture(scope="module")
-def patterns(tmp_path_factory: pytest.TempPathFactory) -> Origin:
-    """Ranks and alphas that differ from module to module and from layer to layer."""
-    options = {
-        "rank_pattern": {"v_proj": 2, r"layers\.1\..*down_proj": 6},
-        "alpha_pattern": {"v_proj": 9, "layers.0.self_attn.q_proj": 1},
-    }
-    folder, targets = tmp_path_factory.mktemp("patterns"), ["q_proj", "v_proj", "down_proj"]
-    return exported(folder, "llama", targets, torch.float32, options)
-
-
-@pytest.fixture(scope="module")
-def fused(tmp_path_factory: pytest.TempPathFactory) -> Origin:
-    """Phi3's ``qkv_proj``, whose B is three tensors of the programs; rsLoRA; values in bfloat16."""
-    options = {"use_rslora": True, "rank_pattern": {"o_proj": 3}}
-    folder, targets = tmp_path_factory.mktemp("fused"), ["qkv_proj", "o_proj"]
-    return exported(folder, "phi3", targets, torch.bfloat16, options)
 
 
 @pytest.fixture(scope="module")
