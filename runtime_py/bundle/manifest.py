@@ -215,8 +215,8 @@ class Manifest(_Strict):
 
 def bundle_files(folder: Path) -> list[Path]:
     """Every file of a bundle but the manifest and its checksum, by path."""
-    own = (folder / MANIFEST, folder / CHECKSUM)
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p not in own)
+    unlisted = (folder / MANIFEST, folder / CHECKSUM)
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p not in unlisted)
 
 
 def list_files(folder: Path) -> tuple[File, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
@@ -123,8 +123,7 @@ class PhoneEngine:
                 logits = lm.forward(_tokens([token]), position)
         self._on_call(LmCall("decode", len(written), len(prompt)))
         text = self.text.tokenizer.decode(written, skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text.strip()
+        return cast(str, text).strip()  # of one list of tokens one text
 
     def _prompt(self, messages: Sequence[Turn]) -> list[int]:
         for first in range(0, len(messages), 2):

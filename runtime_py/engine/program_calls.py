@@ -52,7 +52,11 @@ class ExecutorchPrograms:
                 )
             with silenced():
                 method = program.load_method(name)
-            assert method is not None
+            if method is None:
+                raise TrainingError(
+                    f"{self.signatures[name].file} gives no method {name} to this ExecuTorch: use "
+                    f"the version that the bundle's manifest names, or export the bundle again."
+                )
             self._methods[name] = method._method
         return self._methods[name]
 

@@ -128,9 +128,7 @@ class Personalizer:
             records.write_annotation(self._store, id, text, number, held)
             data = {"number": number, "held_out": held, "acceptable": text is None}
             self._store.append(self._clock(), "answered", id, data)
-        bin = self._buffer.bin_of(id)
-        assert bin is not None
-        self._buffer.waiting[bin] = True
+        self._buffer.set_waiting(id, True)
 
     def fine_tune(
         self, conditions: Conditions, stop: Callable[[], bool] = _never

@@ -58,8 +58,8 @@ def choose(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy)
 @policy("paper")
 def paper(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Placement:
     """Qin et al.: one of the sets that the new one beats on all three scores, by chance."""
-    own = np.array([new.scores.eoe, new.scores.dss, new.scores.idd])
-    beaten = np.flatnonzero((own > buffer.scores).all(axis=1))  # in the bins' order
+    scores = np.array([new.scores.eoe, new.scores.dss, new.scores.idd])
+    beaten = np.flatnonzero((scores > buffer.scores).all(axis=1))  # in the bins' order
     if len(beaten) == 0:
         return Placement(None, "beats_none_on_all_scores", 0)
     return Placement(int(beaten[stream.below(len(beaten))]), "beats_on_all_scores", len(beaten))
@@ -96,12 +96,12 @@ def kcenter(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy
 @policy("attune")
 def attune(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Placement:
     """The set of least worth leaves, if the new one's worth is greater (``worths``)."""
-    stored, own = worths(buffer, new, loop)
+    stored, worth = worths(buffer, new, loop)
     open_bins = np.flatnonzero(~buffer.waiting)
     if len(open_bins) == 0:
         return Placement(None, "all_wait_for_fine_tuning", 0)
     weakest = int(open_bins[np.argmin(stored[open_bins])])
-    if own <= stored[weakest]:
+    if worth <= stored[weakest]:
         return Placement(None, "worth_no_more", len(open_bins))
     return Placement(weakest, "worth_more", len(open_bins))
 
@@ -115,9 +115,9 @@ def worths(buffer: Buffer, new: Candidate, loop: LoopPolicy) -> tuple[np.ndarray
     every set observed since, so that no bin is taken for ever; and the more bins a domain has, the
     less each of its sets is worth, so that a long run of one subject does not fill the buffer.
     """
-    own = np.array([new.scores.eoe, new.scores.dss, new.scores.idd])
+    scores = np.array([new.scores.eoe, new.scores.dss, new.scores.idd])
     ranks = np.zeros(buffer.bins + 1, np.int64)
-    for column in np.vstack([buffer.scores, own]).T:  # [bins + 1], the new set last
+    for column in np.vstack([buffer.scores, scores]).T:  # [bins + 1], the new set last
         order = np.argsort(column)
         ordered = column[order]
         first = np.append(True, ordered[1:] != ordered[:-1])  # of a run of equals
