@@ -20,7 +20,7 @@ SYSTEMS = ("android", "ios", "linux")
 
 
 @dataclass(frozen=True)
-class Memory:
+class DeviceMemory:
     """MB of 10⁶ bytes. ``app_mb``: what an app may hold while it works in the background."""
 
     device_mb: float
@@ -39,7 +39,7 @@ class Compute:
 
 
 @dataclass(frozen=True)
-class Storage:
+class DeviceStorage:
     """``app_mb``: bundle, store, adapters and training states together."""
 
     app_mb: float
@@ -87,9 +87,9 @@ class Device:
     name: str
     kind: str
     system: str
-    memory: Memory
+    memory: DeviceMemory
     compute: Compute
-    storage: Storage
+    storage: DeviceStorage
     power: Power
     heat: Heat
     rhythm: Rhythm
@@ -97,9 +97,9 @@ class Device:
 
 
 _TABLES: dict[str, type] = {
-    "memory": Memory,
+    "memory": DeviceMemory,
     "compute": Compute,
-    "storage": Storage,
+    "storage": DeviceStorage,
     "power": Power,
     "heat": Heat,
     "rhythm": Rhythm,
