@@ -10,4 +10,4 @@ ACCENT = "#1f7a8c"
 GOOD = "#1a7f5a"
 BAD = "#c0362c"
 WARNING = "#e9a23b"
-SERIES = (ACCENT, WARNING, "#7b5ea7", "#4f9d69", BAD, "#3d6cb9", "#b0728f", "#8b8f3f")
+SERIES = (ACCENT, WARNING, "#7b5ea7", "#4f9d69", "#c8553d", "#3d6cb9", "#b0728f", "#8b8f3f")

@@ -14,6 +14,7 @@ from runtime_py.loop.errors import LoopError
 from toolchain.simulate.events import (
     AppOpened,
     DialogueObserved,
+    DiskFilled,
     DiskFreed,
     LimitsSet,
     NightEnded,
@@ -30,7 +31,7 @@ from toolchain.simulate.run_record import FaultKind, FaultRecord, MemorySample, 
 
 TICK_S = 0.01
 SAMPLE_S = 0.2
-FULL_FOR_S = 0.3
+FULL_FOR_S = 0.3  # from when the phone has met it
 SQUEEZED = 0.8  # of the reserve of fine-tuning is left to a process that the device squeezes
 ENDED_AT_ONCE = 3  # deaths without a dialogue between them, then it is given up
 _DEADLY = (-signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV)  # as by a system short of memory
@@ -109,6 +110,8 @@ class Watcher:
                 self._training_tokens = event.tokens
             case DialogueObserved():
                 self._place, self._deaths = event.place, 0
+            case DiskFilled():
+                self._full_until = time.monotonic() + FULL_FOR_S
             case DiskFreed():
                 self._got_over("the change was made when there was room again")
             case NightEnded() if self._squeezed:
@@ -139,7 +142,6 @@ class Watcher:
             elif fault.kind == "full_disk":
                 with self._ballast.open("wb") as file:
                     file.truncate(self._storage_limit)  # a hole: nothing is really written
-                self._full_until = now + FULL_FOR_S
             else:
                 need = self._needs.get(self._training_tokens, 0)
                 process.squeeze(int(SQUEEZED * RESERVE * need))
