@@ -127,6 +127,7 @@ def find_device(name: str) -> Device:
 
 
 def read_device(path: Path) -> Device:
+    """A profile from its TOML file. Raises ``LoopError`` with all misfits."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -153,7 +154,7 @@ def read_device(path: Path) -> Device:
     )
 
 
-def _text(raw: dict, key: str, allowed: tuple[str, ...] | None, wrong: list[str]) -> str:
+def _text(raw: dict[str, Any], key: str, allowed: tuple[str, ...] | None, wrong: list[str]) -> str:
     value = raw.get(key)
     if value is None:
         wrong.append(f"{key} is missing")
@@ -163,7 +164,7 @@ def _text(raw: dict, key: str, allowed: tuple[str, ...] | None, wrong: list[str]
 
 
 def _table(
-    raw: dict, table: str, kind: type, sources: dict[str, str], wrong: list[str]
+    raw: dict[str, Any], table: str, kind: type, sources: dict[str, str], wrong: list[str]
 ) -> dict[str, float]:
     given = raw.get(table)
     if not isinstance(given, dict):

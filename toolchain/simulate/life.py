@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import TypeVar
 
 from runtime_py.bundle.bundle import Bundle
@@ -78,12 +77,7 @@ class Phone:
     def __enter__(self) -> Phone:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._app.close()
 
     def live(self) -> None:

@@ -16,6 +16,7 @@ FAILED = 3  # exit code
 
 
 def main(file: str, most_cores: str, descriptor: str) -> int:
+    """The process's exit code."""
     from toolchain.simulate.limits import limit_cores, limit_memory
 
     cores = limit_cores(int(most_cores))  # before any library counts them

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import TracebackType
 
 from toolchain.simulate.events import PhoneEvent, from_line
 from toolchain.simulate.limits import Usage, usage
@@ -43,12 +42,7 @@ class PhoneProcess:
     def __enter__(self) -> PhoneProcess:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._selector.close()
         os.close(self._reading)
         self.kill()
