@@ -20,7 +20,7 @@ from runtime_py.engine.streaming import open_training
 from runtime_py.engine.trainer import Settings, StepReport, evaluate, train
 from runtime_py.loop.errors import TrainingError
 from runtime_py.loop.stream import read_stream
-from toolchain.report.curves import Series, write_svg
+from toolchain.report.charts import Series, write_svg
 
 SCHEDULES = ("constant", "linear", "cosine")
 

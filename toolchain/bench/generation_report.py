@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.markup import escape
-from rich.table import Table
 
 from toolchain.bench import machine
 from toolchain.bench.profile import Row
 from toolchain.bench.rounds import Timing, ratio
 from toolchain.report.console import megabytes, output
+from toolchain.report.tables import plain_table
 
 BUNDLE, TORCH, LLAMA, WITHOUT = "bundle", "torch", "llama_cpp", "without_adapter"
 ADAPTER_COST = "adapter_cost"
@@ -115,9 +115,8 @@ def show(setting: Setting, runs: Sequence[Run]) -> None:
         f"{setting.tokens} tokens{_after(setting)}, {setting.rounds} interleaved rounds\n"
         f"{about['processor']}, {about['cores']} cores, {about['system']}"
     )
-    table = Table(box=None, pad_edge=False)
-    for heading in ("threads", "engine", "median tokens/s", "slowest … fastest", "bundle is"):
-        table.add_column(heading, justify="left" if heading == "engine" else "right")
+    heads = ("threads", "engine", "median tokens/s", "slowest … fastest", "bundle is")
+    table = plain_table(heads, texts=["engine"])
     for run in runs:
         for key, timing in run.timings.items():
             times = run.ratio_to(key)
@@ -162,9 +161,8 @@ def _show_limits(setting: Setting, run: Run) -> None:
 def _show_profile(run: Run) -> None:
     total = sum(row.milliseconds for row in run.profile)
     output.print(f"\nprofile of one token, {run.threads} threads: {total:.2f} ms with tracing on")
-    table = Table(box=None, pad_edge=False)
-    for heading in ("operator", "in", "calls", "ms", "share"):
-        table.add_column(heading, justify="left" if heading in ("operator", "in") else "right")
+    heads = ("operator", "in", "calls", "ms", "share")
+    table = plain_table(heads, texts=heads[:2])
     for row in run.profile[:TOP_ROWS]:
         table.add_row(
             row.operator, row.where, str(row.calls), f"{row.milliseconds:.3f}", f"{row.share:.1%}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rich.markup import escape
-from rich.table import Table
 
 from toolchain.bench import machine
 from toolchain.bench.rounds import ratio
@@ -18,6 +17,7 @@ from toolchain.bench.training_speed import (
     Run,
 )
 from toolchain.report.console import megabytes, output
+from toolchain.report.tables import plain_table
 
 _MB = 1e6
 NAMES = {
@@ -101,9 +101,9 @@ def show(report: Report) -> None:
         f"{report.bundle.training.precision}; {report.request.rounds} interleaved rounds"
     )
     for run in report.runs:
-        table = Table(f"{run.threads} threads", box=None, pad_edge=False)
-        for heading in ("tokens/s", "× torch", "of peak", "peak memory"):
-            table.add_column(heading, justify="right")
+        threads = f"{run.threads} threads"
+        heads = (threads, "tokens/s", "× torch", "of peak", "peak memory")
+        table = plain_table(heads, texts=[threads])
         for key, name in NAMES.items():
             if key not in run.timings:
                 continue

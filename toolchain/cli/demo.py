@@ -53,7 +53,7 @@ def demo(
             )
             proof = ladder.climb(ladder.Request(bundle, quick=True), stages)
             stages("the loop: observe, ask, fine-tune")
-            loop = run_short_loop(bundle, Path(folder) / "loop")
+            loop = run_short_loop(opened, Path(folder) / "loop")
         if as_json:
             print_json(
                 {
@@ -64,7 +64,7 @@ def demo(
                     "reply": reply,
                     "stats": statistics,
                     "parity": parity_report.as_json(proof),
-                    "loop": {key: v for key, v in asdict(loop).items() if key != "report"},
+                    "loop": asdict(loop),
                     "seconds": time.monotonic() - start,
                 }
             )
