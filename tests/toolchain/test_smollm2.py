@@ -29,7 +29,6 @@ from runtime_py.engine.lm import ExecutorchLm
 from runtime_py.engine.streaming import open_training
 from runtime_py.engine.trainer import Settings, train
 from toolchain.bench.training_engines import peft_model
-from toolchain.bench.training_speed import Request as TrainingRequest
 from toolchain.bench.training_speed import pick_sequence
 from toolchain.cli.chat import StockRunner
 from toolchain.compile.bundle_export import Request, export
@@ -171,7 +170,7 @@ def test_one_program_with_two_adapters_equals_peft(
 @pytest.fixture(scope="module")
 def sequence(bundle: Path, manifest: Manifest) -> Example:
     """256 tokens of a real dialogue."""
-    return pick_sequence(TrainingRequest(bundle, data=DATA / "dolly.jsonl.gz"), manifest)
+    return pick_sequence(Bundle(bundle, manifest), data=DATA / "dolly.jsonl.gz")
 
 
 @pytest.fixture(scope="module")

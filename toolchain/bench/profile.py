@@ -26,7 +26,7 @@ AROUND = "program: dispatch, memory and inputs"
 
 
 @dataclass(frozen=True)
-class Event:
+class TraceEvent:
     """One entry of the trace: its milliseconds in each of several equal calls."""
 
     name: str
@@ -35,7 +35,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Row:
+class ProfileRow:
     """All operators of one kind in one call: how many, their time, their share of the call's."""
 
     operator: str
@@ -50,7 +50,7 @@ def _faster_half(milliseconds: Sequence[float]) -> list[int]:
     return order[: (len(order) + 1) // 2]
 
 
-def group(events: Iterable[Event]) -> list[Row]:
+def group(events: Iterable[TraceEvent]) -> list[ProfileRow]:
     """Rows by falling time, whose shares add up to 1.
 
     Of the calls the faster half counts. Its mean, not its median: XNNPACK's times are differences
@@ -81,12 +81,12 @@ def group(events: Iterable[Event]) -> list[Row]:
     rows.append((WITHIN, "XNNPACK", calls, max(0.0, delegates - inside)))
     rows.append((AROUND, "", 1, max(0.0, whole - delegates - kernels)))
     total = sum(row[3] for row in rows) or 1.0
-    return sorted((Row(*row, row[3] / total) for row in rows), key=lambda r: -r.milliseconds)
+    return sorted((ProfileRow(*row, row[3] / total) for row in rows), key=lambda r: -r.milliseconds)
 
 
 def profile_decode(
     program: Path, adapter: Path, prompt: Sequence[int], continuation: Sequence[int], threads: int
-) -> list[Row]:
+) -> list[ProfileRow]:
     """Decodes ``continuation`` after ``prompt`` with tracing on, which itself costs some time."""
     with silenced():
         portable_lib._unsafe_reset_threadpool(threads)
@@ -100,7 +100,9 @@ def profile_decode(
             warnings.simplefilter("ignore")
             blocks = Inspector(etdump_path=str(trace)).event_blocks
     events = [
-        Event(event.name, tuple(event.perf_data.raw[len(prompt) :]), bool(event.is_delegated_op))
+        TraceEvent(
+            event.name, tuple(event.perf_data.raw[len(prompt) :]), bool(event.is_delegated_op)
+        )
         for block in blocks
         if block.name == "Execute"
         for event in block.events

@@ -16,7 +16,7 @@ from runtime_py.bundle.adapter_tensors import to_runtime
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft
-from runtime_py.engine.examples import IGNORED, Example
+from runtime_py.engine.examples import Example
 from runtime_py.engine.native import silenced
 from runtime_py.engine.streaming import StreamingEngine, open_training, step_numbers
 
@@ -58,12 +58,12 @@ class AttuneStepper:
 
 def peft_model(model: PreTrainedModel, manifest: Manifest) -> nn.Module:
     """LoRA of the bundle's rank and targets around ``model``, changed in place; no dropout."""
-    own = manifest.adapter
+    adapter = manifest.adapter
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=own.rank,
-        lora_alpha=own.alpha,  # type: ignore[arg-type]
-        target_modules=list(own.targets),
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        target_modules=list(adapter.targets),
         lora_dropout=0.0,
     )
     return get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -147,8 +147,7 @@ class KernelStepper:
 
 
 def labelled(tokens: Tensor, labels: Tensor) -> Example:
-    """A benchmark's sequence; labels are ``IGNORED`` where the assistant does not speak."""
-    assert (labels != IGNORED).any()
+    """A benchmark's sequence: int64 [n] both; a label is ``IGNORED`` where none is learned."""
     return Example("benchmark", tokens.numpy(), labels.numpy())
 
 

@@ -23,7 +23,7 @@ from exporters.model.transformer import (
 )
 from exporters.training.block import MATRICES
 from toolchain.verify.evaluation import PERTURBATION
-from toolchain.verify.parity.native_child import Step
+from toolchain.verify.parity.native_child import Instruction
 from toolchain.verify.parity.verdict import Found
 
 OPERATORS = {
@@ -224,7 +224,7 @@ def of_hugging_face(model: PeftModel, spec: ModelSpec, tokens: np.ndarray) -> Va
     return values
 
 
-def of_executorch(steps: Sequence[Step], spec: ModelSpec, expected: Mapping) -> Values:
+def of_executorch(steps: Sequence[Instruction], spec: ModelSpec, expected: Mapping) -> Values:
     """The places of a watched ``forward``: what the pieces between two attentions give, and what
     attention gives. ``expected``: the transformer's, for the shapes."""
     values: Values = {}

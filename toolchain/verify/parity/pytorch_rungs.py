@@ -110,7 +110,7 @@ def captured(context: Context) -> Rung:
         )
         reference = context.peft_engine()
         for example, adapter in context.trained:
-            context.told(f"captured: training on {example.id}")
+            context.progress(f"captured: training on {example.id}")
             values = context.adapters[adapter]
             set_peft_adapter(models.eager, manifest.adapter.tensors, values)
             case = f"{example.id}, {adapter}"
@@ -174,13 +174,13 @@ def quantized(context: Context) -> Rung:
         checks += compared(said, expected, context.cases, *bounds, "ios lm")
         context.ios = said
     if manifest.training is not None:
-        context.told("quantized: the weights file")
+        context.progress("quantized: the weights file")
         stored, found = weights_checks.training_file(context.bundle, models, context.scratch)
         checks += stored
         engine = StreamingEngine(context.programs, context.weights, context.bundle.training)
         reference = TransformerEngine(models.stored, context.bundle.training.optimizer)
         for example, adapter in context.trained:
-            context.told(f"quantized: training on {example.id}")
+            context.progress(f"quantized: training on {example.id}")
             case = f"{example.id}, {adapter}"
             values = context.adapters[adapter]
             checks += training_checks.against(
