@@ -114,7 +114,8 @@ def test_llama_cpp_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_decode_prints_one_object(attune: Attune, random_bundle: Path, random_source: Path) -> None:
     value = attune(
         "bench", "decode", random_bundle, "--source", random_source, "--threads", "1",
-        "--tokens", "3", "--prompt-tokens", "5", "--rounds", "1", "--profile", "--adapter-cost", "--json",
+        "--tokens", "3", "--prompt-tokens", "5", "--rounds", "1", "--profile", "--adapter-cost",
+        "--json",
     ).json()  # fmt: skip
     assert value["tokens_per_second"] > 0
     assert value["ratio_to_torch"] > 0

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from runtime_py.bundle import manifest as m
 from runtime_py.bundle.bundle import Bundle, open_bundle
+from runtime_py.engine.base_weights import BaseWeights
 from tests.toolchain.conftest import Exported, attune, both, fp32  # noqa: F401  (fixtures)
 from toolchain.verify.parity import ladder
 from toolchain.verify.parity.context import Context
@@ -73,3 +75,16 @@ def own_models(clean: Models) -> Models:
         if name in clean.__dict__:
             copy.__dict__[name] = clean.__dict__[name]
     return copy
+
+
+def rewrite(file: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """One tensor of the weights file, changed where it lies."""
+    weights = BaseWeights(file)
+    old = np.array(weights[name])
+    dtype, shape, offset = weights._entries[name]
+    new = np.ascontiguousarray(change(old), dtype)
+    assert new.shape == shape
+    assert (new != old).any()
+    with file.open("r+b") as out:
+        out.seek(offset)
+        out.write(new.tobytes())

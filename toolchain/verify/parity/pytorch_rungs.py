@@ -175,7 +175,10 @@ def quantized(context: Context) -> Rung:
         context.ios = said
     if manifest.training is not None:
         context.progress("quantized: the weights file")
-        stored, found = weights_checks.training_file(context.bundle, models, context.scratch)
+        bundle = context.bundle
+        stored, found = weights_checks.training_file(
+            bundle.training_weights, bundle.training, models.simulated
+        )
         checks += stored
         engine = StreamingEngine(context.programs, context.weights, context.bundle.training)
         reference = TransformerEngine(models.stored, context.bundle.training.optimizer)
