@@ -32,7 +32,7 @@ from toolchain.bench.training_engines import peft_model
 from toolchain.bench.training_speed import pick_sequence
 from toolchain.cli.chat import StockRunner
 from toolchain.compile.bundle_export import Request, export
-from toolchain.verify.autograd import PeftEngine, peft_gradient
+from toolchain.verify.reference_engines import PeftEngine, peft_gradient
 
 SHARED = Path(__file__).parents[3] / "shared"
 GGUF = SHARED / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,7 +1,7 @@
 """How the memory of training grows with layers and tokens, on small random models.
 
 Programs are lowered here and run in children, whose peak above idle is measured as in
-``toolchain.bench.training_memory``.
+``toolchain.bench.peak_memory``.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from runtime_py.bundle.adapter_tensors import to_runtime
 from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.engine.program_calls import ExecutorchPrograms
 from runtime_py.engine.streaming import StreamingEngine
+from toolchain.bench.peak_memory import STEPS, measure
 from toolchain.bench.training_engines import AttuneStepper, labelled
-from toolchain.bench.training_memory import STEPS, measure
 from toolchain.compile.adapter_layout import fresh, layout
 from toolchain.compile.training_part import lower_programs, training_spec, write_training
 

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from executorch.devtools import Inspector
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (llama::* kernels)
-from executorch.extension.pybindings import portable_lib
 from executorch.kernels import quantized  # noqa: F401  (quantized_decomposed::* kernels)
 
-from runtime_py.engine.native import silenced
+from runtime_py.engine.native import load_module, set_threads
 
 _NUMBER = re.compile(r" #\d+$")  # XNNPACK counts the operators of one kind in a delegate
 _KERNEL = "native_call_"  # before the names of most kernels
@@ -88,9 +87,8 @@ def profile_decode(
     program: Path, adapter: Path, prompt: Sequence[int], continuation: Sequence[int], threads: int
 ) -> list[ProfileRow]:
     """Decodes ``continuation`` after ``prompt`` with tracing on, which itself costs some time."""
-    with silenced():
-        portable_lib._unsafe_reset_threadpool(threads)
-        module = portable_lib._load_for_executorch(str(program), str(adapter), enable_etdump=True)
+    set_threads(threads)
+    module = load_module(program, adapter, trace=True)
     for position, token in enumerate([*prompt, *continuation]):
         module.run_method("forward", (torch.tensor([[token]]), torch.tensor([position])))
     with tempfile.TemporaryDirectory(prefix="attune-") as folder:

@@ -17,7 +17,7 @@ from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.examples import Example
-from runtime_py.engine.native import silenced
+from runtime_py.engine.native import load_module, silenced
 from runtime_py.engine.streaming import StreamingEngine, open_training, step_numbers
 
 RATE, DECAY, CLIP = 3e-4, 0.01, 1.0
@@ -135,11 +135,9 @@ class KernelStepper:
             program = torch.export.export(joint, (tokens, labels), strict=False)
             program = _export_forward_backward(program)
             path.write_bytes(to_edge(program).to_executorch().buffer)
-        from executorch.extension.pybindings import portable_lib
         from executorch.kernels import quantized  # noqa: F401
 
-        with silenced():
-            self._module = portable_lib._load_for_executorch(str(path))
+        self._module = load_module(path)
 
     def step(self) -> float:
         with silenced():

@@ -11,8 +11,8 @@ from rich.table import Table
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.engine.examples import Example
 from toolchain.bench import machine
+from toolchain.bench.peak_memory import PeakMemory
 from toolchain.bench.rounds import Timing, ratio
-from toolchain.bench.training_memory import PeakMemory
 from toolchain.report.console import megabytes, output
 
 LOW, HIGH, TORCH, CHECKPOINTING = "low", "high", "torch", "torch_checkpointing"

@@ -20,6 +20,7 @@ from runtime_py.engine.native import silenced
 from runtime_py.loop.errors import BundleError
 from runtime_py.loop.stream import read_stream
 from toolchain.bench.machine import OtherProcesses
+from toolchain.bench.peak_memory import PeakMemory, measure_kind
 from toolchain.bench.peak_product import PeakProduct
 from toolchain.bench.rounds import Timing
 from toolchain.bench.training_engines import (
@@ -30,7 +31,6 @@ from toolchain.bench.training_engines import (
     attune_stepper,
     peft_model,
 )
-from toolchain.bench.training_memory import PeakMemory, measure_kind
 from toolchain.bench.training_report import (
     CHECKPOINTING,
     HIGH,

@@ -25,9 +25,9 @@ from runtime_py.engine.streaming import StreamingEngine
 from tests import tiny
 from toolchain.compile.adapter_layout import layout
 from toolchain.compile.training_part import manifest_program, training_spec, write_training
-from toolchain.verify.autograd import peft_gradient
 from toolchain.verify.mil.interpreter import Interpreter
 from toolchain.verify.mil.mlpackage import read_package
+from toolchain.verify.reference_engines import peft_gradient
 
 RANK = 4
 

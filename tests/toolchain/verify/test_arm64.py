@@ -16,7 +16,7 @@ from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
 
 from exporters.executorch.lm_program import lower_lm
-from exporters.executorch.pieces import edge_config
+from exporters.executorch.patches import edge_config
 from exporters.model.lora_tensors import adapter_tensors
 from exporters.model.quantize import Scheme, quantized
 from exporters.model.spec import read_spec

@@ -19,11 +19,11 @@ from runtime_py.engine.examples import Example
 from runtime_py.loop.errors import BundleError
 from toolchain.compile.training_part import EagerPrograms
 from toolchain.verify.arm64.emulate import CPU
-from toolchain.verify.autograd import PeftEngine
 from toolchain.verify.parity.cases import EFFECT, INITIAL, Case
 from toolchain.verify.parity.lm_checks import Said
 from toolchain.verify.parity.models import Models, Values, embedding_of, logits_of
 from toolchain.verify.parity.recording import Recorded
+from toolchain.verify.reference_engines import PeftEngine
 
 
 @dataclass(eq=False)

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime_py.engine.native import load_module, set_threads
 from toolchain.verify.arm64.emulate import Call, FileSlice, OutputOf, RunError
 
 TIMEOUT_S = 1200.0
@@ -176,14 +177,14 @@ def _read(folder: Path) -> CallResults:
 def _serve(folder: Path) -> None:
     import torch
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (llama::* kernels)
-    from executorch.extension.pybindings import portable_lib
     from executorch.kernels import quantized  # noqa: F401  (quantized_decomposed::* kernels)
 
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    program, data = request["program"], request["data"]
-    load: Any = portable_lib._load_for_executorch
-    watched = {"enable_etdump": True, "debug_buffer_size": _DEBUG_BYTES}
-    module = load(program, *data, **(watched if request["watch"] else {}))
+    watch = bool(request["watch"])
+    data = Path(request["data"][0]) if request["data"] else None
+    module = load_module(
+        Path(request["program"]), data, trace=watch, debug_bytes=_DEBUG_BYTES if watch else 0
+    )
     maps: dict[str, np.memmap] = {}
 
     def tensor(value: dict) -> Any:
@@ -202,7 +203,7 @@ def _serve(folder: Path) -> None:
         inputs = tuple(tensor(value) for value in call["inputs"])
         found = module.run_method(call["method"], inputs)
         outputs.append([v if isinstance(v, torch.Tensor) else torch.tensor(v) for v in found])
-    if request["watch"]:
+    if watch:
         steps = _steps(module, folder)
     arrays = {f"o{i}.{j}": v.numpy() for i, row in enumerate(outputs) for j, v in enumerate(row)}
     arrays |= {f"s{i}.{j}": v for i, step in enumerate(steps) for j, v in enumerate(step.tensors)}
@@ -234,13 +235,12 @@ def _steps(module: Any, folder: Path) -> list[Instruction]:
 def _main() -> None:
     """A folder a line in, a JSON string a line out; native code's own words go nowhere."""
     import torch  # noqa: F401
-    from executorch.extension.pybindings import portable_lib
 
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads:
-        portable_lib._unsafe_reset_threadpool(int(threads))
+        set_threads(int(threads))
     for line in sys.stdin:
         answer = ""
         try:

@@ -11,7 +11,6 @@ from runtime_py.bundle.adapter_tensors import to_runtime
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.streaming import StreamingEngine
 from toolchain.compile.tolerances import TABLE
-from toolchain.verify.autograd import TransformerEngine
 from toolchain.verify.parity import probes, training_checks, weights_checks
 from toolchain.verify.parity.cases import EFFECT, INITIAL
 from toolchain.verify.parity.context import Context, said_by
@@ -19,6 +18,7 @@ from toolchain.verify.parity.lm_checks import Said, compared
 from toolchain.verify.parity.models import eager_embedding, eager_logits
 from toolchain.verify.parity.verdict import Check, Found, Rung, compare, rung, stated
 from toolchain.verify.peft_module import set_peft_adapter
+from toolchain.verify.reference_engines import TransformerEngine
 
 _NOTICED = 2e-5  # float32's own differences inside are 1e-7 to 1e-6
 

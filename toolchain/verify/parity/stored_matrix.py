@@ -19,7 +19,7 @@ _GROUP = 32  # columns that share a scale and an offset at 4 bits
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
+class GridMatrix:
     """W [out, in] as ``scale · integers + offset``: ``bits`` 8 or 4, ``integers`` [out, in],
     ``scale`` and ``offset`` float32 [out, groups]."""
 
@@ -42,17 +42,17 @@ class Grid:
         return np.repeat(self.scale, self.integers.shape[1] // self.scale.shape[1], axis=1)
 
 
-Matrix = np.ndarray | Grid  # float32 [out, in], or on a grid
+Matrix = np.ndarray | GridMatrix  # float32 [out, in], or on a grid
 
 
 def values_of(matrix: Matrix) -> np.ndarray:
     """float32 [out, in]"""
-    return matrix.values if isinstance(matrix, Grid) else matrix
+    return matrix.values if isinstance(matrix, GridMatrix) else matrix
 
 
 def shape_of(matrix: Matrix) -> tuple[int, int]:
     """(out, in)"""
-    rows, columns = (matrix.integers if isinstance(matrix, Grid) else matrix).shape
+    rows, columns = (matrix.integers if isinstance(matrix, GridMatrix) else matrix).shape
     return rows, columns
 
 
@@ -72,10 +72,10 @@ def read_matrix(precision: str, parts: Mapping[str, np.ndarray]) -> Matrix:
         return parts["value"][0]
     q, scale = parts["q"][0], parts["scale"][0]
     if precision == "int8":
-        return Grid(8, q.astype(np.int64), scale, np.zeros_like(scale))
+        return GridMatrix(8, q.astype(np.int64), scale, np.zeros_like(scale))
     byte = q.astype(np.int64) + 128
     integers = np.concatenate([byte // 16 - 8, byte % 16 - 8], axis=1)
-    return Grid(4, integers, scale, parts["offset"][0])
+    return GridMatrix(4, integers, scale, parts["offset"][0])
 
 
 def matrix_of(base: Dense | Table | QuantizedLinear | QuantizedTable) -> Matrix:
@@ -90,4 +90,4 @@ def matrix_of(base: Dense | Table | QuantizedLinear | QuantizedTable) -> Matrix:
         bits = base.bits
         if base.offset is not None:
             offset = values_of(matrix_of(base.offset))
-    return Grid(bits, integers, scale, offset)
+    return GridMatrix(bits, integers, scale, offset)

@@ -21,7 +21,7 @@ from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.loop.errors import TrainingError
 from toolchain.verify.parity.stored_matrix import (
     ENDS,
-    Grid,
+    GridMatrix,
     Matrix,
     matrix_of,
     read_matrix,
@@ -48,7 +48,7 @@ _MATRICES = {
 
 
 @dataclass(frozen=True)
-class Fault:
+class WeightFault:
     """What is wrong with one ``tensor`` of the file; ``gap``: the largest difference of two
     numbers."""
 
@@ -82,7 +82,7 @@ def training_file(
         weights = BaseWeights(path)
     except TrainingError as error:
         return [stated("weights", training.weights, "file", False, str(error))], None
-    faults: list[Fault] = []
+    faults: list[WeightFault] = []
     known: set[str] = set()
     for name, expected in _expected(model, training):
         if isinstance(expected, _Weights):
@@ -98,7 +98,7 @@ def training_file(
         ]
         parts = {part: weights[tensor] for part, tensor in tensors.items() if not misshapen}
         faults += misshapen or _faults(name, parts, expected)
-    faults += [Fault(name, 1.0, "is no part of it") for name in weights if name not in known]
+    faults += [WeightFault(name, 1.0, "is no part of it") for name in weights if name not in known]
     faults = list(dict.fromkeys(faults))  # a table that is the head as well is read twice
     if not faults:
         return [stated("weights", training.weights, f"{len(known)} tensors", True, "")], None
@@ -115,12 +115,12 @@ def training_file(
     return checks, Found(layer, operator, f"{sentence}{faults[0].note}.")
 
 
-def _misshapen(weights: BaseWeights, tensor: str, shape: tuple[int, ...]) -> Fault | None:
+def _misshapen(weights: BaseWeights, tensor: str, shape: tuple[int, ...]) -> WeightFault | None:
     if tensor not in weights:
-        return Fault(tensor, 1.0, "is missing")
+        return WeightFault(tensor, 1.0, "is missing")
     if weights[tensor].shape != shape:
         note = f"has the shape {list(weights[tensor].shape)} instead of {list(shape)}"
-        return Fault(tensor, 1.0, note)
+        return WeightFault(tensor, 1.0, note)
     return None
 
 
@@ -171,26 +171,26 @@ def _rotary(rope: Rope, length: int) -> dict[str, _Numbers]:
 
 def _faults(
     name: str, parts: Mapping[str, np.ndarray], expected: _Numbers | _Weights
-) -> list[Fault]:
+) -> list[WeightFault]:
     if isinstance(expected, _Numbers):
         return _differing(name, parts[""], expected.values, expected.allowed)
     stored, source = read_matrix(expected.precision, parts), expected.matrix
     if isinstance(stored, np.ndarray):
         return _differing(f"{name}.value", stored, values_of(source))
-    if not isinstance(source, Grid) or not _same_grid(stored, source):
+    if not isinstance(source, GridMatrix) or not _same_grid(stored, source):
         return _not_nearest(f"{name}.q", stored, values_of(source))
     faults = _differing(f"{name}.q", stored.integers, source.integers)
     faults += _differing(f"{name}.scale", stored.scale, source.scale)
     return faults + _differing(f"{name}.offset", stored.offset, source.offset)
 
 
-def _same_grid(one: Grid, other: Grid) -> bool:
+def _same_grid(one: GridMatrix, other: GridMatrix) -> bool:
     if one.bits != other.bits or one.scale.shape != other.scale.shape:
         return False
     return one.bits == 4 or not other.offset.any()  # 8 bits are stored without offsets
 
 
-def _not_nearest(tensor: str, stored: Grid, source: np.ndarray) -> list[Fault]:
+def _not_nearest(tensor: str, stored: GridMatrix, source: np.ndarray) -> list[WeightFault]:
     """Of a grid that the source was rounded to: no value may be more than half a step off, but
     beyond the ends of the grid."""
     values, steps = stored.values.astype(np.float64), stored.steps
@@ -206,18 +206,18 @@ def _not_nearest(tensor: str, stored: Grid, source: np.ndarray) -> list[Fault]:
         f"is off the source's weights by more than half a step in {int(wrong.sum())} of "
         f"{wrong.size} numbers, by up to {float(np.abs(gap)[wrong].max()):.3g}"
     )
-    return [Fault(tensor, float(np.abs(gap).max()), note + _likeness(tensor, values, source))]
+    return [WeightFault(tensor, float(np.abs(gap).max()), note + _likeness(tensor, values, source))]
 
 
 def _differing(
     tensor: str, stored: np.ndarray, expected: np.ndarray, allowed: float = 0.0
-) -> list[Fault]:
+) -> list[WeightFault]:
     gap = np.abs(stored.astype(np.float64) - expected)
     if (gap <= allowed).all():
         return []
     largest, count = float(gap.max()), int((~(gap <= allowed)).sum())
     note = f"differs from the source's in {count} of {gap.size} numbers, by up to {largest:.3g}"
-    return [Fault(tensor, largest, note + _likeness(tensor, stored, expected))]
+    return [WeightFault(tensor, largest, note + _likeness(tensor, stored, expected))]
 
 
 def _likeness(tensor: str, stored: np.ndarray, expected: np.ndarray) -> str:
