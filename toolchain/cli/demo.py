@@ -51,7 +51,7 @@ def demo(
             reply, statistics = runner.generate(
                 runner.render([{"role": "user", "content": PROMPT}]), count=40, temperature=0.0
             )
-            proof = ladder.climb(ladder.Request(bundle, quick=True), stages)
+            proof = ladder.climb(bundle, quick=True, progress=stages)
             stages("the loop: observe, ask, fine-tune")
             loop = run_short_loop(opened, Path(folder) / "loop")
         if as_json:

@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from exporters.coreml.lm_package import lower as lower_coreml
 from exporters.errors import ExportError
-from exporters.executorch.lm_program import adapter_tensors, lower_lm
+from exporters.executorch.lm_program import lower_lm
 from exporters.model.checkpoint import Checkpoint, load_checkpoint
+from exporters.model.lora_tensors import set_adapter
 from exporters.model.spec import ModelSpec, read_spec
-from exporters.model.transformer import Transformer, build
+from exporters.model.transformer import build
 from exporters.training.programs import TrainingSpec
 from runtime_py.bundle import manifest as m
 from runtime_py.bundle.adapter import to_runtime
@@ -157,11 +156,6 @@ def _open(request: Request) -> _Source:
     return _Source(checkpoint, spec, adapter, modules, rank, name)
 
 
-def _load_adapter(model: Transformer, arrays: dict) -> None:
-    for name, tensor in adapter_tensors(model).items():
-        tensor.copy_(torch.from_numpy(arrays[name]))
-
-
 def _fill(folder: Path, request: Request, progress: Callable[[str], None]) -> m.Manifest:
     progress("read the checkpoint")
     source = _open(request)
@@ -177,7 +171,7 @@ def _fill(folder: Path, request: Request, progress: Callable[[str], None]) -> m.
     }
     progress("prove equal to transformers")
     proofs.equal_to_hugging_face(model, checkpoint.hf_model(), texts["perplexity"])
-    _load_adapter(model, arrays)
+    set_adapter(model, arrays)
     lengths = training_part.lengths_within(request.train_lengths, spec.context)
     policy = m.Policy(
         lora_rank=source.rank,

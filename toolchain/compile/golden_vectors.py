@@ -14,16 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.numpy import save
-from torch import nn
 
 from exporters.coreml.functions import Embed
-from exporters.executorch.lm_program import adapter_tensors
-from exporters.model.transformer import Transformer, plain_attention
+from exporters.model.lora_tensors import set_adapter
+from exporters.model.transformer import Transformer
 from exporters.training.programs import TrainingSpec
 from exporters.training.weights_file import as_stored
 from runtime_py.bundle.adapter_state import FlatLayout
 from runtime_py.bundle.manifest import AdapterTensor, Training
-from runtime_py.engine.examples import IGNORED
+from runtime_py.engine.examples import IGNORED, Example
 from runtime_py.engine.self_test import (
     FOLDER,
     FORMAT,
@@ -36,6 +35,7 @@ from runtime_py.engine.self_test import (
 from runtime_py.loop.lexicons import read_lexicons
 from runtime_py.loop.protocols import Embedding
 from runtime_py.loop.words import words
+from toolchain.compile.autograd import autograd_gradient
 from toolchain.compile.tolerances import TABLE, Tolerance, of_logits, of_pooled
 
 PROMPT, DECODED = 33, 4  # tokens of a case
@@ -84,7 +84,7 @@ def write_golden(
     targets: dict[str, dict] = {}
     for target, reference in references.items():
         for adapter, values in adapters.items():
-            _set(reference.model, values)
+            set_adapter(reference.model, values)
             for case in cases:
                 rows = _logits(reference.model, case["tokens"])[case["prompt"] - 1 :]
                 ids = _chosen(rows)
@@ -97,7 +97,7 @@ def write_golden(
             pooled, entropy = _embedding(reference.model, case["tokens"])
             tensors[f"{target}.{case['name']}.pooled"] = pooled
             entropies[case["name"]] = entropy
-        _set(reference.model, initial)
+        set_adapter(reference.model, initial)
         targets[target] = {
             "quantize": reference.quantize,
             "tolerances": _tolerances(target, reference.quantize),
@@ -172,11 +172,6 @@ def _bound(tolerance: Tolerance) -> dict:
     return {"most": tolerance.max_rel, "least": tolerance.likeness}
 
 
-def _set(model: Transformer, values: Mapping[str, np.ndarray]) -> None:
-    for name, tensor in adapter_tensors(model).items():
-        tensor.copy_(torch.from_numpy(np.ascontiguousarray(values[name])))
-
-
 @torch.no_grad()
 def _logits(model: Transformer, tokens: Sequence[int]) -> np.ndarray:
     return model(torch.tensor([list(tokens)]))[0].numpy()
@@ -234,31 +229,21 @@ def _training(
     text = max(texts, key=lambda t: min(t.shape[1], longest))[0, :longest]
     labels = text.clone()
     labels[: max(1, len(text) // 4)] = IGNORED
-    _set(model, values)
-    own = {n: t for n, t in adapter_tensors(model).items() if ".lora_" in n}
-    for tensor in own.values():
-        tensor.requires_grad_()
-    attends = [plain_attention(model.spec, layer) for layer in model.spec.layers]
-    with torch.enable_grad():
-        hidden = model.hidden(text[None], torch.arange(len(text)), attends)
-        loss = nn.functional.cross_entropy(
-            model.logits(hidden)[0, :-1], labels[1:], ignore_index=IGNORED, reduction="sum"
-        )
-        grads = torch.autograd.grad(loss, list(own.values()))
+    example = Example("golden", text.numpy(), labels.numpy())
+    loss, grads = autograd_gradient(model, values, [example])
     flat = FlatLayout.of(layout)
     gradient = flat.zeros()
     views = flat.views(gradient)
-    for name, grad in zip(own, grads, strict=True):
-        views[name][...] = grad.numpy()
+    for name, grad in grads.items():
+        views[name][...] = grad
     line = gradient.reshape(-1)
     used = sum(int(np.prod(shape)) for _, shape in flat.places.values())
     places = np.linspace(0, used - 1, GRADIENTS).astype(np.int64)
-    count = int((labels[1:] != IGNORED).sum())
     said = {
         "case": "dialogue",
         "tokens": text.tolist(),
         "labels": labels.tolist(),
-        "loss": loss.item() / count,
+        "loss": loss / example.count,
         "gradient_norm": float(np.linalg.norm(line.astype(np.float64))),
         "tolerances": {
             "loss": _bound(TABLE["float32, loss"]),

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from exporters.coreml.training_package import lower_training as lower_coreml
 from exporters.errors import ExportError
-from exporters.executorch.lm_program import adapter_tensors
 from exporters.executorch.training_program import lower_training as lower_executorch
 from exporters.model.transformer import Transformer
 from exporters.signature import ProgramSignature
@@ -32,6 +31,7 @@ from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.engine.examples import IGNORED, Example
 from runtime_py.engine.program_calls import ExecutorchPrograms
 from runtime_py.engine.streaming import StreamingEngine
+from toolchain.compile.autograd import autograd_gradient
 
 WEIGHTS = "training/base.safetensors"
 PROGRAMS = {"android": "android/training.pte", "ios": "ios/training.mlpackage"}
@@ -171,7 +171,7 @@ def prove(
     engine = StreamingEngine(ExecutorchPrograms(folder, programs), weights, training)
     gradient = state.layout.zeros()
     loss, count = engine.gradient(state, [example], gradient)
-    expected, grads = _autograd(as_stored(model, spec), tokens, labels, values)
+    expected, grads = autograd_gradient(as_stored(model, spec), values, [example])
     found = state.layout.views(gradient)
     off = {
         name: float(np.abs(found[name] - grad).max() / max(np.abs(grad).max(), 1e-30))
@@ -184,24 +184,6 @@ def prove(
             f"loss {loss / count:.6f} instead of {expected / count:.6f} a label, gradient of "
             f"{name} off by {off[name]:.2g} of its range."
         )
-
-
-def _autograd(
-    model: Transformer, tokens: Tensor, labels: Tensor, values: Mapping[str, np.ndarray]
-) -> tuple[float, dict[str, np.ndarray]]:
-    """Summed loss, and the gradient of each LoRA tensor by its name in the programs."""
-    own = adapter_tensors(model)
-    for name, tensor in own.items():
-        tensor.copy_(torch.from_numpy(values[name]))
-        tensor.requires_grad_(".lora_" in name)
-    with torch.enable_grad():
-        logits = model(tokens[None])[0, :-1]
-        loss = nn.functional.cross_entropy(
-            logits, labels[1:], ignore_index=IGNORED, reduction="sum"
-        )
-        trained = {name: tensor for name, tensor in own.items() if tensor.requires_grad}
-        grads = torch.autograd.grad(loss, list(trained.values()))
-    return loss.item(), {n: g.numpy() for n, g in zip(trained, grads, strict=True)}
 
 
 def lengths_within(lengths: Sequence[int], context: int) -> tuple[int, ...]:
