@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.tiny import tokenizer_of
 from toolchain.cli import app
-from toolchain.compile.bundle_export import Request, export
+from toolchain.compile.bundle_export import export
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,5 @@ def random_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def random_bundle(random_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``random_source`` for Android, with 8-bit weights."""
     out = tmp_path_factory.mktemp("random-bundle") / "b"
-    export(
-        Request(str(random_source), out, ("android",), quantize={"android": "8da8w"}),
-        lambda step: None,
-    )
+    export(str(random_source), out, targets=("android",), quantize={"android": "8da8w"})
     return out

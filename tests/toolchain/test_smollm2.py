@@ -26,12 +26,13 @@ from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.examples import Example
 from runtime_py.engine.lm import ExecutorchLm
+from runtime_py.engine.stock_runner import StockRunner
 from runtime_py.engine.streaming import open_training
 from runtime_py.engine.trainer import Settings, train
+from runtime_py.loop.dialogue import Turn
 from toolchain.bench.training_engines import peft_model
 from toolchain.bench.training_speed import pick_sequence
-from toolchain.cli.chat import StockRunner
-from toolchain.compile.bundle_export import Request, export
+from toolchain.compile.bundle_export import export
 from toolchain.verify.reference_engines import PeftEngine, peft_gradient
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -63,7 +64,7 @@ def checkpoint() -> Checkpoint:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("smollm2") / "bundle"
-    export(Request(str(GGUF), out, ("android",), quantize={"android": "none"}), lambda step: None)
+    export(str(GGUF), out, targets=("android",), quantize={"android": "none"})
     return out
 
 
@@ -96,7 +97,7 @@ def _greedy(model: PreTrainedModel | PeftModel, checkpoint: Checkpoint, rendered
 
 def _replies(runner: StockRunner, prompts: list[str]) -> dict[str, str]:
     """Rendered prompt -> the stock runner's greedy reply."""
-    rendered = [runner.render([{"role": "user", "content": prompt}]) for prompt in prompts]
+    rendered = [runner.text.render([Turn("user", prompt)], reply=True) for prompt in prompts]
     return {text: runner.generate(text, REPLY, 0.0)[0] for text in rendered}
 
 

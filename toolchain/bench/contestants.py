@@ -15,7 +15,7 @@ from runtime_py.loop.errors import BundleError
 from toolchain.bench.engines import BundleEngine, GenerationEngine, TorchEngine
 from toolchain.bench.generation_report import ADAPTER_COST, BUNDLE, LLAMA, TORCH, WITHOUT
 from toolchain.bench.llama import FORMATS, LlamaEngine, import_llama, requantize
-from toolchain.compile.bundle_export import PREFILL_ANDROID
+from toolchain.compile.android import PREFILL_ANDROID
 from toolchain.compile.source import Source, as_in_bundle, find_source, float_model
 from toolchain.report.console import Stages
 

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from toolchain.cli.options import AndroidBundle, Json, KeepMb
+from toolchain.defaults import KEEP_MB
+
 if TYPE_CHECKING:  # PyTorch is loaded only once a command runs
     from toolchain.bench.generation_report import GenerationReport
 
@@ -14,7 +17,6 @@ app = typer.Typer(
     help="Measure a bundle's speed beside PyTorch and llama.cpp.", no_args_is_help=True
 )
 
-_Bundle = Annotated[Path, typer.Argument(help="A bundle with an Android part.")]
 _Threads = Annotated[
     list[int] | None,
     typer.Option(help="Threads of every engine; may be given several times. Default: all cores."),
@@ -28,12 +30,11 @@ _Llama = Annotated[
     typer.Option(help="A GGUF for llama.cpp, rounded to the bundle's bits. Default: the source."),
 ]
 _Rounds = Annotated[int, typer.Option(help="Interleaved rounds; the median counts.", min=1)]
-_Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
 @app.command()
 def decode(
-    bundle: _Bundle,
+    bundle: AndroidBundle,
     threads: _Threads = None,
     tokens: Annotated[int, typer.Option(help="Tokens to decode.", min=1)] = 64,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens before them.", min=1)] = 32,
@@ -46,7 +47,7 @@ def decode(
     profile: Annotated[
         bool, typer.Option("--profile", help="Show where a token's time goes, by operator.")
     ] = False,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure decoding: one token a call, as a reply is written.
 
@@ -71,7 +72,7 @@ def decode(
 
 @app.command()
 def prefill(
-    bundle: _Bundle,
+    bundle: AndroidBundle,
     threads: _Threads = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=2)] = 256,
     source: _SourceOption = None,
@@ -80,7 +81,7 @@ def prefill(
     adapter_cost: Annotated[
         bool, typer.Option("--adapter-cost", help="Export the model without LoRA, and compare.")
     ] = False,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure reading a prompt.
 
@@ -114,7 +115,7 @@ def _print_generation(report: GenerationReport, as_json: bool) -> None:
 
 @app.command()
 def embed(
-    bundle: _Bundle,
+    bundle: AndroidBundle,
     threads: _Threads = None,
     tokens: Annotated[
         int | None,
@@ -122,7 +123,7 @@ def embed(
     ] = None,
     source: _SourceOption = None,
     rounds: _Rounds = 5,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure the embedding of a dialogue, which selection waits for.
 
@@ -158,7 +159,7 @@ def embed(
 
 @app.command()
 def train(
-    bundle: _Bundle,
+    bundle: AndroidBundle,
     threads: _Threads = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the sequence.", min=32)] = 256,
     source: _SourceOption = None,
@@ -166,10 +167,10 @@ def train(
         Path | None, typer.Option(help="Dialogues to take the sequence from. Default: attune's.")
     ] = None,
     rounds: _Rounds = 5,
-    keep_mb: Annotated[float, typer.Option(help="Budget of --memory high, in MB.", min=0)] = 160.0,
+    keep_mb: KeepMb = KEEP_MB,
     memory: Annotated[bool, typer.Option(help="Measure memory, in children.")] = True,
     kernels: Annotated[bool, typer.Option(help="Measure ExecuTorch's own kernels.")] = True,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure a training step in both memory modes, beside PyTorch with PEFT.
 
@@ -199,7 +200,7 @@ def train(
 
 
 @app.command()
-def growth(as_json: _Json = False) -> None:
+def growth(as_json: Json = False) -> None:
     """Measure how training's memory grows with layers and tokens, on small random models.
 
     Example: [bold]attune bench growth[/]
@@ -231,7 +232,7 @@ def selection(
     ] = None,
     hidden: Annotated[int, typer.Option(help="Numbers of a pooled vector.", min=1)] = 576,
     policy: Annotated[str, typer.Option(help="The selection policy.")] = "paper",
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure what selection takes beyond the embedding, with the store's transaction.
 

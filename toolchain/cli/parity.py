@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
+from toolchain.cli.options import AnyBundle, Json, SourceModel
 from toolchain.report.console import Stages, console, print_json
 
 
 def parity(
-    bundle: Annotated[Path, typer.Argument(help="A bundle that attune export wrote.")],
+    bundle: AnyBundle,
     rung: Annotated[
         list[str] | None,
         typer.Option(
@@ -20,9 +21,7 @@ def parity(
             "executorch, arm64, coreml, decisions."
         ),
     ] = None,
-    source: Annotated[
-        str | None, typer.Option(help="The model it was made from: folder, .gguf or hub id.")
-    ] = None,
+    source: SourceModel = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter inputs.")] = False,
     cpu: Annotated[
         str, typer.Option(help="The processor that QEMU emulates for the arm64 rung.")
@@ -33,7 +32,7 @@ def parity(
     every: Annotated[
         bool, typer.Option("--all", help="Show every check, not only each program's worst.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Prove that a bundle computes what PyTorch computes, rung by rung.
 

@@ -13,9 +13,10 @@ from exporters.model.transformer import Transformer, build
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.loop.errors import BundleError
-from toolchain.compile.bundle_export import BUILTIN, builtin_folder
+from toolchain.compile.export_input import builtin_folder
 from toolchain.compile.precision import ANDROID
 from toolchain.compile.shipped_text import shipped_dialogues, tokenize
+from toolchain.defaults import BUILTIN
 
 _SHA256 = re.compile(r"sha256:([0-9a-f]{64})")
 

@@ -1,4 +1,4 @@
-"""A bundle's training part: made and proven at export, opened again as an engine."""
+"""A bundle's training part: its weights file, its programs, and the proof of both."""
 
 from __future__ import annotations
 
@@ -36,8 +36,6 @@ from toolchain.compile.autograd import autograd_gradient
 WEIGHTS = "training/base.safetensors"
 PROGRAMS = {"android": "android/training.pte", "ios": "ios/training.mlpackage"}
 POSITIONS = 64  # of one head call: its logits are what takes memory there
-LENGTHS = (256,)
-WEIGHT_CHOICES = ("fp32", "int8", "int4")
 # Of the value, and of each tensor's largest. Through 30 layers PyTorch's own float32 gradients are
 # off those of float64 by 5e-4, ours by 2e-4; a wrong formula, scale or mask is off by a tenth.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-2
@@ -107,10 +105,10 @@ def lower_programs(
     files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
     size = sum(file.stat().st_size for file in files)
     return tuple(
-        manifest_program(own, PROGRAMS[target], size).model_copy(
-            update={"flops": flops.get(own.name)}
+        manifest_program(signature, PROGRAMS[target], size).model_copy(
+            update={"flops": flops.get(signature.name)}
         )
-        for own in signatures
+        for signature in signatures
     )
 
 
@@ -172,9 +170,9 @@ def prove(
     gradient = state.layout.zeros()
     loss, count = engine.gradient(state, [example], gradient)
     expected, grads = autograd_gradient(as_stored(model, spec), values, [example])
-    found = state.layout.views(gradient)
+    streamed = state.layout.views(gradient)
     off = {
-        name: float(np.abs(found[name] - grad).max() / max(np.abs(grad).max(), 1e-30))
+        name: float(np.abs(streamed[name] - grad).max() / max(np.abs(grad).max(), 1e-30))
         for name, grad in grads.items()
     }
     name = max(off, key=lambda key: off[key])

@@ -17,7 +17,7 @@ from runtime_py.loop.errors import BundleError
 from tests import tiny
 from tests.toolchain.conftest import Exported
 from tests.toolchain.verify.conftest import Faulty, signed
-from toolchain.compile.bundle_export import Request, export
+from toolchain.compile.bundle_export import export
 from toolchain.compile.tolerances import TABLE, of_adapter
 from toolchain.verify.arm64 import build
 from toolchain.verify.arm64.emulate import Call, RunError
@@ -251,15 +251,12 @@ CLEAN = [
 def test_no_false_alarm_on_clean_exports(tmp_path: Path, kind: str, precision: str) -> None:
     source = tiny.save_checkpoint(tmp_path / "source", kind, max_position_embeddings=128)
     export(
-        Request(
-            model=str(source),
-            out=tmp_path / "bundle",
-            targets=("android",),
-            quantize={"android": precision},
-            context=96,
-            train_lengths=(48,),
-        ),
-        lambda stage: None,
+        str(source),
+        tmp_path / "bundle",
+        targets=("android",),
+        quantize={"android": precision},
+        context=96,
+        train_lengths=(48,),
     )
     rungs = ("eager", "captured", "quantized", "executorch", "decisions")
     found = ladder.climb(tmp_path / "bundle", rungs=rungs, source=str(source))

@@ -14,8 +14,8 @@ from exporters.errors import ExportError
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.loop.errors import BundleError
-from toolchain.compile.bundle_export import BUILTIN
 from toolchain.compile.source import find_source
+from toolchain.defaults import BUILTIN
 from toolchain.verify.arm64.emulate import CPU
 from toolchain.verify.parity import (
     coreml_rung,
