@@ -7,20 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime_py.bundle.adapter import from_runtime, load_adapter, to_runtime
 from runtime_py.bundle.adapter_state import AdapterState
-from runtime_py.bundle.adapter_tensors import from_runtime, load_adapter, to_runtime
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.flat_tensor import write_ptd
 from runtime_py.bundle.peft_adapter import read_peft, write_peft
 from runtime_py.engine.examples import Example, fit
 from runtime_py.engine.streaming import open_training
-from runtime_py.engine.trainer import Settings, Step, TrainingEngine, evaluate, train
+from runtime_py.engine.trainer import Settings, StepReport, TrainingEngine, evaluate, train
 from runtime_py.loop.errors import TrainingError
 from runtime_py.loop.files import replacing, writing
 from runtime_py.loop.stream import read_stream
 from toolchain import defaults
-from toolchain.report.curves import Series, write_svg
+from toolchain.report.charts import Series, write_svg
 
 RUN, PEFT, PTD, CURVE = "run", "adapter", "adapter.ptd", "curve.svg"
 
@@ -77,7 +77,7 @@ class _Progress:
         state: AdapterState,
         held_out: Sequence[Example],
         epoch: int,
-        on_step: Callable[[Step, float], None],
+        on_step: Callable[[StepReport, float], None],
     ) -> None:
         self._engine, self._state, self._held_out = engine, state, held_out
         self._epoch = epoch  # steps
@@ -94,7 +94,7 @@ class _Progress:
     def tokens_per_second(self) -> float:
         return self._tokens / self._seconds if self._seconds else 0.0
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, step: StepReport) -> None:
         self._tokens += step.tokens
         self._seconds += step.seconds
         self._on_step(step, self.tokens_per_second)
@@ -122,7 +122,7 @@ def train_adapter(
     keep_mb: float = defaults.KEEP_MB,
     refuse_long: bool = False,
     threads: int | None = None,
-    on_step: Callable[[Step, float], None] = lambda step, tokens_per_second: None,
+    on_step: Callable[[StepReport, float], None] = lambda step, tokens_per_second: None,
     notify: Callable[[str], None] = lambda text: None,
 ) -> TrainedAdapter:
     """Trains a bundle's adapter on the dialogues of ``data`` with the phone's own programs.
@@ -158,7 +158,7 @@ def train_adapter(
         opened.training.optimizer,
         run,
         base=next(file.sha256 for file in opened.manifest.files if file.path == weights),
-        told=progress,
+        on_step=progress,
     )
     if outcome is None:
         raise TrainingError(f"the run in {run} was stopped: give the same command to go on.")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.errors import ExportError
-from exporters.model.attention import Attend, masked_attention, visible
+from exporters.model.plain_attention import Attend, masked_attention, visible
 from exporters.model.spec import ModelSpec
 from exporters.model.transformer import LoRA, Transformer
 

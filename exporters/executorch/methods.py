@@ -15,8 +15,8 @@ from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (regis
 from torch import Tensor, nn
 
 from exporters.executorch.pieces import PieceFactory
-from exporters.model.attention import UNSEEN, Attend, masked_attention, visible
 from exporters.model.lora_tensors import ENTER, LEAVE, lora_buffers
+from exporters.model.plain_attention import UNSEEN, Attend, masked_attention, visible
 from exporters.model.quantize import share
 from exporters.model.spec import ModelSpec
 from exporters.model.transformer import Transformer

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from exporters.model.attention import plain_attention
+from exporters.model.plain_attention import plain_attention
 from exporters.model.transformer import Transformer
 
 SITES = ("qkv", "o", "gate_up", "down")

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from exporters.model.attention import Attend, plain_attention
 from exporters.model.lora_targets import LoraTarget
+from exporters.model.plain_attention import Attend, plain_attention
 from exporters.model.spec import ModelSpec, Rope
 
 

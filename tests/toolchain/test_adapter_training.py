@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.examples import IGNORED, example
-from runtime_py.engine.job_runner import peft_writer, read_values, write_values
 from runtime_py.engine.run_state import FILE
 from runtime_py.engine.trainer import Settings
 from runtime_py.loop.stream import read_stream
@@ -85,22 +84,6 @@ def test_it_learns_and_peft_agrees(
     again = attune(*chat, "--adapter", out / "adapter").json()["reply"]
     assert after == again != before
     assert "aye" in after.lower()
-
-
-def test_a_phones_adapter_is_pefts(fp32: Exported, tmp_path: Path) -> None:
-    """The loop's own writer gives PEFT's file the names, shapes and values of the .ptd."""
-    manifest = open_bundle(fp32.bundle).manifest
-    assert manifest.adapter.runtime is not None
-    source = fp32.bundle / manifest.adapter.runtime
-    values = read_values(source, manifest.adapter.tensors)
-    changed = {n: v + np.float32(0.25) if ".lora_" in n else v for n, v in values.items()}
-    write_values(tmp_path / "1.ptd", source, manifest.adapter.tensors, changed)
-    peft_writer(manifest)(tmp_path / "1.ptd", tmp_path / "adapter_model.safetensors")
-    original = load_file(fp32.bundle / "adapter" / "adapter_model.safetensors")
-    found = load_file(tmp_path / "adapter_model.safetensors")
-    assert found.keys() == original.keys()
-    for name, value in original.items():
-        np.testing.assert_array_equal(found[name], value + np.float32(0.25))
 
 
 def _train(bundle: Path, data: Path, out: Path) -> None:

@@ -18,8 +18,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from exporters.model.checkpoint import Checkpoint, load_checkpoint
+from runtime_py.bundle.adapter import to_runtime
 from runtime_py.bundle.adapter_state import AdapterState
-from runtime_py.bundle.adapter_tensors import to_runtime
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.flat_tensor import write_ptd
 from runtime_py.bundle.manifest import Manifest
@@ -31,10 +31,9 @@ from runtime_py.engine.streaming import open_training
 from runtime_py.engine.trainer import Settings, train
 from runtime_py.loop.dialogue import Turn
 from toolchain.bench.training_engines import peft_model
-from toolchain.bench.training_speed import Request as TrainingRequest
 from toolchain.bench.training_speed import pick_sequence
 from toolchain.compile.bundle_export import export
-from toolchain.verify.autograd import PeftEngine, peft_gradient
+from toolchain.verify.reference_engines import PeftEngine, peft_gradient
 
 SHARED = Path(__file__).parents[3] / "shared"
 GGUF = SHARED / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -172,7 +171,7 @@ def test_one_program_with_two_adapters_equals_peft(
 @pytest.fixture(scope="module")
 def sequence(bundle: Path, manifest: Manifest) -> Example:
     """256 tokens of a real dialogue."""
-    return pick_sequence(TrainingRequest(bundle, data=DATA / "dolly.jsonl.gz"), manifest)
+    return pick_sequence(Bundle(bundle, manifest), data=DATA / "dolly.jsonl.gz")
 
 
 @pytest.fixture(scope="module")

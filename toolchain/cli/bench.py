@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from toolchain.cli.options import AndroidBundle, Json, KeepMb
 from toolchain.defaults import KEEP_MB
+
+if TYPE_CHECKING:  # PyTorch is loaded only once a command runs
+    from toolchain.bench.generation_report import GenerationReport
 
 app = typer.Typer(
     help="Measure a bundle's speed beside PyTorch and llama.cpp.", no_args_is_help=True
@@ -50,22 +53,21 @@ def decode(
 
     Example: [bold]attune bench decode out/tiny --threads 1 --threads 2[/]
     """
-    from toolchain.bench.generation_speed import Request, bench
+    from toolchain.bench.generation_speed import bench_generation
 
-    bench(
-        Request(
-            bundle=bundle,
-            prompt_tokens=prompt_tokens,
-            tokens=tokens,
-            threads=tuple(threads or ()),
-            source=source,
-            llama=llama,
-            rounds=rounds,
-            adapter_cost=adapter_cost,
-            profile=profile,
-            as_json=as_json,
-        )
+    report = bench_generation(
+        bundle,
+        prompt_tokens=prompt_tokens,
+        tokens=tokens,
+        threads=tuple(threads or ()),
+        source=source,
+        llama=llama,
+        rounds=rounds,
+        adapter_cost=adapter_cost,
+        profile=profile,
+        quiet=as_json,
     )
+    _print_generation(report, as_json)
 
 
 @app.command()
@@ -85,21 +87,30 @@ def prefill(
 
     Example: [bold]attune bench prefill out/tiny --prompt-tokens 256[/]
     """
-    from toolchain.bench.generation_speed import Request, bench
+    from toolchain.bench.generation_speed import bench_generation
 
-    bench(
-        Request(
-            bundle=bundle,
-            prompt_tokens=prompt_tokens,
-            tokens=0,
-            threads=tuple(threads or ()),
-            source=source,
-            llama=llama,
-            rounds=rounds,
-            adapter_cost=adapter_cost,
-            as_json=as_json,
-        )
+    report = bench_generation(
+        bundle,
+        prompt_tokens=prompt_tokens,
+        tokens=0,
+        threads=tuple(threads or ()),
+        source=source,
+        llama=llama,
+        rounds=rounds,
+        adapter_cost=adapter_cost,
+        quiet=as_json,
     )
+    _print_generation(report, as_json)
+
+
+def _print_generation(report: GenerationReport, as_json: bool) -> None:
+    from toolchain.bench import generation_report
+    from toolchain.report.console import print_json
+
+    if as_json:
+        print_json(generation_report.as_json(report))
+    else:
+        generation_report.show(report)
 
 
 @app.command()
@@ -120,22 +131,27 @@ def embed(
     """
     from rich.table import Table
 
-    from toolchain.bench import embed_speed as run
+    from toolchain.bench import embed_speed
     from toolchain.bench.machine import usable_cores
     from toolchain.report.console import Stages, output, print_json
 
     with Stages(f"bench {bundle.name}", quiet=as_json) as stages:
-        report = run.bench(
-            bundle, tokens, tuple(threads or (usable_cores(),)), source, rounds, stages
+        report = embed_speed.bench_embed(
+            bundle,
+            tokens=tokens,
+            threads=tuple(threads or (usable_cores(),)),
+            source=source,
+            rounds=rounds,
+            progress=stages,
         )
     if as_json:
-        print_json(run.as_json(report))
+        print_json(embed_speed.as_json(report))
         return
     table = Table("threads", "engine", "tokens/s", "bundle is", box=None, pad_edge=False)
-    for own in report.runs:
-        for key, timing in own.timings.items():
-            times = "" if key == "bundle" else f"{own.ratio_to_torch:.2f} × as fast"
-            table.add_row(str(own.threads), report.names[key], f"{timing.median:,.0f}", times)
+    for run in report.runs:
+        for key, timing in run.timings.items():
+            times = "" if key == "bundle" else f"{run.ratio_to_torch:.2f} × as fast"
+            table.add_row(str(run.threads), report.names[key], f"{timing.median:,.0f}", times)
     output.print(table)
     if report.reason:
         output.print(f"PyTorch: {report.reason}")
@@ -161,22 +177,22 @@ def train(
     Example: [bold]attune bench train out/tiny --threads 1 --threads 2[/]
     """
     from toolchain.bench import training_report
-    from toolchain.bench.training_speed import Request, bench
+    from toolchain.bench.training_speed import bench_training
     from toolchain.report.console import Stages, print_json
 
-    request = Request(
-        bundle=bundle,
-        tokens=tokens,
-        threads=tuple(threads or (1,)),
-        rounds=rounds,
-        keep_mb=keep_mb,
-        source=source,
-        data=data,
-        memory=memory,
-        kernels=kernels,
-    )
     with Stages(f"bench {bundle.name}", quiet=True) as stages:
-        report = bench(request, stages)
+        report = bench_training(
+            bundle,
+            tokens=tokens,
+            threads=tuple(threads or (1,)),
+            rounds=rounds,
+            keep_mb=keep_mb,
+            source=source,
+            data=data,
+            memory=memory,
+            kernels=kernels,
+            progress=stages,
+        )
     if as_json:
         print_json(training_report.as_json(report))
     else:
@@ -193,11 +209,11 @@ def growth(as_json: Json = False) -> None:
 
     from rich.table import Table
 
-    from toolchain.bench.memory_growth import growth as run
+    from toolchain.bench.memory_growth import bench_growth
     from toolchain.report.console import Stages, megabytes, output, print_json
 
     with Stages("bench growth", quiet=as_json) as stages:
-        rows = run(stages)
+        rows = bench_growth(stages)
     if as_json:
         print_json({"rows": [asdict(row) for row in rows]})
         return
@@ -226,11 +242,13 @@ def selection(
 
     from rich.table import Table
 
-    from toolchain.bench.selection_cost import bench as run
+    from toolchain.bench.selection_cost import bench_selection
     from toolchain.report.console import Stages, output, print_json
 
     with Stages("bench selection", quiet=as_json) as stages:
-        rows = run(tuple(bins or (128, 10_000)), hidden, policy, stages)
+        rows = bench_selection(
+            tuple(bins or (128, 10_000)), hidden=hidden, selection=policy, progress=stages
+        )
     if as_json:
         print_json({"policy": policy, "hidden": hidden, "rows": [asdict(row) for row in rows]})
         return

@@ -53,9 +53,9 @@ def demo(
             runner = StockRunner(opened)
             rendered = runner.text.render([Turn("user", PROMPT)], reply=True)
             reply, statistics = runner.generate(rendered, count=40, temperature=0.0)
-            proof = ladder.climb(ladder.Request(bundle, quick=True), stages)
+            proof = ladder.climb(bundle, quick=True, progress=stages)
             stages("the loop: observe, ask, fine-tune")
-            loop = run_short_loop(bundle, Path(folder) / "loop")
+            loop = run_short_loop(opened, Path(folder) / "loop")
         if as_json:
             print_json(
                 {
@@ -66,7 +66,7 @@ def demo(
                     "reply": reply,
                     "stats": statistics,
                     "parity": parity_report.as_json(proof),
-                    "loop": {key: v for key, v in asdict(loop).items() if key != "report"},
+                    "loop": asdict(loop),
                     "seconds": time.monotonic() - start,
                 }
             )

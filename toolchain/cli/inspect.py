@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from runtime_py.bundle.bundle import open_bundle
-from runtime_py.bundle.manifest import Manifest, Target, Tensor
+from runtime_py.bundle.manifest import Manifest, PlatformTarget, Tensor
 from toolchain.cli.options import AnyBundle, Json
 from toolchain.report.console import megabytes, output, print_json
 
@@ -70,7 +70,7 @@ def _show(bundle: Path, manifest: Manifest) -> None:
     output.print(f"{len(manifest.files)} files, {megabytes(total)}, all as exported")
 
 
-def _show_target(name: str, target: Target) -> None:
+def _show_target(name: str, target: PlatformTarget) -> None:
     chosen = "chosen by perplexity" if target.chosen_by == "perplexity" else "as asked"
     output.print(f"\n[bold]{name}[/]  {target.quantize} ({chosen})")
     if target.measured:

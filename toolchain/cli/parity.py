@@ -43,23 +43,29 @@ def parity(
     from runtime_py.loop.errors import BundleError
     from toolchain.verify.parity import ladder, parity_report
 
-    request = ladder.Request(bundle, tuple(rung or ()), source, quick, cpu)
     with Stages(f"parity {bundle.name}", quiet=as_json) as stages:
-        found = ladder.climb(request, stages)
+        report = ladder.climb(
+            bundle,
+            rungs=tuple(rung or ()),
+            source=source,
+            quick=quick,
+            cpu=cpu,
+            progress=stages,
+        )
     if html is not None:
         from toolchain.verify.parity.parity_page import write_page
 
         try:
-            write_page(found, html)
+            write_page(report, html)
         except OSError as error:
             raise BundleError(
                 f"{html} cannot be written ({error.strerror}): choose another --html."
             ) from error
     if as_json:
-        print_json(parity_report.as_json(found))
+        print_json(parity_report.as_json(report))
     else:
-        parity_report.show(found, every)
+        parity_report.show(report, every)
         if html is not None:
             console.print(f"{html} has the details")
-    if found.failed:
+    if report.failed:
         raise typer.Exit(1)

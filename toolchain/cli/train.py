@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 from rich.progress import Progress
 
-from runtime_py.engine.trainer import Settings, Step
+from runtime_py.engine.trainer import Settings, StepReport
 from toolchain.cli.options import AndroidBundle, Dialogues, Json, KeepMb, Threads
 from toolchain.defaults import HELD_OUT, KEEP_MB, MEMORY, SETTINGS, MemoryMode
 from toolchain.report.console import console, counted_progress, output, print_json
@@ -102,7 +102,7 @@ class _StepBar:
         self._bar, self._lines = bar, not quiet and not console.is_terminal
         self._task = bar.add_task("train", total=1)
 
-    def __call__(self, step: Step, tokens_per_second: float) -> None:
+    def __call__(self, step: StepReport, tokens_per_second: float) -> None:
         speed = f"{tokens_per_second:.0f} tokens/s"
         description = f"loss {step.loss:.3f}  {speed}"
         self._bar.update(self._task, total=step.of, completed=step.number, description=description)

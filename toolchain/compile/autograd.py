@@ -3,7 +3,7 @@
 What is streamed block by block with derivatives by hand is held to this: at export, in the golden
 vectors, and in the ladder. It knows the weights that a file or a program has, quantized ones too,
 but shares the transformer's forward with the programs. Where independence of that is the point,
-``toolchain.verify.autograd`` has Hugging Face's module with PEFT's LoRA.
+``toolchain.verify.reference_engines`` has Hugging Face's module with PEFT's LoRA.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from exporters.model.lora_tensors import set_adapter
 from exporters.model.transformer import Transformer
 from exporters.training.programs import TrainingSpec
 from runtime_py.bundle import manifest as m
-from runtime_py.bundle.adapter_tensors import to_runtime
+from runtime_py.bundle.adapter import to_runtime
 from toolchain.compile import adapter_layout, proofs, training_part
 from toolchain.compile.export_input import ExportInput
 from toolchain.compile.precision import ChosenPrecision
@@ -63,9 +63,9 @@ class TargetResult:
     weights: TrainingWeights | None
 
     @property
-    def section(self) -> m.Target:
+    def section(self) -> m.PlatformTarget:
         """The manifest's."""
-        return m.Target(
+        return m.PlatformTarget(
             quantize=self.chosen.quantize,
             chosen_by=self.chosen.chosen_by,
             measured=self.chosen.measured,

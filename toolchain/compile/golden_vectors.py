@@ -23,7 +23,15 @@ from exporters.training.weights_file import as_stored
 from runtime_py.bundle.adapter_state import FlatLayout
 from runtime_py.bundle.manifest import AdapterTensor
 from runtime_py.engine.examples import IGNORED, Example
-from runtime_py.engine.self_test import FOLDER, FORMAT, JSON, TENSORS, Loop, effect, policy_of
+from runtime_py.engine.self_test import (
+    FOLDER,
+    FORMAT,
+    JSON,
+    TENSORS,
+    StorelessSelection,
+    effect,
+    policy_of,
+)
 from runtime_py.loop.lexicons import read_lexicons
 from runtime_py.loop.protocols import Embedding
 from runtime_py.loop.words import words
@@ -210,7 +218,7 @@ def _decisions(
     """What selection does with a stream of real dialogues. Those whose scores are too close to a
     stored set's for the precision to tell are left out, so every choice is one to agree on."""
     policy = {"selection": "paper", "bins": _BINS, "seed": 0}
-    loop = Loop(policy_of(policy), read_lexicons(), reference.model.spec.hidden)
+    loop = StorelessSelection(policy_of(policy), read_lexicons(), reference.model.spec.hidden)
     dialogues, expected = [], []
     for name, (text, ids) in stream.items():
         tokens = ids[:embed_length]

@@ -11,7 +11,7 @@ from torch import Tensor
 from exporters.coreml.compression import plan, stored_values
 from exporters.model.quantize import Scheme, quantized, share
 from exporters.model.transformer import Transformer
-from runtime_py.bundle.manifest import Precision
+from runtime_py.bundle.manifest import MeasuredPrecision
 from toolchain.compile.shipped_text import perplexity
 from toolchain.defaults import PRECISIONS
 
@@ -31,7 +31,7 @@ class ChosenPrecision:
 
     quantize: str
     chosen_by: Literal["perplexity", "user"]
-    measured: tuple[Precision, ...]
+    measured: tuple[MeasuredPrecision, ...]
     model: Transformer
     simulated: Transformer
 
@@ -66,11 +66,11 @@ class PrecisionChooser:
         self.texts = texts
         self._float: float | None = None
 
-    def _rate(self, name: str, model: Transformer) -> Precision:
+    def _rate(self, name: str, model: Transformer) -> MeasuredPrecision:
         if self._float is None:
             self._float = perplexity(self.model, self.texts["perplexity"])
         value = self._float if name == "none" else perplexity(model, self.texts["perplexity"])
-        return Precision(quantize=name, perplexity=value, ratio_to_fp32=value / self._float)
+        return MeasuredPrecision(quantize=name, perplexity=value, ratio_to_fp32=value / self._float)
 
     def _with(self, target: str, name: str) -> tuple[Transformer, Transformer]:
         """The model to lower, and one in PyTorch with the weights it will have."""
@@ -85,7 +85,7 @@ class PrecisionChooser:
     def choose(self, target: str, requested: str | None) -> ChosenPrecision:
         """``requested``, or the smallest whose perplexity is at most ``WORST_RATIO`` × float32's.
         ``target``: "android" or "ios"."""
-        measured: list[Precision] = []
+        measured: list[MeasuredPrecision] = []
         for name in [requested] if requested else PRECISIONS[target]:
             lowered, simulated = self._with(target, name)
             measured.append(self._rate(name, simulated))

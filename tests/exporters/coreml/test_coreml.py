@@ -16,7 +16,7 @@ from exporters.coreml.lm_package import lower
 from exporters.coreml.multifunction import check, read_signatures, weight_bytes
 from exporters.errors import ExportError
 from exporters.model.assembly import build
-from exporters.model.attention import masked_attention, plain_attention
+from exporters.model.plain_attention import masked_attention, plain_attention
 from exporters.model.spec import read_spec
 from exporters.model.transformer import LoRA, Norm, Transformer
 from exporters.signature import ProgramSignature

@@ -21,14 +21,15 @@ from exporters.errors import ExportError
 from exporters.executorch import lm_program as lowering
 from exporters.executorch.delegation import PROMPT, Delegation
 from exporters.executorch.lm_program import LoweredLm, lower_lm
-from exporters.executorch.pieces import edge_config, lower_whole
+from exporters.executorch.patches import edge_config
+from exporters.executorch.pieces import lower_whole
 from exporters.model.assembly import build
 from exporters.model.lora_tensors import adapter_tensors
 from exporters.model.quantize import QuantizedLinear, Scheme, quantized
 from exporters.model.rounding import round_search
 from exporters.model.spec import ARCHITECTURES, read_spec
 from exporters.model.transformer import Transformer
-from runtime_py.bundle.adapter_tensors import to_runtime
+from runtime_py.bundle.adapter import to_runtime
 from runtime_py.bundle.flat_tensor import ALIGNMENT, locate, read_ptd, write_ptd
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.lm import ExecutorchLm

@@ -37,7 +37,7 @@ from tests.exporters.training.training_kit import (
 )
 from toolchain.compile.precision import ANDROID
 from toolchain.compile.training_part import EagerPrograms, lower_programs, training_spec
-from toolchain.verify.autograd import PeftEngine, peft_gradient
+from toolchain.verify.reference_engines import PeftEngine, peft_gradient
 
 KINDS = list(tiny.ARCHITECTURES)
 

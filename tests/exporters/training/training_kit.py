@@ -15,8 +15,8 @@ from exporters.model.assembly import build
 from exporters.model.spec import read_spec
 from exporters.model.transformer import Transformer
 from exporters.training.programs import TrainingProgram, TrainingSpec
+from runtime_py.bundle.adapter import to_runtime
 from runtime_py.bundle.adapter_state import AdapterState
-from runtime_py.bundle.adapter_tensors import to_runtime
 from runtime_py.bundle.manifest import AdapterTensor, Program, Training
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.base_weights import BaseWeights
@@ -26,9 +26,9 @@ from runtime_py.engine.streaming import StreamingEngine
 from tests import tiny
 from toolchain.compile.adapter_layout import layout
 from toolchain.compile.training_part import manifest_program, training_spec, write_training
-from toolchain.verify.autograd import peft_gradient
 from toolchain.verify.mil.interpreter import Interpreter
 from toolchain.verify.mil.mlpackage import read_package
+from toolchain.verify.reference_engines import peft_gradient
 
 RANK = 4
 

@@ -31,7 +31,7 @@ from runtime_py.loop.errors import DiskFull, TrainingError
 from tests import tiny
 from tests.exporters.training.training_kit import Kit, example_of, make_kit
 from toolchain.compile.training_part import EagerPrograms
-from toolchain.verify.autograd import PeftEngine
+from toolchain.verify.reference_engines import PeftEngine
 
 OPTIMIZER = m.Optimizer(beta1=0.9, beta2=0.999, epsilon=1e-8)
 

@@ -16,7 +16,7 @@ from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
 
 from exporters.executorch.lm_program import lower_lm
-from exporters.executorch.pieces import edge_config
+from exporters.executorch.patches import edge_config
 from exporters.model.assembly import build
 from exporters.model.lora_tensors import adapter_tensors
 from exporters.model.quantize import Scheme, quantized
@@ -32,7 +32,7 @@ from toolchain.verify.arm64.emulate import (
     Arm64Program,
     Call,
     FileSlice,
-    Result,
+    OutputOf,
     RunError,
     refuse_cpu,
 )
@@ -272,9 +272,9 @@ def test_inputs_from_a_file_and_from_an_earlier_call(
     with pytest.raises(
         RunError, match=r"input 0 of forward is float32 2x4; it must be float32 and"
     ):
-        chained.run_sequence([Call("forward", (x, w)), Call("forward", (Result(0, 0), w))])
+        chained.run_sequence([Call("forward", (x, w)), Call("forward", (OutputOf(0, 0), w))])
     with pytest.raises(RunError, match="output 2 of call 0, which there is not"):
-        chained.run_sequence([Call("forward", (x, w)), Call("forward", (Result(0, 2), w))])
+        chained.run_sequence([Call("forward", (x, w)), Call("forward", (OutputOf(0, 2), w))])
     with pytest.raises(RunError, match=r"3x4 from byte 60 on, is not within .*, which has 104"):
         chained.call("forward", (x, FileSlice(weights, 60, "float32", (3, 4))))
 

@@ -27,7 +27,7 @@ from runtime_py.bundle import manifest as m
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.loop.errors import BundleError
-from tests.toolchain.verify.conftest import Faulty, own_models, signed
+from tests.toolchain.verify.conftest import Faulty, own_models, rewrite, signed
 from toolchain.compile.training_part import manifest_program
 from toolchain.verify.arm64.emulate import Call
 from toolchain.verify.parity import executorch_rungs
@@ -50,19 +50,6 @@ def caught(rung: Rung, *words: str, layer: int | None = None) -> None:
 
 
 # What a file of the bundle holds
-
-
-def rewrite(file: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """One tensor of the weights file, changed where it lies."""
-    weights = BaseWeights(file)
-    old = np.array(weights[name])
-    dtype, shape, offset = weights._entries[name]
-    new = np.ascontiguousarray(change(old), dtype)
-    assert new.shape == shape
-    assert (new != old).any()
-    with file.open("r+b") as out:
-        out.seek(offset)
-        out.write(new.tobytes())
 
 
 def test_a_transposed_weight(faulty: Faulty) -> None:

@@ -6,17 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime_py.bundle.adapter_tensors import to_runtime
+from runtime_py.bundle.adapter import read_values, to_runtime
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.examples import IGNORED, Example, example
-from runtime_py.engine.job_runner import read_values
-from runtime_py.loop.dialogue import Dialogue, Turn
+from runtime_py.loop.dialogue import Dialogue
 from runtime_py.loop.errors import TrainingError
 from toolchain.compile.proofs import with_effect
-from toolchain.compile.shipped_text import shipped_dialogues
+from toolchain.compile.shipped_text import as_dialogue, shipped_dialogues
 
 DECODED = 32  # tokens that are decoded one by one after a prompt
 PROMPT = 65  # of a real dialogue: one more than a chunk of Core ML's prefill
@@ -40,12 +39,9 @@ class Case:
 
 def dialogues(count: int) -> list[Dialogue]:
     """Of those that ship with attune: real ones, of different lengths."""
-    found = shipped_dialogues("perplexity")
-    step = max(1, len(found) // count)
-    return [
-        Dialogue(f"shipped-{i}", tuple(Turn(t["role"], t["content"]) for t in found[i * step]))
-        for i in range(count)
-    ]
+    every = shipped_dialogues("perplexity")
+    step = max(1, len(every) // count)
+    return [as_dialogue(f"shipped-{i}", every[i * step]) for i in range(count)]
 
 
 def _short(text: str) -> str:

@@ -16,13 +16,14 @@ from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.engine.examples import Example
+from runtime_py.loop.errors import BundleError
 from toolchain.compile.training_part import EagerPrograms
 from toolchain.verify.arm64.emulate import CPU
-from toolchain.verify.autograd import PeftEngine
 from toolchain.verify.parity.cases import EFFECT, INITIAL, Case
 from toolchain.verify.parity.lm_checks import Said
 from toolchain.verify.parity.models import Models, Values, embedding_of, logits_of
 from toolchain.verify.parity.recording import Recorded
+from toolchain.verify.reference_engines import PeftEngine
 
 
 @dataclass(eq=False)
@@ -39,7 +40,7 @@ class Context:
     scratch: Path
     quick: bool = False
     cpu: str = CPU
-    told: Callable[[str], None] = lambda stage: None
+    progress: Callable[[str], None] = lambda stage: None
     eager: Said | None = None
     ios: Said | None = None
     executorch: Said | None = None
@@ -47,7 +48,9 @@ class Context:
 
     @property
     def source(self) -> Models:
-        assert not isinstance(self.models, str)
+        """Raises ``BundleError`` where the source is not there."""
+        if isinstance(self.models, str):
+            raise BundleError(f"the model's source is needed: {self.models}")
         return self.models
 
     @property

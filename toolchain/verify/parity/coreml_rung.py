@@ -109,7 +109,7 @@ def coreml(context: Context) -> Rung:
     found: Found | None = None
     layers: list[tuple[str, float]] = []
     try:
-        context.told("coreml: prefill, decode, embed")
+        context.progress("coreml: prefill, decode, embed")
         lm = CoreMlLm(context)
         expected = context.ios
         if expected is None:
@@ -122,7 +122,7 @@ def coreml(context: Context) -> Rung:
         if any(not check.passed for check in own):
             found = place or _named(own)
         if context.bundle.manifest.training is not None:
-            context.told("coreml: training programs")
+            context.progress("coreml: training programs")
             more, where = _training(context)
             checks += more
             found = found or where

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime_py.bundle.adapter import write_values
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Manifest
-from runtime_py.engine.job_runner import write_values
 from toolchain.compile.android import PREFILL_ANDROID
 from toolchain.compile.tolerances import ADAPTER_RATIO, TABLE, Tolerance
 from toolchain.verify.arm64.emulate import Call

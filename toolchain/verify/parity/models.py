@@ -13,39 +13,32 @@ from peft import PeftModel
 from torch import nn
 
 from exporters.coreml.functions import Embed
-from exporters.model.attention import plain_attention
 from exporters.model.lora_tensors import set_adapter
+from exporters.model.plain_attention import plain_attention
 from exporters.model.transformer import Transformer
 from exporters.training.programs import TrainingSpec
 from exporters.training.weights_file import as_stored
 from runtime_py.bundle.bundle import Bundle
 from toolchain.compile.precision import rounded_for_coreml
+from toolchain.compile.source import Source, as_in_bundle, float_model
 from toolchain.compile.training_part import training_spec
 from toolchain.verify.peft_module import peft_values
-from toolchain.verify.source import Source, as_in_bundle, float_model
 
 Values = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """Each is made when it is first asked for; ``as_read`` must be the first."""
+    """``open_models`` makes one. ``initial``: the bundle's adapter as its programs are given it;
+    ``eager``: Hugging Face's float32 module with the bundle's PEFT folder as PEFT itself reads it;
+    ``as_read``: the adapter that PEFT read, by the programs' names. The others are made when they
+    are first asked for."""
 
     bundle: Bundle
     source: Source
     initial: Values
-
-    @cached_property
-    def eager(self) -> PeftModel:
-        """Float32, with the bundle's PEFT folder as PEFT itself reads it."""
-        model = self.source.checkpoint.hf_model()
-        folder = str(self.bundle.peft)
-        return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
-
-    @cached_property
-    def as_read(self) -> dict[str, np.ndarray]:
-        """The adapter that PEFT read, before any other was set: by the programs' names."""
-        return peft_values(self.eager, self.bundle.manifest.adapter.tensors)
+    eager: PeftModel
+    as_read: Values
 
     @cached_property
     def captured(self) -> Transformer:
@@ -56,7 +49,7 @@ class Models:
     def android(self) -> Transformer:
         """With the weights of ``lm.pte``. Calibration reads its text with the bundle's adapter."""
         set_adapter(self.captured, self.initial)
-        return as_in_bundle(self.captured, self.bundle.manifest, self.source)
+        return as_in_bundle(self.captured, self.bundle, self.source)
 
     @cached_property
     def ios(self) -> Transformer:
@@ -66,24 +59,33 @@ class Models:
     @cached_property
     def training_spec(self) -> TrainingSpec:
         """What the bundle's training programs were made for."""
-        own = self.bundle.training
-        adapter = self.bundle.manifest.adapter
-        spec = training_spec(self._simulated, adapter.targets, adapter.rank, None)
-        return replace(spec, blocks=own.precision, head=own.head_precision, positions=own.positions)
+        section, adapter = self.bundle.training, self.bundle.manifest.adapter
+        spec = training_spec(self.simulated, adapter.targets, adapter.rank, None)
+        return replace(
+            spec,
+            blocks=section.precision,
+            head=section.head_precision,
+            positions=section.positions,
+        )
 
     @property
-    def _simulated(self) -> Transformer:
+    def simulated(self) -> Transformer:
+        """The one that the training file was written from."""
         return self.android if self.bundle.manifest.android is not None else self.ios
 
     @cached_property
     def stored(self) -> Transformer:
         """Float32 arithmetic with the weights of the training file, as the source gives them."""
-        return as_stored(self._simulated, self.training_spec)
+        return as_stored(self.simulated, self.training_spec)
 
-    @property
-    def simulated(self) -> Transformer:
-        """The one that the training file was written from."""
-        return self._simulated
+
+def open_models(bundle: Bundle, source: Source, initial: Values) -> Models:
+    """Reads source and adapter as Hugging Face and PEFT do, before any other adapter is set."""
+    model = source.checkpoint.hf_model()
+    folder = str(bundle.peft)
+    eager = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
+    as_read = peft_values(eager, bundle.manifest.adapter.tensors)
+    return Models(bundle, source, initial, eager, as_read)
 
 
 @torch.no_grad()
@@ -121,6 +123,7 @@ def eager_embedding(model: PeftModel, tokens: np.ndarray) -> tuple[np.ndarray, n
 
 @torch.no_grad()
 def eager_logits(model: nn.Module, tokens: np.ndarray, first: int) -> np.ndarray:
+    """Hugging Face's, after each token from index ``first`` on: [n, vocab]."""
     return (
         model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0, first:].numpy()
     )

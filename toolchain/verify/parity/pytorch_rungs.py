@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from exporters.model.lora_tensors import set_adapter
-from runtime_py.bundle.adapter_tensors import to_runtime
+from runtime_py.bundle.adapter import to_runtime
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.streaming import StreamingEngine
 from toolchain.compile.tolerances import TABLE
-from toolchain.verify.autograd import TransformerEngine
 from toolchain.verify.parity import probes, training_checks, weights_checks
 from toolchain.verify.parity.cases import EFFECT, INITIAL
 from toolchain.verify.parity.context import Context, said_by
@@ -19,6 +18,7 @@ from toolchain.verify.parity.lm_checks import Said, compared
 from toolchain.verify.parity.models import eager_embedding, eager_logits
 from toolchain.verify.parity.verdict import Check, Found, Rung, compare, rung, stated
 from toolchain.verify.peft_module import set_peft_adapter
+from toolchain.verify.reference_engines import TransformerEngine
 
 _NOTICED = 2e-5  # float32's own differences inside are 1e-7 to 1e-6
 
@@ -110,7 +110,7 @@ def captured(context: Context) -> Rung:
         )
         reference = context.peft_engine()
         for example, adapter in context.trained:
-            context.told(f"captured: training on {example.id}")
+            context.progress(f"captured: training on {example.id}")
             values = context.adapters[adapter]
             set_peft_adapter(models.eager, manifest.adapter.tensors, values)
             case = f"{example.id}, {adapter}"
@@ -174,13 +174,16 @@ def quantized(context: Context) -> Rung:
         checks += compared(said, expected, context.cases, *bounds, "ios lm")
         context.ios = said
     if manifest.training is not None:
-        context.told("quantized: the weights file")
-        stored, found = weights_checks.training_file(context.bundle, models, context.scratch)
+        context.progress("quantized: the weights file")
+        bundle = context.bundle
+        stored, found = weights_checks.training_file(
+            bundle.training_weights, bundle.training, models.simulated
+        )
         checks += stored
         engine = StreamingEngine(context.programs, context.weights, context.bundle.training)
         reference = TransformerEngine(models.stored, context.bundle.training.optimizer)
         for example, adapter in context.trained:
-            context.told(f"quantized: training on {example.id}")
+            context.progress(f"quantized: training on {example.id}")
             case = f"{example.id}, {adapter}"
             values = context.adapters[adapter]
             checks += training_checks.against(
