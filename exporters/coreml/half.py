@@ -14,8 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from exporters.model.projection import LoRA, Projection
 from exporters.model.quantize import share
-from exporters.model.transformer import LoRA, Norm, Projection, Transformer
+from exporters.model.transformer import Norm, Transformer
 
 SMALLEST = 2.0**-14  # the least normal float16
 HEADROOM = 2.0**-4  # the residual stream's scale

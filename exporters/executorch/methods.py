@@ -41,6 +41,7 @@ class StockCache(nn.Module):
         """``mask``: additive [S, C] float32 where a window narrows the causal view."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            """As ``Attend`` says, with what the cache holds before ``start``."""
             torch.ops.llama.update_cache(k, self.keys, start)
             torch.ops.llama.update_cache(v, self.values, start)
             return torch.ops.llama.custom_sdpa(
@@ -149,6 +150,7 @@ class LmProgram(_Pieces):
         self.final = [factory.final()]
 
     def forward(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
+        """tokens [1, S] int64, start_pos [1] int64 -> logits of the last token [1, vocab]."""
         spec = self.spec
         length = tokens.shape[1]
         start: Any = start_pos[0].item()  # a symbol while captured

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from exporters.errors import ExportError
 from exporters.model.lora_targets import LoraTarget, lora_targets, site_targets
+from exporters.model.projection import LoRA, Projection
 from exporters.model.spec import ModelSpec
-from exporters.model.transformer import Block, Dense, LoRA, Norm, Projection, Table, Transformer
+from exporters.model.transformer import Block, Dense, Norm, Table, Transformer
 
 
 class _Reader:

@@ -65,6 +65,8 @@ class _Reader:
         return float(value)
 
     def check_known(self, known: set[str]) -> None:
+        """Raises ``ExportError`` that names every hyperparameter beyond ``known`` which may mean
+        something."""
         present = {
             key.removeprefix(self.prefix): value
             for key, value in self.file.metadata.items()

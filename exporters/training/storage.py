@@ -135,6 +135,7 @@ class Int4:
         )
 
     def encode(self, weight: Tensor | Rounded) -> dict[str, Tensor]:
+        """A matrix [out, in], rounded if it is not yet in groups of ``GROUP``."""
         if isinstance(weight, Rounded) and weight.group == GROUP:
             rounded = weight
         else:

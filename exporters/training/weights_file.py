@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from exporters.errors import ExportError
+from exporters.model.projection import LoRA
 from exporters.model.quantize import QuantizedLinear, QuantizedTable, share
 from exporters.model.rounding import Rounded
-from exporters.model.transformer import Block, Dense, LoRA, Table, Transformer, rope_tables
+from exporters.model.transformer import Block, Dense, Table, Transformer, rope_tables
 from exporters.training.block import MATRICES
 from exporters.training.programs import TrainingSpec
 from exporters.training.storage import GROUP, PRECISIONS, StoragePrecision, StoredPart

@@ -11,8 +11,9 @@ from transformers import AutoConfig
 from exporters.errors import ExportError
 from exporters.model.assembly import build
 from exporters.model.lora_targets import lora_targets
+from exporters.model.projection import LoRA
 from exporters.model.spec import ARCHITECTURES, read_spec
-from exporters.model.transformer import LoRA, Transformer
+from exporters.model.transformer import Transformer
 from tests import tiny
 
 EXACT = 1e-5  # of the logits' range: float32 sums in another order
