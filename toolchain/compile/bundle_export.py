@@ -22,7 +22,7 @@ from exporters.model.spec import ModelSpec, read_spec
 from exporters.model.transformer import Transformer, build
 from exporters.training.programs import TrainingSpec
 from runtime_py.bundle import manifest as m
-from runtime_py.bundle.adapter import to_runtime
+from runtime_py.bundle.adapter_forms import to_runtime
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.flat_tensor import locate, write_ptd
 from runtime_py.bundle.peft_adapter import (
@@ -32,7 +32,7 @@ from runtime_py.bundle.peft_adapter import (
     read_peft,
     write_peft,
 )
-from runtime_py.engine.training_memory import training_bytes
+from runtime_py.engine.memory import training_bytes
 from runtime_py.loop.lexicons import BUILTIN as LEXICONS
 from runtime_py.loop.policy import LoopPolicy
 from toolchain.compile import adapter_layout, golden_vectors, precision, proofs, training_part
