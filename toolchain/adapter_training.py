@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime_py.bundle.adapter import from_runtime, load_adapter, to_runtime
+from runtime_py.bundle.adapter_forms import from_runtime, load_adapter, to_runtime
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.chat_text import ChatText

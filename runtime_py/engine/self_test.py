@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from runtime_py.bundle.adapter import read_values, write_values
+from runtime_py.bundle.adapter_forms import read_values, write_values
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.engine.base_weights import BaseWeights

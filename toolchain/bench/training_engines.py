@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from exporters.model.transformer import Transformer
-from runtime_py.bundle.adapter import to_runtime
+from runtime_py.bundle.adapter_forms import to_runtime
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Manifest

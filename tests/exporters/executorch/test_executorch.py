@@ -29,7 +29,7 @@ from exporters.model.quantize import QuantizedLinear, Scheme, quantized
 from exporters.model.rounding import round_search
 from exporters.model.spec import ARCHITECTURES, read_spec
 from exporters.model.transformer import Transformer
-from runtime_py.bundle.adapter import to_runtime
+from runtime_py.bundle.adapter_forms import to_runtime
 from runtime_py.bundle.flat_tensor import ALIGNMENT, locate, read_ptd, write_ptd
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.lm import ExecutorchLm

@@ -15,7 +15,7 @@ from exporters.model.assembly import build
 from exporters.model.spec import read_spec
 from exporters.model.transformer import Transformer
 from exporters.training.programs import TrainingProgram, TrainingSpec
-from runtime_py.bundle.adapter import to_runtime
+from runtime_py.bundle.adapter_forms import to_runtime
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.manifest import AdapterTensor, Program, Training
 from runtime_py.bundle.peft_adapter import read_peft

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime_py.bundle.adapter import read_values, to_runtime
+from runtime_py.bundle.adapter_forms import read_values, to_runtime
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.manifest import Manifest

@@ -19,7 +19,7 @@ import torch
 
 from exporters.model.lora_tensors import set_adapter
 from exporters.model.transformer import Transformer
-from runtime_py.bundle.adapter import read_values, write_values
+from runtime_py.bundle.adapter_forms import read_values, write_values
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.examples import fit

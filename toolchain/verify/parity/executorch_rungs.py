@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from exporters.model.lora_tensors import set_adapter
-from runtime_py.bundle.adapter import write_values
+from runtime_py.bundle.adapter_forms import write_values
 from runtime_py.bundle.manifest import Program
 from toolchain.compile.tolerances import of_adapter, of_logits, of_pooled, same_program
 from toolchain.verify.arm64 import build

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime_py.bundle.adapter import write_values
+from runtime_py.bundle.adapter_forms import write_values
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Manifest
 from toolchain.compile.android import PREFILL_ANDROID

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from exporters.model.lora_tensors import set_adapter
-from runtime_py.bundle.adapter import to_runtime
+from runtime_py.bundle.adapter_forms import to_runtime
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.streaming import StreamingEngine
 from toolchain.compile.tolerances import TABLE
