@@ -17,7 +17,8 @@ from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.examples import Example
-from runtime_py.engine.native import load_module, silenced
+from runtime_py.engine.executorch_library import load_module
+from runtime_py.engine.native import silenced
 from runtime_py.engine.streaming import StreamingEngine, open_training, step_numbers
 
 RATE, DECAY, CLIP = 3e-4, 0.01, 1.0

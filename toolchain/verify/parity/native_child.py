@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime_py.engine.native import load_module, set_threads
+from runtime_py.engine.executorch_library import load_module, set_threads
 from toolchain.verify.arm64.emulate import Call, FileSlice, OutputOf, RunError
 
 TIMEOUT_S = 1200.0
