@@ -138,12 +138,12 @@ class Arm64Program:
             raise RunError(f"{self._command[0]} cannot be started: {error.strerror}.") from error
         if done.returncode == 0:
             return
-        said = [line for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in done.stderr.splitlines() if line.strip()]
         if done.returncode < 0:
             name = signal.Signals(-done.returncode).name
             reason = f"crashed with {name}: the file may be damaged, or memory ran out."
         else:
-            reason = f"failed: {said[-1] if said else f'exit code {done.returncode}.'}"
+            reason = f"failed: {errors[-1] if errors else f'exit code {done.returncode}.'}"
         raise RunError(f"{self._name()} {reason}")
 
     def _name(self) -> str:
