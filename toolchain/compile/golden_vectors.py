@@ -249,11 +249,11 @@ def _training(
     labels[: max(1, len(text) // 4)] = IGNORED
     example = Example("golden", text.numpy(), labels.numpy())
     model = as_stored(training.model, training.spec)
-    loss, grads = autograd_gradient(model, values, [example])
+    whole = autograd_gradient(model, values, [example])
     flat = FlatLayout.of(layout)
     gradient = flat.zeros()
     views = flat.views(gradient)
-    for name, grad in grads.items():
+    for name, grad in whole.gradients.items():
         views[name][...] = grad
     line = gradient.reshape(-1)
     used = sum(int(np.prod(shape)) for _, shape in flat.places.values())
@@ -262,7 +262,7 @@ def _training(
         "case": "dialogue",
         "tokens": text.tolist(),
         "labels": labels.tolist(),
-        "loss": loss / example.count,
+        "loss": whole.loss / example.count,
         "gradient_norm": float(np.linalg.norm(line.astype(np.float64))),
         "tolerances": {
             "loss": _bound(TABLE["float32, loss"]),

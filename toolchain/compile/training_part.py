@@ -169,7 +169,8 @@ def prove(
     engine = StreamingEngine(ExecutorchPrograms(folder, programs), weights, training)
     gradient = state.layout.zeros()
     loss, count = engine.gradient(state, [example], gradient)
-    expected, grads = autograd_gradient(as_stored(model, spec), values, [example])
+    whole = autograd_gradient(as_stored(model, spec), values, [example])
+    expected, grads = whole.loss, whole.gradients
     streamed = state.layout.views(gradient)
     off = {
         name: float(np.abs(streamed[name] - grad).max() / max(np.abs(grad).max(), 1e-30))

@@ -134,11 +134,11 @@ class TransformerEngine:
     def gradient(
         self, state: AdapterState, examples: Sequence[Example], into: np.ndarray
     ) -> tuple[float, int]:
-        loss, gradients = autograd_gradient(self._model, state.tensors, examples)
+        whole = autograd_gradient(self._model, state.tensors, examples)
         views = state.layout.views(into)
-        for name, gradient in gradients.items():
+        for name, gradient in whole.gradients.items():
             views[name] += gradient
-        return loss, sum(example.count for example in examples)
+        return whole.loss, sum(example.count for example in examples)
 
     def update(self, state: AdapterState, gradient: np.ndarray, numbers: StepNumbers) -> float:
         return torch_update(self._optimizer, state, gradient, numbers)

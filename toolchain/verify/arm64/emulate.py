@@ -21,6 +21,8 @@ CPU = "cortex-a76"  # ARMv8.2 with the int8 dot product, as most phones' process
 TIMEOUT_S = 600.0
 
 _ALIGNMENT = 64  # of an input in its file
+# What decides in which order the BLAS that attention calls adds up.
+_SPLIT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY")
 _PAST_END = 64  # bytes after the last input: a kernel may read a vector's width past its end
 
 
@@ -121,7 +123,7 @@ class Arm64Program:
             done = subprocess.run(
                 [*self._command, "request", "response", "outputs"],
                 cwd=folder,  # where QEMU leaves a core
-                env={"LC_ALL": "C", "PATH": os.defpath},  # libraries from nowhere else
+                env=_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -138,17 +140,23 @@ class Arm64Program:
             raise RunError(f"{self._command[0]} cannot be started: {error.strerror}.") from error
         if done.returncode == 0:
             return
-        said = [line for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in done.stderr.splitlines() if line.strip()]
         if done.returncode < 0:
             name = signal.Signals(-done.returncode).name
             reason = f"crashed with {name}: the file may be damaged, or memory ran out."
         else:
-            reason = f"failed: {said[-1] if said else f'exit code {done.returncode}.'}"
+            reason = f"failed: {errors[-1] if errors else f'exit code {done.returncode}.'}"
         raise RunError(f"{self._name()} {reason}")
 
     def _name(self) -> str:
         where = "on ARM64 under QEMU" if len(self._command) > 1 else "in the native runner"
         return f"{self._files[0][1]} {where}"
+
+
+def _environment() -> dict[str, str]:
+    """Libraries come from nowhere else; a product's sums are split as in this process."""
+    split = {name: os.environ[name] for name in _SPLIT if name in os.environ}
+    return {"LC_ALL": "C", "PATH": os.defpath, **split}
 
 
 def _command(runner: Runner, cpu: str) -> list[str]:

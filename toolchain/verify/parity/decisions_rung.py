@@ -28,6 +28,7 @@ from runtime_py.engine.streamed_tuner import StreamedFineTuner
 from runtime_py.engine.streaming import StreamingEngine
 from runtime_py.engine.trainer import Settings, evaluate, train
 from runtime_py.loop.dialogue import Dialogue, Turn
+from runtime_py.loop.errors import LoopError
 from runtime_py.loop.lexicons import read_lexicons
 from runtime_py.loop.log import Decision
 from runtime_py.loop.personalizer import Personalizer
@@ -70,7 +71,8 @@ class TorchPhone:
     def generate(
         self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
     ) -> str:
-        assert temperature == 0.0
+        if temperature != 0.0:
+            raise LoopError("the loop in PyTorch writes greedy text only: ask for temperature 0.")
         return self.greedy(messages, max_new_tokens)[0]
 
     def greedy(self, messages: Sequence[Turn], most: int) -> tuple[str, list[int], list[float]]:
@@ -88,8 +90,8 @@ class TorchPhone:
             if token in manifest.tokenizer.eos_ids:
                 break
             written.append(token)
-        said = text.tokenizer.decode(written, skip_special_tokens=True)
-        return str(said).strip(), written, margins
+        reply = text.tokenizer.decode(written, skip_special_tokens=True)
+        return str(reply).strip(), written, margins
 
 
 class TorchTuner:
@@ -198,9 +200,9 @@ def decisions(context: Context) -> Rung:
     reference = TorchPhone(context, context.source.android)
     expected = live(context, "pytorch", reference, TorchTuner(context), stream)
     context.progress("decisions: ExecuTorch")
-    found = phone_life(context, "executorch", stream)
-    checks = same_life(found, expected, manifest.android.quantize)
-    checks += _reply(context, reference, found, expected, stream)
+    measured = phone_life(context, "executorch", stream)
+    checks = same_life(measured, expected, manifest.android.quantize)
+    checks += _reply(context, reference, measured, expected, stream)
     return rung("decisions", "PyTorch with the same weights", checks)
 
 
@@ -212,19 +214,19 @@ def phone_life(context: Context, name: str, stream: Sequence[Dialogue]) -> LoopO
     return live(context, name, engine, tuner, stream)
 
 
-def same_life(found: LoopOutcome, expected: LoopOutcome, quantize: str) -> list[Check]:
+def same_life(measured: LoopOutcome, expected: LoopOutcome, quantize: str) -> list[Check]:
     """Scores within the precision, the same choices but for ties, the same training."""
     allowed = _SCORES[quantize]
     checks: list[Check] = []
     rows = [
         [[d.scores.eoe, d.scores.dss, d.scores.idd] for d in life.decisions if d.scores]
-        for life in (found, expected)
+        for life in (measured, expected)
     ]
-    split = _first_split(found.decisions, expected.decisions)
+    split = _first_split(measured.decisions, expected.decisions)
     until = len(expected.decisions) if split is None else split + 1
-    own, want = (np.array(part)[:until] for part in rows)
+    scores, right = (np.array(part)[:until] for part in rows)
     for column, name in enumerate(("eoe", "dss", "idd")):
-        gap = float(np.abs(own[:, column] - want[:, column]).max())
+        gap = float(np.abs(scores[:, column] - right[:, column]).max())
         most = 0.0 if name == "dss" else allowed
         checks.append(
             Check(
@@ -232,47 +234,52 @@ def same_life(found: LoopOutcome, expected: LoopOutcome, quantize: str) -> list[
                 most, "scores", gap <= most,
             )
         )  # fmt: skip
-    checks.append(_choices(found, expected, split, want, allowed))
+    checks.append(_choices(measured, expected, split, right, allowed))
     if split is not None:
         return checks
-    losses = np.array(found.losses), np.array(expected.losses)
+    losses = np.array(measured.losses), np.array(expected.losses)
     checks.append(compare("loop", "one night", "losses", *losses, TABLE["float32, gradient"]))
-    held = np.array(found.held_out), np.array(expected.held_out)
+    held = np.array(measured.held_out), np.array(expected.held_out)
     checks.append(compare("loop", "one night", "held-out loss", *held, TABLE["float32, gradient"]))
-    if found.adapter and expected.adapter:
-        own, want = (
-            np.concatenate([v.ravel() for v in x.adapter.values()]) for x in (found, expected)
+    if measured.adapter and expected.adapter:
+        trained, reference = (
+            np.concatenate([v.ravel() for v in x.adapter.values()]) for x in (measured, expected)
         )
-        checks.append(compare("loop", "one night", "adapter", own, want, TABLE["training run"]))
-    same = found.accepted == expected.accepted
-    note = "" if same else f"version {found.accepted} instead of {expected.accepted}"
+        bound = TABLE["training run"]
+        checks.append(compare("loop", "one night", "adapter", trained, reference, bound))
+    same = measured.accepted == expected.accepted
+    note = "" if same else f"version {measured.accepted} instead of {expected.accepted}"
     checks.append(stated("loop", "one night", "adapter taken or not", same, note))
     return checks
 
 
-def _first_split(found: Sequence[Decision], expected: Sequence[Decision]) -> int | None:
-    for index, (own, want) in enumerate(zip(found, expected, strict=True)):
-        if (own.bin, own.reason, own.replaced, own.domain, own.asked) != (
-            want.bin, want.reason, want.replaced, want.domain, want.asked,
-        ):  # fmt: skip
+def _first_split(measured: Sequence[Decision], expected: Sequence[Decision]) -> int | None:
+    """The first dialogue that the two loops decided differently."""
+    for index, pair in enumerate(zip(measured, expected, strict=True)):
+        one, other = ((d.bin, d.reason, d.replaced, d.domain, d.asked) for d in pair)
+        if one != other:
             return index
     return None
 
 
 def _choices(
-    found: LoopOutcome, expected: LoopOutcome, split: int | None, scores: np.ndarray, allowed: float
+    measured: LoopOutcome,
+    expected: LoopOutcome,
+    split: int | None,
+    scores: np.ndarray,
+    allowed: float,
 ) -> Check:
     name = "kept and replaced sets"
     case = f"{len(expected.decisions)} dialogues"
     if split is None:
         return stated("loop", case, name, True, "")
-    own, want = found.decisions[split], expected.decisions[split]
+    decision, right = measured.decisions[split], expected.decisions[split]
     # Which of the sets before could the new one's scores be told from?
     gaps = np.abs(scores[:split] - scores[split])
     margin = float(gaps[gaps > 0].min()) if (gaps > 0).any() else 1.0
     note = (
-        f"{own.id} is {'kept' if own.kept else 'refused'}, PyTorch has "
-        f"{'kept' if want.kept else 'refused'} it; the closest scores differ by {margin:.2g}"
+        f"{decision.id} is {'kept' if decision.kept else 'refused'}, PyTorch has "
+        f"{'kept' if right.kept else 'refused'} it; the closest scores differ by {margin:.2g}"
     )
     tie = margin <= 2 * allowed and allowed > 1e-3
     return stated("loop", case, name, tie, note + (" (a tie)" if tie else ""))
@@ -281,21 +288,20 @@ def _choices(
 def _reply(
     context: Context,
     reference: TorchPhone,
-    found: LoopOutcome,
+    measured: LoopOutcome,
     expected: LoopOutcome,
     stream: Sequence[Dialogue],
 ) -> list[Check]:
     """Greedy text with the bundle's adapter. Where it parts, PyTorch's two likeliest tokens must be
     closer than the precision tells apart."""
-    own, want = found.first_reply, expected.first_reply
-    if own == want:
+    if measured.first_reply == expected.first_reply:
         return [stated("loop", "reply", "greedy text", True, "")]
     reference.use_adapter(context.bundle.android.adapter)
     _, tokens, margins = reference.greedy(stream[0].turns[:1], _WORDS)
-    theirs = context.text.encode(own)
+    written = context.text.encode(measured.first_reply)
     place = next(
-        (i for i, (a, b) in enumerate(zip(theirs, tokens, strict=False)) if a != b),
-        min(len(theirs), len(tokens), len(margins) - 1),
+        (i for i, (a, b) in enumerate(zip(written, tokens, strict=False)) if a != b),
+        min(len(written), len(tokens), len(margins) - 1),
     )
     allowed = 0.1 if of_logits(context.bundle.android.quantize).name != "float32" else 2e-4
     tie = margins[min(place, len(margins) - 1)] <= allowed

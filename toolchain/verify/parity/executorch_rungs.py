@@ -97,7 +97,7 @@ def _layers(context: Context) -> list[tuple[str, float]]:
     data = context.scratch / "watched.ptd"
     write_values(data, context.bundle.android.adapter, own.tensors, context.adapters[EFFECT])
     call = Call("forward", (tokens[None], np.array([0], np.int64)))
-    steps = run_calls(context.bundle.android.lm, [data], [call], watch=True).steps
+    steps = run_calls(context.bundle.android.lm, [data], [call], watch=True).instructions
     set_adapter(model, context.adapters[EFFECT])
     expected = probes.of_transformer(model, tokens)
     return probes.differences(probes.of_executorch(steps, model.spec, expected), expected)
