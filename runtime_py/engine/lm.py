@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (llama::* kernels)
-from executorch.extension.pybindings import portable_lib
 from executorch.kernels import quantized  # noqa: F401  (quantized_decomposed::* kernels)
 from torch import Tensor
 
-from runtime_py.engine.native import silenced
+from runtime_py.engine.native import load_module, set_threads, silenced
 
 
 class ExecutorchLm:
@@ -20,11 +19,8 @@ class ExecutorchLm:
 
     def __init__(self, program: Path, adapter: Path | None, threads: int | None = None) -> None:
         if threads is not None:
-            portable_lib._unsafe_reset_threadpool(threads)
-        with silenced():
-            self._module = portable_lib._load_for_executorch(
-                str(program), str(adapter) if adapter else None
-            )
+            set_threads(threads)
+        self._module = load_module(program, adapter)
         self._called: set[str] = set()
         self.prefill_length = int(self._run("get_max_seq_len")[0])
         self.context = int(self._run("get_max_context_len")[0])

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime_py.bundle.manifest import Program
-from runtime_py.engine.native import silenced
+from runtime_py.engine.native import set_threads, silenced
 from runtime_py.loop.errors import TrainingError
 
 
@@ -29,12 +29,10 @@ class ExecutorchPrograms:
     def __init__(
         self, folder: Path, programs: Sequence[Program], threads: int | None = None
     ) -> None:
-        from executorch.extension.pybindings import portable_lib
         from executorch.runtime import Runtime
 
         if threads is not None:
-            with silenced():
-                portable_lib._unsafe_reset_threadpool(threads)
+            set_threads(threads)
         self.signatures = {program.name: program for program in programs}
         # A method is nothing without its program, which must outlive it.
         self._files = {

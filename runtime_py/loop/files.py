@@ -59,21 +59,31 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """The system's refusals to write ``path`` as sentences: ``DiskFull`` and ``WriteError``."""
+    """The system's refusals to write ``path`` as sentences: ``DiskFull`` and ``WriteError``.
+
+    Where one encloses another, the disk that is full is told of the outer's path: what is written
+    inside it has a name of its own only for a moment.
+    """
     try:
         yield
+    except DiskFull as error:
+        raise _disk_full(path) from error
     except OSError as error:
         if error.errno in _FULL:
-            raise DiskFull(
-                f"{path} cannot be written: no space is left. What was there before is whole; free "
-                f"some space and do it again."
-            ) from error
+            raise _disk_full(path) from error
         if error.errno in _REFUSED:
             raise WriteError(
                 f"{path} cannot be written: {error.strerror}. What was there before is whole; "
                 f"choose another place, or change its permissions."
             ) from error
         raise
+
+
+def _disk_full(path: Path) -> DiskFull:
+    return DiskFull(
+        f"{path} cannot be written: no space is left. What was there before is whole; free some "
+        f"space and do it again."
+    )
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -38,7 +38,7 @@ from runtime_py.loop.schedule import Conditions, Moment
 from tests import tiny
 from tests.toolchain.conftest import Attune, Exported
 from toolchain.cli import app
-from toolchain.compile.bundle_export import builtin_folder
+from toolchain.compile.export_input import builtin_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NIGHT = Conditions(charging=True, idle=True, celsius=25.0, free_memory_mb=1 << 20)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.table import Table
 
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.bundle.manifest import Manifest, PlatformTarget, Tensor
+from toolchain.cli.options import AnyBundle, Json
 from toolchain.report.console import megabytes, output, print_json
 
 
 def inspect(
-    bundle: Annotated[Path, typer.Argument(help="A bundle that attune export wrote.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    bundle: AnyBundle,
+    as_json: Json = False,
 ) -> None:
     """Show a bundle's programs, signatures, sizes, delegation, adapter and hashes.
 

@@ -20,7 +20,7 @@ SYSTEMS = ("android", "ios", "linux")
 
 
 @dataclass(frozen=True)
-class Memory:
+class DeviceMemory:
     """MB of 10⁶ bytes. ``app_mb``: what an app may hold while it works in the background."""
 
     device_mb: float
@@ -39,7 +39,7 @@ class Compute:
 
 
 @dataclass(frozen=True)
-class Storage:
+class DeviceStorage:
     """``app_mb``: bundle, store, adapters and training states together."""
 
     app_mb: float
@@ -87,9 +87,9 @@ class Device:
     name: str
     kind: str
     system: str
-    memory: Memory
+    memory: DeviceMemory
     compute: Compute
-    storage: Storage
+    storage: DeviceStorage
     power: Power
     heat: Heat
     rhythm: Rhythm
@@ -97,9 +97,9 @@ class Device:
 
 
 _TABLES: dict[str, type] = {
-    "memory": Memory,
+    "memory": DeviceMemory,
     "compute": Compute,
-    "storage": Storage,
+    "storage": DeviceStorage,
     "power": Power,
     "heat": Heat,
     "rhythm": Rhythm,
@@ -127,6 +127,7 @@ def find_device(name: str) -> Device:
 
 
 def read_device(path: Path) -> Device:
+    """A profile from its TOML file. Raises ``LoopError`` with all misfits."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -153,7 +154,7 @@ def read_device(path: Path) -> Device:
     )
 
 
-def _text(raw: dict, key: str, allowed: tuple[str, ...] | None, wrong: list[str]) -> str:
+def _text(raw: dict[str, Any], key: str, allowed: tuple[str, ...] | None, wrong: list[str]) -> str:
     value = raw.get(key)
     if value is None:
         wrong.append(f"{key} is missing")
@@ -163,7 +164,7 @@ def _text(raw: dict, key: str, allowed: tuple[str, ...] | None, wrong: list[str]
 
 
 def _table(
-    raw: dict, table: str, kind: type, sources: dict[str, str], wrong: list[str]
+    raw: dict[str, Any], table: str, kind: type, sources: dict[str, str], wrong: list[str]
 ) -> dict[str, float]:
     given = raw.get(table)
     if not isinstance(given, dict):

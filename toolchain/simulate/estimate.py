@@ -49,6 +49,7 @@ class Estimate:
 
 
 def estimate(bundle: Bundle, policy: LoopPolicy, places: int) -> Estimate:
+    """What the loop takes with the bundle, its log after ``places`` dialogues."""
     training, manifest = bundle.training, bundle.manifest
     adapter = manifest.adapter
     sizes = Counter(bundle).sizes
@@ -63,7 +64,7 @@ def estimate(bundle: Bundle, policy: LoopPolicy, places: int) -> Estimate:
     shortest = min(policy.shortest_sequence_tokens, longest)
 
     def trained(length: int) -> float:
-        fitting = min(own for own in training.lengths if own >= length)
+        fitting = min(capacity for capacity in training.lengths if capacity >= length)
         return (training_bytes(bundle, fitting) + files[training.weights]) / 1e6
 
     numbers = sum(math.prod(tensor.shape) for tensor in adapter.tensors)
@@ -79,21 +80,21 @@ def estimate(bundle: Bundle, policy: LoopPolicy, places: int) -> Estimate:
     )
 
 
-def check_fits(device: Device, found: Estimate, manifest: Manifest) -> None:
+def check_fits(device: Device, need: Estimate, manifest: Manifest) -> None:
     """Raises ``LoopError`` where the device cannot hold the bundle, with the sum that shows it."""
     limit = device.memory.app_mb
     wrong = []
-    if found.least_peak > limit:
+    if need.least_peak > limit:
         wrong.append(
             f"it lets an app have {limit:,.0f} MB, and the loop needs about "
-            f"{found.least_peak:,.0f} MB: {found.idle:,.0f} at rest, and {found.lean:,.0f} for the "
-            f"language model while it answers or {found.least:,.0f} while it trains on the "
+            f"{need.least_peak:,.0f} MB: {need.idle:,.0f} at rest, and {need.lean:,.0f} for the "
+            f"language model while it answers or {need.least:,.0f} while it trains on the "
             f"shortest sequences, whichever is more"
         )
-    if found.storage > device.storage.app_mb:
+    if need.storage > device.storage.app_mb:
         wrong.append(
             f"it lets an app store {device.storage.app_mb:,.0f} MB, and the bundle with its store "
-            f"and adapters takes about {found.storage:,.0f}"
+            f"and adapters takes about {need.storage:,.0f}"
         )
     if wrong:
         raise LoopError(

@@ -2,129 +2,89 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 
+from toolchain.report import html
+from toolchain.report.html import Cell, Markup, element, join, paragraph, section, table
 from toolchain.simulate.life_pictures import pictures
-from toolchain.simulate.life_table import duration, facts
-from toolchain.simulate.outcome import Outcome
+from toolchain.simulate.life_table import duration, facts, fault_name
+from toolchain.simulate.outcome import SimulationOutcome
 
 _LONGEST = 600  # characters of an example
-_CSS = """
-:root { color-scheme: light; --ink: #1f2933; --quiet: #616e7c; --line: #e4e7eb; --own: #1f7a8c; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1120px; padding: 2rem 1.2rem 4rem; color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; }
-p.lead, figcaption, .quiet { color: var(--quiet); } p.lead { margin: .2rem 0 1.4rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .7rem; }
-.tile { border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; }
-.tile b { display: block; font-size: 1.35rem; font-weight: 600; }
-.tile.bad b { color: #c8553d; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr));
-  gap: 1rem; }
-figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem; }
-figure h3 { margin: 0; font-size: 1rem; } figure svg { width: 100%; height: auto; }
-figcaption { font-size: .85rem; }
-table { border-collapse: collapse; width: 100%; } td, th { text-align: left; padding: .25rem .6rem;
-  border-bottom: 1px solid var(--line); vertical-align: top; } td.n, th.n { text-align: right; }
-.texts { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 1rem; }
-.text { border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; margin: 0 0 .7rem;
-  overflow-wrap: anywhere; }
-.text p { margin: .3rem 0; white-space: pre-wrap; }
-.text p.said { border-left: 3px solid var(--own); padding-left: .6rem; }
-.note { border-left: 4px solid #e9a23b; background: #fdf6ea; padding: .6rem .9rem; }
-"""
 
 
-def write_page(path: Path, outcome: Outcome) -> None:
-    path.write_text(page(outcome), encoding="utf-8")
+def write_page(path: Path, outcome: SimulationOutcome) -> None:
+    html.write_page(path, page(outcome))
 
 
-def page(outcome: Outcome) -> str:
-    model, device = outcome.manifest.model, outcome.device
-    stream, watched = outcome.stream, outcome.watched
-    parts = [
-        f"<h1>{_t(model.name)} on {_t(device.name)}</h1>",
-        f"<p class='lead'>{len(outcome.scored):,} dialogues of {_t(stream.path.name)}, "
-        f"seed {outcome.life.seed}, policy {_t(outcome.life.policy['selection'])}. Memory, cores "
-        f"and storage were enforced on this machine; hours and watt-hours are <b>modelled</b> "
-        f"from counted operations and bytes.</p>",
-    ]
-    if watched.ended:
-        parts.append(f"<p class='note'>The run ended early: {_t(watched.ended)}</p>")
-    if stream.bad:
-        parts.append(
-            f"<p class='note'>{len(stream.bad):,} lines of the stream were left out; the first: "
-            f"{_t(stream.bad[0])}</p>"
-        )
-    tiles = "".join(
-        f"<div class='tile{' bad' * fact.bad}'><b>{_t(fact.value)}</b>{_t(fact.name)}</div>"
-        for fact in facts(outcome)
+def page(outcome: SimulationOutcome) -> str:
+    """The whole text of the file."""
+    plan, stream = outcome.plan, outcome.stream
+    lead = join(
+        f"{len(outcome.scored):,} dialogues of {stream.path.name}, seed {plan.seed}, policy "
+        f"{plan.policy.selection}. Memory, cores and storage were enforced on this machine; hours "
+        f"and watt-hours are ",
+        element("b", "modelled"),
+        " from counted operations and bytes.",
     )
-    parts.append(f"<div class='tiles'>{tiles}</div>")
-    figures = "".join(
-        f"<figure><h3>{_t(one.title)}</h3>{one.svg}<figcaption>{_t(one.note)}</figcaption></figure>"
-        for one in pictures(outcome)
-    )
-    parts.append(f"<h2>Over the stream</h2><div class='pictures'>{figures}</div>")
-    parts += [_blocks(outcome), _faults(outcome), _nights(outcome), _texts(outcome)]
-    parts.append(_device(outcome))
-    return (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        f"<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{_t(model.name)} on {_t(device.name)}</title><style>{_CSS}</style></head>"
-        f"<body>{''.join(parts)}</body></html>\n"
+    tiles = [html.tile(fact.value, fact.name, fact.bad) for fact in facts(outcome)]
+    figures = [html.figure(one.title, one.svg, one.note) for one in pictures(outcome)]
+    return html.page(
+        f"{outcome.manifest.model.name} on {outcome.device.name}",
+        lead,
+        *_notes(outcome),
+        element("div", *tiles, kind="tiles"),
+        section("Over the stream", element("div", *figures, kind="figures")),
+        _blocks(outcome),
+        _faults(outcome),
+        _nights(outcome),
+        _texts(outcome),
+        _device(outcome),
     )
 
 
-def _t(text: object) -> str:
-    return escape(str(text))
+def _notes(outcome: SimulationOutcome) -> list[Markup]:
+    notes = []
+    if outcome.record.ended:
+        notes.append(paragraph(f"The run ended early: {outcome.record.ended}", kind="note"))
+    if bad := outcome.stream.bad:
+        text = f"{len(bad):,} lines of the stream were left out; the first: {bad[0]}"
+        notes.append(paragraph(text, kind="note"))
+    return notes
 
 
-def _rows(head: list[str], rows: list[list[str]], numbers: set[int]) -> str:
-    def line(cells: list[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{' class=n' if i in numbers else ''}>{_t(cell)}</{tag}>"
-            for i, cell in enumerate(cells)
-        )
-
-    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    return f"<table><tr>{line(head, 'th')}</tr>{body}</table>"
-
-
-def _blocks(outcome: Outcome) -> str:
+def _blocks(outcome: SimulationOutcome) -> Markup:
     rows = [
-        [b.name or "—", f"{b.first}", f"{b.observed}", f"{b.kept}", f"{b.kept / b.observed:.0%}"]
-        for b in outcome.blocks
+        [block.name or "—", block.first, block.observed, block.kept, f"{block.rate:.0%}"]
+        for block in outcome.blocks
     ]
-    head = ["block", "from", "observed", "kept", "acceptance"]
-    return f"<h2>Acceptance by block</h2>{_rows(head, rows, {1, 2, 3, 4})}"
+    heads = ("block", "from", "observed", "kept", "acceptance")
+    return section("Acceptance by block", table(heads, rows, numbers=heads[1:]))
 
 
-def _faults(outcome: Outcome) -> str:
-    if not outcome.watched.faults:
-        return "<h2>Faults</h2><p class='quiet'>None were made.</p>"
+def _faults(outcome: SimulationOutcome) -> Markup:
+    if not outcome.record.faults:
+        return section("Faults", paragraph("None were made.", kind="quiet"))
     rows = [
         [
-            fault.kind.replace("_", " "),
-            f"{fault.place}",
+            fault_name(fault),
+            fault.place,
             f"{fault.seconds:.1f}",
-            fault.how or "not got over",
+            fault.how or Cell("not got over", "bad"),
         ]
-        for fault in outcome.watched.faults
+        for fault in outcome.record.faults
     ]
-    head = ["fault", "after dialogue", "second", "recovery"]
-    return f"<h2>Faults and recoveries</h2>{_rows(head, rows, {1, 2})}"
+    heads = ("fault", "after dialogue", "second", "recovery")
+    return section("Faults and recoveries", table(heads, rows, numbers=heads[1:3]))
 
 
-def _nights(outcome: Outcome) -> str:
+def _nights(outcome: SimulationOutcome) -> Markup:
     worked = [night for night in outcome.nights if night.hours > 0 or night.state != "not_due"]
     if not worked:
-        return "<h2>Nights</h2><p class='quiet'>No fine-tuning was due.</p>"
+        return section("Nights", paragraph("No fine-tuning was due.", kind="quiet"))
     rows = [
         [
-            f"{night.day + 1}",
+            night.day + 1,
             night.state.replace("_", " "),
             duration(night.hours),
             f"{night.watt_hours:.3g}",
@@ -132,34 +92,37 @@ def _nights(outcome: Outcome) -> str:
         ]
         for night in worked
     ]
-    head = ["day", "fine-tuning", "work", "Wh", "of a full battery"]
-    return f"<h2>Nights (modelled)</h2>{_rows(head, rows, {2, 3, 4})}"
+    heads = ("day", "fine-tuning", "work", "Wh", "of a full battery")
+    return section("Nights (modelled)", table(heads, rows, numbers=heads[2:]))
 
 
-def _texts(outcome: Outcome) -> str:
+def _texts(outcome: SimulationOutcome) -> Markup:
     columns = []
     for kind in ("kept", "refused", "synthesized"):
-        cards = "".join(
-            f"<div class='text'><span class='quiet'>{_t(one.title)}</span>"
-            f"<p>{_t(_short(one.question))}</p><p class='said'>{_t(_short(one.answer))}</p></div>"
+        cards = [
+            element(
+                "div",
+                element("span", one.title, kind="quiet"),
+                paragraph(_short(one.question)),
+                paragraph(_short(one.answer), kind="reply"),
+                kind="card",
+            )
             for one in outcome.examples
             if one.kind == kind
-        )
-        columns.append(f"<div><h3>{kind}</h3>{cards or '<p class=quiet>none</p>'}</div>")
-    return f"<h2>Examples</h2><div class='texts'>{''.join(columns)}</div>"
-
-
-def _device(outcome: Outcome) -> str:
-    rows = [
-        [
-            place,
-            f"{getattr(getattr(outcome.device, place.split('.')[0]), place.split('.')[1]):g}",
-            source,
         ]
-        for place, source in outcome.device.sources.items()
-    ]
-    head = ["figure", "value", "source"]
-    return f"<h2>{_t(outcome.device.name)}: the profile</h2>{_rows(head, rows, {1})}"
+        columns.append(
+            element("div", element("h3", kind), *(cards or [paragraph("none", kind="quiet")]))
+        )
+    return section("Examples", element("div", *columns, kind="columns"))
+
+
+def _device(outcome: SimulationOutcome) -> Markup:
+    rows = []
+    for place, source in outcome.device.sources.items():
+        name, _, field = place.partition(".")
+        rows.append([place, f"{getattr(getattr(outcome.device, name), field):g}", source])
+    heads = ("figure", "value", "source")
+    return section(f"{outcome.device.name}: the profile", table(heads, rows, numbers=["value"]))
 
 
 def _short(text: str) -> str:

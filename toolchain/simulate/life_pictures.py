@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from toolchain.simulate.outcome import Outcome
+from toolchain.report.charts import house_style, inline_svg
+from toolchain.report.html import Markup
+from toolchain.report.palette import ACCENT, BAD, FAINT, INK, SERIES, WARNING
+from toolchain.simulate.outcome import SimulationOutcome, TuningOutcome
 
-INK, QUIET, KEPT, REFUSED, ALERT = "#1f2933", "#9aa5b1", "#1f7a8c", "#c9cfd6", "#c8553d"
-COLORS = ("#1f7a8c", "#e9a23b", "#7b5ea7", "#4f9d69", "#c8553d", "#3d6cb9", "#b0728f", "#8b8f3f")
-_STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text, in the page's own font
-    "svg.hashsalt": "attune",  # the same picture has the same bytes
-    "font.size": 10,
-    "font.family": "sans-serif",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": QUIET,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.grid": True,
-    "grid.color": "#e4e7eb",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
+REFUSED, SECOND = "#c9cfd6", "#4fa3b3"  # dots that stand back; every other block
 
 
 @dataclass(frozen=True)
@@ -41,11 +24,11 @@ class Picture:
     """``note``: a sentence below it."""
 
     title: str
-    svg: str
+    svg: Markup
     note: str
 
 
-def pictures(outcome: Outcome) -> list[Picture]:
+def pictures(outcome: SimulationOutcome) -> list[Picture]:
     """Those for which the run has something to show."""
     drawn = [
         ("Buffer by domain", _domains, "Stored dialogue sets of each domain, as the log replays."),
@@ -57,42 +40,40 @@ def pictures(outcome: Outcome) -> list[Picture]:
         ("Storage", _storage, "Bundle, store, adapters and training state, each morning."),
         ("Nights (modelled)", _nights, "Hours of work, and its part of a full battery."),
     ]
-    with matplotlib.rc_context(_STYLE):
-        made = [(title, _draw(drawing, outcome), note) for title, drawing, note in drawn]
-    return [Picture(title, svg, note) for title, svg, note in made if svg]
+    charts = [(title, _draw(drawing, outcome, title), note) for title, drawing, note in drawn]
+    return [Picture(title, svg, note) for title, svg, note in charts if svg is not None]
 
 
-def _draw(drawing: Callable[[Axes, Outcome], bool], outcome: Outcome) -> str:
+@house_style()
+def _draw(
+    drawing: Callable[[Axes, SimulationOutcome], bool], outcome: SimulationOutcome, title: str
+) -> Markup | None:
+    """None: there was nothing to show."""
     figure = Figure(figsize=(6.4, 3.1), layout="constrained")
-    if not drawing(figure.add_subplot(), outcome):
-        return ""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]  # without the XML prolog, which has no place inside a page
+    return inline_svg(figure, title) if drawing(figure.add_subplot(), outcome) else None
 
 
-def _domains(axes: Axes, outcome: Outcome) -> bool:
-    known, counts = outcome.occupancy
-    if not known:
+def _domains(axes: Axes, outcome: SimulationOutcome) -> bool:
+    domains, counts = outcome.occupancy.domains, outcome.occupancy.counts
+    if not domains:
         return False
     axes.stackplot(
         range(1, len(counts) + 1),
         *zip(*counts, strict=True),
-        labels=known,
-        colors=[COLORS[i % len(COLORS)] for i in range(len(known))],
+        labels=domains,
+        colors=[SERIES[i % len(SERIES)] for i in range(len(domains))],
     )
     axes.set(xlabel="dialogues observed", ylabel="dialogue sets", xlim=(1, max(2, len(counts))))
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
     return True
 
 
-def _acceptance(axes: Axes, outcome: Outcome) -> bool:
+def _acceptance(axes: Axes, outcome: SimulationOutcome) -> bool:
     blocks = outcome.blocks
     upright = len(blocks) > 5
     for index, block in enumerate(blocks):
-        share, middle = block.kept / block.observed, block.first + block.observed / 2
-        color = KEPT if index % 2 else "#4fa3b3"
+        share, middle = block.rate, block.first + block.observed / 2
+        color = ACCENT if index % 2 else SECOND
         axes.bar(block.first, share, block.observed, align="edge", color=color)
         if len(blocks) <= 16:
             turn = 90 if upright else 0
@@ -104,9 +85,9 @@ def _acceptance(axes: Axes, outcome: Outcome) -> bool:
     return bool(blocks)
 
 
-def _scores(axes: Axes, outcome: Outcome) -> bool:
+def _scores(axes: Axes, outcome: SimulationOutcome) -> bool:
     measured = [one for one in outcome.scored if one.eoe is not None]
-    for kept, color, label in ((False, REFUSED, "refused"), (True, KEPT, "kept")):
+    for kept, color, label in ((False, REFUSED, "refused"), (True, ACCENT, "kept")):
         some = [one for one in measured if one.kept is kept]
         axes.scatter(
             [_score(one.dss) for one in some],
@@ -126,72 +107,80 @@ def _score(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _loss(axes: Axes, outcome: Outcome) -> bool:
+def _loss(axes: Axes, outcome: SimulationOutcome) -> bool:
+    tunings = outcome.tunings
+    ends = [*(tuning.place for tuning in tunings[1:]), outcome.count("observed") * 1.06 + 1]
     drawn = False
-    for number, tuning in enumerate(outcome.tunings):
-        if tuning.losses:  # spread over the dialogues up to the next run, to be seen
-            last = (
-                outcome.tunings[number + 1].place
-                if number + 1 < len(outcome.tunings)
-                else (outcome.counts["observed"] * 1.06 + 1)
-            )
-            width = 0.8 * (last - tuning.place) / max(1, len(tuning.losses))
-            along = [tuning.place + width * i for i in range(len(tuning.losses))]
-            axes.plot(
-                along,
-                tuning.losses,
-                color=QUIET,
-                linewidth=1,
-                label=None if drawn else "training, steps of the run spread out",
-            )
-            drawn = True
+    for tuning, following in zip(tunings, ends, strict=True):
+        trained = bool(tuning.losses)
+        if trained:
+            _training_loss(axes, tuning, following)
         if math.isfinite(tuning.before) and math.isfinite(tuning.after):
-            color = KEPT if tuning.accepted else ALERT
-            axes.annotate(
-                "",
-                (tuning.place, tuning.after),
-                (tuning.place, tuning.before),
-                arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 1.6},
-            )
-            axes.plot([tuning.place], [tuning.before], "o", color=color, markersize=4)
-            drawn = True
-    axes.plot([], [], color=KEPT, marker="o", markersize=4, label="held out, accepted")
-    axes.plot([], [], color=ALERT, marker="o", markersize=4, label="held out, refused")
+            _heldout_loss(axes, tuning)
+            trained = True
+        drawn = drawn or trained
+    line = "training, steps of the run spread out"
+    axes.plot([], [], color=FAINT, linewidth=1, label=line)
+    axes.plot([], [], color=ACCENT, marker="o", markersize=4, label="held out, accepted")
+    axes.plot([], [], color=BAD, marker="o", markersize=4, label="held out, refused")
     axes.set(xlabel="dialogues observed", ylabel="nats a label")
     axes.legend(fontsize=8)
     return drawn
 
 
-def _rouge(axes: Axes, outcome: Outcome) -> bool:
+def _training_loss(axes: Axes, tuning: TuningOutcome, following: float) -> None:
+    """A run's steps, spread over the dialogues up to the ``following`` run, to be seen."""
+    width = 0.8 * (following - tuning.place) / len(tuning.losses)
+    along = [tuning.place + width * i for i in range(len(tuning.losses))]
+    axes.plot(along, tuning.losses, color=FAINT, linewidth=1)
+
+
+def _heldout_loss(axes: Axes, tuning: TuningOutcome) -> None:
+    color = ACCENT if tuning.accepted else BAD
+    axes.annotate(
+        "",
+        (tuning.place, tuning.after),
+        (tuning.place, tuning.before),
+        arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 1.6},
+    )
+    axes.plot([tuning.place], [tuning.before], "o", color=color, markersize=4)
+
+
+def _rouge(axes: Axes, outcome: SimulationOutcome) -> bool:
     if not outcome.rouge1:
         return False
     places, scores = zip(*outcome.rouge1, strict=True)
-    axes.plot(places, scores, "o", color=QUIET, markersize=4, label="one reply")
+    axes.plot(places, scores, "o", color=FAINT, markersize=4, label="one reply")
     size = max(1, len(scores) // 8)
     means = [
         sum(scores[max(0, i - size) : i + 1]) / (i + 1 - max(0, i - size))
         for i in range(len(scores))
     ]
-    axes.plot(places, means, color=KEPT, label=f"mean of the last {size + 1}")
+    axes.plot(places, means, color=ACCENT, label=f"mean of the last {size + 1}")
     for tuning in outcome.tunings:
         if tuning.accepted:
-            axes.axvline(tuning.place, color=COLORS[1], linewidth=1, linestyle=":")
-    axes.plot([], [], color=COLORS[1], linestyle=":", label="a new adapter")
+            axes.axvline(tuning.place, color=WARNING, linewidth=1, linestyle=":")
+    axes.plot([], [], color=WARNING, linestyle=":", label="a new adapter")
     axes.set(xlabel="dialogues observed", ylabel="ROUGE-1 F1", ylim=(0, None))
     axes.legend(fontsize=8)
     return True
 
 
-def _memory(axes: Axes, outcome: Outcome) -> bool:
-    samples = outcome.watched.samples
+def _memory(axes: Axes, outcome: SimulationOutcome) -> bool:
+    samples = outcome.record.samples
     if not samples:
         return False
     limit = outcome.device.memory.app_mb
-    axes.plot([s[0] for s in samples], [s[2] / 1e6 for s in samples], color=KEPT, label="now")
-    axes.axhline(limit, color=ALERT, label=f"limit, {limit:,.0f} MB")
-    peak = outcome.watched.peak / 1e6
-    axes.axhline(peak, color=COLORS[1], linestyle="--", label=f"peak, {peak:,.0f} MB")
-    for number, fault in enumerate(outcome.watched.faults):
+    axes.plot(
+        [s.seconds for s in samples],
+        [s.resident / 1e6 for s in samples],
+        color=ACCENT,
+        label="now",
+    )
+    axes.axhline(limit, color=BAD, label=f"limit, {limit:,.0f} MB")
+    peak = outcome.record.peak / 1e6
+    axes.axhline(peak, color=WARNING, linestyle="--", label=f"peak, {peak:,.0f} MB")
+    for number, fault in enumerate(outcome.record.faults):
         axes.axvline(
             fault.seconds,
             color=INK,
@@ -204,12 +193,12 @@ def _memory(axes: Axes, outcome: Outcome) -> bool:
     return True
 
 
-def _storage(axes: Axes, outcome: Outcome) -> bool:
+def _storage(axes: Axes, outcome: SimulationOutcome) -> bool:
     nights = outcome.nights
     axes.plot(
         [n.day + 1 for n in nights],
         [n.storage_mb for n in nights],
-        color=KEPT,
+        color=ACCENT,
         marker="o",
         markersize=4,
     )
@@ -218,9 +207,9 @@ def _storage(axes: Axes, outcome: Outcome) -> bool:
     return bool(nights)
 
 
-def _nights(axes: Axes, outcome: Outcome) -> bool:
+def _nights(axes: Axes, outcome: SimulationOutcome) -> bool:
     nights: Any = outcome.nights
-    axes.bar([n.day + 1 for n in nights], [n.hours for n in nights], color=KEPT)
+    axes.bar([n.day + 1 for n in nights], [n.hours for n in nights], color=ACCENT)
     for night in nights:
         if night.hours > 0 and len(nights) <= 40:
             axes.text(

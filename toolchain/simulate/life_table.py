@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.text import Text
 
-from toolchain.simulate.outcome import Outcome
+from toolchain.report.tables import plain_table
+from toolchain.simulate.outcome import SimulationOutcome
+from toolchain.simulate.run_record import FaultRecord
 
 
 @dataclass(frozen=True)
@@ -19,69 +22,67 @@ class Fact:
     bad: bool = False
 
 
-def facts(outcome: Outcome) -> list[Fact]:
-    told, watched = outcome.as_json(), outcome.watched
-    before, after = told["heldout_loss_before"], told["heldout_loss_after"]
+def facts(outcome: SimulationOutcome) -> list[Fact]:
+    """In the order in which they are shown."""
+    count, record, device = outcome.count, outcome.record, outcome.device
+    before, after = outcome.heldout
     loss = "—" if before is None or after is None else f"{before:.3f} → {after:.3f}"
-    modelled = told["modelled"]
-    peak, limit = told["peak_memory_mb"], told["memory_limit_mb"]
+    peak, limit = record.peak / 1e6, device.memory.app_mb
+    observed, asked = count("observed"), count("asked")
     days = max(1, len(outcome.nights))
     return [
-        Fact("dialogues observed", f"{told['observed']:,}"),
-        Fact("kept", f"{told['kept']:,} ({told['kept'] / max(1, told['observed']):.0%})"),
-        Fact(
-            f"questions, {told['questions'] / days:.1f} a day",
-            f"{told['questions']:,}, {told['answered']:,} answered",
-        ),
-        Fact("synthesized pairs", f"{told['synthesized']:,}"),
+        Fact("dialogues observed", f"{observed:,}"),
+        Fact("kept", f"{count('kept'):,} ({count('kept') / max(1, observed):.0%})"),
+        Fact(f"questions, {asked / days:.1f} a day", f"{asked:,}, {count('answered'):,} answered"),
+        Fact("synthesized pairs", f"{count('synthesized'):,}"),
         Fact(
             "fine-tunings, adapters accepted",
-            f"{told['fine_tunes']}, {told['adapters_accepted']}",
+            f"{count('fine_tunes')}, {count('adapters_accepted')}",
         ),
         Fact("held-out loss, nats a label, at the last new adapter", loss),
         Fact(f"peak memory, of {limit:,.0f} MB", f"{peak:,.0f} MB", peak > limit),
-        Fact(f"storage, of {told['storage_limit_mb']:,.0f} MB", f"{told['storage_mb']:,.1f} MB"),
+        Fact(f"storage, of {device.storage.app_mb:,.0f} MB", f"{outcome.storage_mb:,.1f} MB"),
         Fact(
             "faults, recoveries",
-            f"{told['faults']}, {told['recoveries']}",
-            told["recoveries"] < told["faults"],
+            f"{len(record.faults)}, {record.recoveries}",
+            record.recoveries < len(record.faults),
         ),
-        Fact("lost", f"{told['lost']}", bool(told["lost"])),
-        Fact("modelled work", duration(modelled["hours"])),
-        Fact("modelled energy", f"{modelled['watt_hours']:.3g} Wh"),
-        Fact("selection beyond embedding", f"{told['selection_overhead_ms']:.2f} ms a dialogue"),
-        Fact("embedding here", f"{told['embedding']['tokens_per_second']:,.0f} tokens/s"),
-        Fact(
-            "cores enforced, of the device's",
-            f"{watched.cores} of {outcome.device.compute.cores}",
-        ),
+        Fact("lost", f"{len(outcome.lost)}", bool(outcome.lost)),
+        Fact("modelled work", duration(outcome.modelled_hours)),
+        Fact("modelled energy", f"{outcome.watt_hours:.3g} Wh"),
+        Fact("selection beyond embedding", f"{outcome.overhead_ms:.2f} ms a dialogue"),
+        Fact("embedding here", f"{outcome.tokens_per_second:,.0f} tokens/s"),
+        Fact("cores enforced, of the device's", f"{record.cores} of {device.compute.cores}"),
     ]
 
 
-def print_table(output: Console, outcome: Outcome) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column(justify="right")
+def print_table(output: Console, outcome: SimulationOutcome) -> None:
+    """The facts, acceptance by block, and every fault."""
+    table = plain_table(("", "value"), texts=[""])
+    table.show_header = False
+    table.columns[0].style = "dim"
     for fact in facts(outcome):
-        table.add_row(fact.name, f"[red]{fact.value}[/]" if fact.bad else fact.value)
+        table.add_row(fact.name, Text(fact.value, style="red" if fact.bad else ""))
     output.print(table)
-    blocks = Table(box=None, pad_edge=False, title="acceptance by block", title_justify="left")
-    blocks.add_column("block")
-    for name in ("observed", "kept", ""):
-        blocks.add_column(name, justify="right")
+    blocks = plain_table(("block", "observed", "kept", "rate"), texts=["block"])
+    blocks.title, blocks.title_justify = "acceptance by block", "left"
     for block in outcome.blocks:
-        share = f"{block.kept / block.observed:.0%}"
-        blocks.add_row(block.name or "—", f"{block.observed}", f"{block.kept}", share)
+        name = Text(block.name or "—")
+        blocks.add_row(name, f"{block.observed}", f"{block.kept}", f"{block.rate:.0%}")
     output.print()
     output.print(blocks)
-    for fault in outcome.watched.faults:
-        output.print(
-            f"[dim]{fault.kind.replace('_', ' ')} after dialogue {fault.place}:[/] "
-            f"{fault.how or 'not got over'}"
-        )
+    for fault in outcome.record.faults:
+        place = f"{fault_name(fault)} after dialogue {fault.place}:"
+        output.print(f"[dim]{place}[/] {escape(fault.how or 'not got over')}")
+
+
+def fault_name(fault: FaultRecord) -> str:
+    """Its kind in words."""
+    return fault.kind.replace("_", " ")
 
 
 def duration(hours: float) -> str:
+    """In the unit that a person would take."""
     if hours < 1 / 60:
         return f"{3600 * hours:.1f} s"
     return f"{60 * hours:.1f} min" if hours < 1 else f"{hours:.2f} h"

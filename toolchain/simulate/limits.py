@@ -35,16 +35,15 @@ class Usage:
 
 def usage(pid: int | str = "self") -> Usage:
     """Raises ``OSError`` where there is no such process."""
-    found = {}
-    for line in (
-        Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").split("\n")
-    ):
+    sizes = {}
+    text = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    for line in text.split("\n"):
         name, _, rest = line.partition(":")
         if name in ("VmRSS", "VmHWM", "VmData"):
-            found[name] = int(rest.split()[0]) * 1024
-    if not found:  # a process that has ended and was not waited for
+            sizes[name] = int(rest.split()[0]) * 1024
+    if not sizes:  # a process that has ended and was not waited for
         raise ProcessLookupError(f"process {pid} has ended")
-    return Usage(found["VmRSS"], found["VmHWM"], found["VmData"])
+    return Usage(sizes["VmRSS"], sizes["VmHWM"], sizes["VmData"])
 
 
 def give_back() -> None:
@@ -55,9 +54,9 @@ def give_back() -> None:
 
 def limit_cores(count: int) -> int:
     """Binds this process to at most ``count`` cores; how many it has."""
-    mine = sorted(os.sched_getaffinity(0))[:count]
-    os.sched_setaffinity(0, mine)
-    return len(mine)
+    cores = sorted(os.sched_getaffinity(0))[:count]
+    os.sched_setaffinity(0, cores)
+    return len(cores)
 
 
 def limit_memory(app_mb: float) -> Usage:

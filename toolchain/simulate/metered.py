@@ -10,9 +10,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from pydantic import TypeAdapter
 from safetensors import safe_open
 
 from runtime_py.bundle.bundle import Bundle
@@ -20,8 +21,10 @@ from runtime_py.engine.phone_engine import LmCall
 from runtime_py.engine.run_state import FILE
 from runtime_py.engine.streamed_tuner import TrainingCall
 from runtime_py.loop.dialogue import Dialogue, Turn
+from runtime_py.loop.files import write_bytes
 from runtime_py.loop.protocols import Embedding, Engine, FineTuneJob, FineTuner, FineTuneResult
 from toolchain.simulate.device import Compute
+from toolchain.simulate.events import StepTrained
 from toolchain.simulate.limits import Quota
 from toolchain.simulate.rhythm import Clock
 from toolchain.simulate.roofline import Counter
@@ -31,13 +34,14 @@ NIGHT = "night.json"  # in a job's folder
 
 class Meter:
     """``day_seconds``: modelled, since ``begin``; by night the clock's work counts instead.
-    ``embed_seconds`` are measured, of ``embed_tokens``, since ``begin`` too. ``heard``: whether a
-    training call is new work; ``updated``: a step was done and is not saved yet."""
+    ``embed_seconds`` are measured, of ``embed_tokens``, since ``begin`` too. ``is_new``: whether a
+    training call is work that the clock has not counted; ``after_step`` gets the call that ends a
+    step, before it is saved."""
 
     def __init__(self, clock: Clock, counter: Counter, compute: Compute) -> None:
         self.clock, self._counter, self._compute = clock, counter, compute
-        self.heard: Callable[[TrainingCall], bool] = lambda call: True
-        self.updated: Callable[[TrainingCall], None] = lambda call: None
+        self.is_new: Callable[[TrainingCall], bool] = lambda call: True
+        self.after_step: Callable[[TrainingCall], None] = lambda call: None
         self.begin()
 
     def begin(self) -> None:
@@ -53,16 +57,16 @@ class Meter:
             self.day_seconds += seconds
 
     def training(self, call: TrainingCall) -> None:
-        if self.heard(call):
+        if self.is_new(call):
             self.clock.add(self._counter.training(call).seconds(self._compute))
         if call.kind == "update":
-            self.updated(call)
+            self.after_step(call)
 
     def timed(self, engine: Engine) -> Engine:
-        return _Timed(engine, self)
+        return TimedEngine(engine, self)
 
 
-class _Timed:
+class TimedEngine:
     """An engine whose embeddings are timed."""
 
     def __init__(self, engine: Engine, meter: Meter) -> None:
@@ -70,9 +74,9 @@ class _Timed:
 
     def embed(self, dialogue: Dialogue) -> Embedding:
         begun = time.perf_counter()
-        found = self._engine.embed(dialogue)
+        embedding = self._engine.embed(dialogue)
         self._meter.embed_seconds += time.perf_counter() - begun
-        return found
+        return embedding
 
     def generate(
         self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
@@ -85,8 +89,34 @@ class _Timed:
         self._engine.use_adapter(file)
 
 
+@dataclass(frozen=True)
+class NightRecord:
+    """``wall``: the clock's simulated seconds after each step that was trained in the night of
+    ``day``; ``first``: the step that the night began with."""
+
+    day: int
+    first: int
+    wall: dict[int, float]
+
+    @staticmethod
+    def read(path: Path) -> NightRecord | None:
+        """None: there is no file."""
+        return _NIGHTS.validate_json(path.read_bytes()) if path.exists() else None
+
+    def after(self, step: int, wall: float) -> NightRecord:
+        """With one step more."""
+        return replace(self, wall={**self.wall, step: wall})
+
+    def write(self, path: Path) -> None:
+        write_bytes(path, _NIGHTS.dump_json(self))
+
+
+_NIGHTS = TypeAdapter(NightRecord)
+
+
 class NightTuner:
-    """A fine-tuner within the storage's quota, whose modelled work survives a kill."""
+    """A fine-tuner within the storage's quota, whose modelled work survives a kill. ``emit`` takes
+    the event of every step."""
 
     def __init__(
         self,
@@ -94,42 +124,49 @@ class NightTuner:
         meter: Meter,
         quota: Quota,
         bundle: Bundle,
-        say: Callable[[dict[str, Any]], None],
+        emit: Callable[[StepTrained], None],
     ) -> None:
-        self._tuner, self._meter, self._quota, self._say = tuner, meter, quota, say
+        self._tuner, self._meter, self._quota, self._emit = tuner, meter, quota, emit
         numbers = sum(math.prod(tensor.shape) for tensor in bundle.manifest.adapter.tensors)
         self._state, self._adapter = 12 * numbers, 5 * numbers  # bytes, with their headers
 
     def run(
         self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
     ) -> FineTuneResult | None:
+        """As ``FineTuner`` has it. Raises ``DiskFull`` where the quota has no room for the state
+        or the adapter."""
         self._quota.check(2 * self._state + 2 * self._adapter)
-        clock, path = self._meter.clock, folder / NIGHT
-        step = saved_step(folder)
-        known = json.loads(path.read_text()) if path.exists() else {}
-        if known.get("day") == clock.day:
-            clock.wall = known["wall"][str(step)]
-        else:
-            known = {"day": clock.day, "first": step, "wall": {str(step): clock.wall}}
-            _write(path, known)
+        night = self._night(folder)
         # The held-out loss before is computed at every start; the time that is known has it.
-        paid = step > known["first"]
+        paid = saved_step(folder) > night.first
 
-        def heard(call: TrainingCall) -> bool:
+        def is_new(call: TrainingCall) -> bool:
             return not paid or call.kind != "loss" or call.trained
 
-        def updated(call: TrainingCall) -> None:  # before the state of this step is saved
+        def after_step(call: TrainingCall) -> None:  # before the state of this step is saved
+            nonlocal night
             self._quota.check(self._state)
-            known["wall"][str(call.step)] = clock.wall
-            _write(path, known)
-            said = {"event": "step", "job": job.number, "step": call.step}
-            self._say({**said, "tokens": call.length})
+            night = night.after(call.step, self._meter.clock.wall)
+            night.write(folder / NIGHT)
+            self._emit(StepTrained(call.step, call.length))
 
-        self._meter.heard, self._meter.updated = heard, updated
+        self._meter.is_new, self._meter.after_step = is_new, after_step
         result = self._tuner.run(job, folder, stop)
         if result is not None:
             self._quota.check(self._adapter)
         return result
+
+    def _night(self, folder: Path) -> NightRecord:
+        """This night's record: a new one, or the one of a process that was killed, to whose last
+        saved step the clock is set."""
+        clock, step, path = self._meter.clock, saved_step(folder), folder / NIGHT
+        night = NightRecord.read(path)
+        if night is not None and night.day == clock.day:
+            clock.wall = night.wall[step]
+            return night
+        night = NightRecord(clock.day, step, {step: clock.wall})
+        night.write(path)
+        return night
 
 
 def saved_step(folder: Path) -> int:
@@ -139,9 +176,3 @@ def saved_step(folder: Path) -> int:
         return 0
     with safe_open(path, "numpy") as file:
         return int(json.loads((file.metadata() or {})["progress"])["step"])
-
-
-def _write(path: Path, value: object) -> None:
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(value), encoding="utf-8")
-    beside.replace(path)

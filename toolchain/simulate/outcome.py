@@ -10,12 +10,12 @@ from typing import Any
 from runtime_py.bundle.manifest import Manifest
 from toolchain.simulate.device import Device
 from toolchain.simulate.estimate import Estimate
-from toolchain.simulate.life import Life
-from toolchain.simulate.watcher import Watched
+from toolchain.simulate.life_plan import LifePlan
+from toolchain.simulate.run_record import RunRecord
 
 
 @dataclass(frozen=True)
-class Stream:
+class StreamScan:
     """``blocks``: for each dialogue the name of the part of the stream that it belongs to;
     ``bad``: sentences about lines that were left out."""
 
@@ -25,7 +25,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Block:
+class StreamBlock:
     """Consecutive dialogues of one name."""
 
     name: str
@@ -33,9 +33,14 @@ class Block:
     observed: int
     kept: int
 
+    @property
+    def rate(self) -> float:
+        """The part that was kept."""
+        return self.kept / self.observed
+
 
 @dataclass(frozen=True)
-class Tuning:
+class TuningOutcome:
     """A fine-tuning that ended; losses in nats a label."""
 
     job: int
@@ -48,7 +53,7 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Night:
+class NightOutcome:
     """Modelled. ``hours`` with the pauses for heat; ``battery``: watt-hours as a part of a full
     battery; ``storage``: MB really used in the morning."""
 
@@ -63,7 +68,7 @@ class Night:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredDialogue:
     """A dialogue's fate, as the log has it; scores None where it was too large to be measured."""
 
     place: int
@@ -75,7 +80,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Example:
+class TextExample:
     """``kind``: kept, refused or synthesized."""
 
     kind: str
@@ -84,88 +89,57 @@ class Example:
     answer: str
 
 
+@dataclass(frozen=True)
+class Occupancy:
+    """``counts``: how many sets of each of ``domains`` the buffer has after every dialogue."""
+
+    domains: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
 @dataclass(frozen=True, eq=False)
-class Outcome:
-    """``occupancy``: domains, and how many sets of each the buffer has after every dialogue;
-    ``overhead_ms``: the median of what selection takes beyond the embedding. ``embed_ms`` and
+class SimulationOutcome:
+    """``overhead_ms``: the median of what selection takes beyond the embedding. ``embed_ms`` and
     ``tokens_per_second`` are of this machine, ``day_hours`` are modelled."""
 
-    life: Life
-    device: Device
+    plan: LifePlan
     manifest: Manifest
-    stream: Stream
+    stream: StreamScan
     estimate: Estimate
-    watched: Watched
+    record: RunRecord
     counts: dict[str, int]
     lost: tuple[str, ...]
-    blocks: tuple[Block, ...]
-    tunings: tuple[Tuning, ...]
-    nights: tuple[Night, ...]
-    scored: tuple[Scored, ...]
+    blocks: tuple[StreamBlock, ...]
+    tunings: tuple[TuningOutcome, ...]
+    nights: tuple[NightOutcome, ...]
+    scored: tuple[ScoredDialogue, ...]
     rouge1: tuple[tuple[int, float], ...]
-    examples: tuple[Example, ...]
-    occupancy: tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]
+    examples: tuple[TextExample, ...]
+    occupancy: Occupancy
     overhead_ms: float
     embed_ms: float
     tokens_per_second: float
     day_hours: float
 
     @property
-    def nightly_hours(self) -> float:
-        return sum(night.hours for night in self.nights)
+    def device(self) -> Device:
+        return self.plan.device
 
-    def as_json(self) -> dict[str, Any]:
-        watched, device = self.watched, self.device
-        watts = device.power.watts
-        night_wh = sum(night.watt_hours for night in self.nights)
-        return {
-            "bundle": self.life.bundle,
-            "model": self.manifest.model.name,
-            "device": device.name,
-            "stream": str(self.stream.path),
-            "ended": watched.ended,
-            "observed": self.counts.get("observed", 0),
-            "kept": self.counts.get("kept", 0),
-            "questions": self.counts.get("asked", 0),
-            "answered": self.counts.get("answered", 0),
-            "synthesized": self.counts.get("synthesized", 0),
-            "fine_tunes": self.counts.get("fine_tunes", 0),
-            "adapters_accepted": self.counts.get("adapters_accepted", 0),
-            "peak_memory_mb": watched.peak / 1e6,
-            "memory_limit_mb": device.memory.app_mb,
-            "memory_estimate_mb": self.estimate.within(device.memory.app_mb),
-            "python_mb": watched.python / 1e6,
-            "cores": {"device": device.compute.cores, "enforced": watched.cores},
-            "storage_mb": self.nights[-1].storage_mb if self.nights else 0.0,
-            "storage_limit_mb": device.storage.app_mb,
-            "faults": len(watched.faults),
-            "recoveries": watched.recoveries,
-            "fault_list": [asdict(fault) for fault in watched.faults],
-            "lost": len(self.lost),
-            "lost_ids": list(self.lost),
-            "modelled": {
-                "hours": self.nightly_hours + self.day_hours,
-                "watt_hours": night_wh + self.day_hours * watts,
-                "nights": [
-                    {k: v for k, v in asdict(night).items() if k not in ("domains", "storage_mb")}
-                    for night in self.nights
-                ],
-            },
-            "heldout_loss_before": self.heldout[0],
-            "heldout_loss_after": self.heldout[1],
-            "fine_tuning": [_finite(asdict(one)) for one in self.tunings],
-            "acceptance": [
-                {**asdict(block), "rate": block.kept / block.observed} for block in self.blocks
-            ],
-            "rouge1": [list(point) for point in self.rouge1],
-            "selection_overhead_ms": self.overhead_ms,
-            "embedding": {
-                "milliseconds": self.embed_ms,
-                "tokens_per_second": self.tokens_per_second,
-            },
-            "bad_lines": len(self.stream.bad),
-            "seconds": watched.seconds,
-        }
+    @property
+    def modelled_hours(self) -> float:
+        """Of days and nights."""
+        return sum(night.hours for night in self.nights) + self.day_hours
+
+    @property
+    def watt_hours(self) -> float:
+        """Modelled, of days and nights."""
+        nights = sum(night.watt_hours for night in self.nights)
+        return nights + self.day_hours * self.device.power.watts
+
+    @property
+    def storage_mb(self) -> float:
+        """Really used, on the last morning."""
+        return self.nights[-1].storage_mb if self.nights else 0.0
 
     @property
     def heldout(self) -> tuple[float | None, float | None]:
@@ -176,11 +150,68 @@ class Outcome:
         last = (accepted or measured)[-1:]
         return (last[0].before, last[0].after) if last else (None, None)
 
+    def count(self, name: str) -> int:
+        """One of the store's counters."""
+        return self.counts.get(name, 0)
 
-def _number(value: Any) -> Any:
-    """JSON has no infinities and no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    def as_json(self) -> dict[str, Any]:
+        """Everything that the report has as numbers, for machines."""
+        record, device = self.record, self.device
+        return {
+            "bundle": str(self.plan.bundle),
+            "model": self.manifest.model.name,
+            "device": device.name,
+            "stream": str(self.stream.path),
+            "ended": record.ended,
+            "observed": self.count("observed"),
+            "kept": self.count("kept"),
+            "questions": self.count("asked"),
+            "answered": self.count("answered"),
+            "synthesized": self.count("synthesized"),
+            "fine_tunes": self.count("fine_tunes"),
+            "adapters_accepted": self.count("adapters_accepted"),
+            "peak_memory_mb": record.peak / 1e6,
+            "memory_limit_mb": device.memory.app_mb,
+            "memory_estimate_mb": self.estimate.within(device.memory.app_mb),
+            "python_mb": record.python / 1e6,
+            "cores": {"device": device.compute.cores, "enforced": record.cores},
+            "storage_mb": self.storage_mb,
+            "storage_limit_mb": device.storage.app_mb,
+            "faults": len(record.faults),
+            "recoveries": record.recoveries,
+            "fault_list": [asdict(fault) for fault in record.faults],
+            "lost": len(self.lost),
+            "lost_ids": list(self.lost),
+            "modelled": {
+                "hours": self.modelled_hours,
+                "watt_hours": self.watt_hours,
+                "nights": [_without(asdict(night), *_LONG) for night in self.nights],
+            },
+            "heldout_loss_before": self.heldout[0],
+            "heldout_loss_after": self.heldout[1],
+            "fine_tuning": [_finite(asdict(one)) for one in self.tunings],
+            "acceptance": [{**asdict(block), "rate": block.rate} for block in self.blocks],
+            "rouge1": [list(point) for point in self.rouge1],
+            "selection_overhead_ms": self.overhead_ms,
+            "embedding": {
+                "milliseconds": self.embed_ms,
+                "tokens_per_second": self.tokens_per_second,
+            },
+            "bad_lines": len(self.stream.bad),
+            "seconds": record.seconds,
+        }
+
+
+_LONG = ("domains", "storage_mb")  # of a night, for the pictures
+
+
+def _without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key not in names}
 
 
 def _finite(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: _number(value) for key, value in fields.items()}
+    """JSON has no infinities and no NaN: None in their place."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in fields.items()
+    }

@@ -1,10 +1,10 @@
-"""Reads an outcome from a run's store, and from what the phone's process said."""
+"""Reads an outcome from a run's store, and from the events of the phone's processes."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.loop.log import LogLine
@@ -13,73 +13,81 @@ from runtime_py.loop.status import lost
 from runtime_py.loop.store import open_store
 from toolchain.simulate.device import Device
 from toolchain.simulate.estimate import Estimate
-from toolchain.simulate.life import STATE, Life, dialogues_of
-from toolchain.simulate.outcome import Block, Example, Night, Outcome, Scored, Stream, Tuning
+from toolchain.simulate.events import DialogueObserved, NightEnded, PhoneEvent, ReplyProbed
+from toolchain.simulate.life_plan import LifePlan
+from toolchain.simulate.outcome import (
+    NightOutcome,
+    Occupancy,
+    ScoredDialogue,
+    SimulationOutcome,
+    StreamBlock,
+    StreamScan,
+    TextExample,
+    TuningOutcome,
+)
 from toolchain.simulate.rhythm import HOUR
-from toolchain.simulate.watcher import Watched
+from toolchain.simulate.run_record import RunRecord
 
 EXAMPLES = 4  # of each kind of text
 PARTS = 10  # of a stream that names no blocks
 
+Placed = TypeVar("Placed", DialogueObserved, ReplyProbed)
 
-def gather(
-    manifest: Manifest,
-    device: Device,
-    stream: Stream,
-    estimate: Estimate,
-    life: Life,
-    watched: Watched,
-) -> Outcome:
-    store = open_store(Path(life.folder) / STATE / STORE)
+
+def read_outcome(
+    manifest: Manifest, stream: StreamScan, estimate: Estimate, plan: LifePlan, record: RunRecord
+) -> SimulationOutcome:
+    """Reads the store of a run that is over, in ``plan.state``."""
+    store = open_store(plan.state / STORE)
     try:
         log = store.log()
         counts, missing = store.counts(), lost(store)
-        sets = {str(id): turns for id, turns in store.rows("SELECT id, turns FROM sets")}
+        stored = {str(id) for (id,) in store.rows("SELECT id FROM sets")}
         pairs = store.rows("SELECT source, question, answer FROM synthetic ORDER BY number")
     finally:
         store.close()
     scored = tuple(_scored(line) for line in log if line.event in ("kept", "refused"))
-    last = _latest(watched.events, "dialogue")
-    overhead = sorted(1e3 * (e["observe_s"] - e["embed_s"]) for e in last.values())
-    embed = [e for e in last.values() if e["tokens"]]
-    seconds = sum(e["embed_s"] for e in embed)
-    probes = _latest(watched.events, "probe")
-    return Outcome(
-        life=life,
-        device=device,
+    observed = list(_latest(record.events, DialogueObserved).values())
+    overhead = sorted(1e3 * (event.observe_s - event.embed_s) for event in observed)
+    embedded = [event for event in observed if event.tokens]
+    seconds = sum(event.embed_s for event in embedded)
+    probes = _latest(record.events, ReplyProbed)
+    nights = [event for event in record.events if isinstance(event, NightEnded)]
+    return SimulationOutcome(
+        plan=plan,
         manifest=manifest,
         stream=stream,
         estimate=estimate,
-        watched=watched,
+        record=record,
         counts=counts,
         lost=missing,
         blocks=_blocks(stream.blocks, [one.kept for one in scored]),
-        tunings=_tunings(log, watched.events),
-        nights=_nights(device, watched.events),
+        tunings=_tunings(log, nights),
+        nights=_nights(plan.device, nights),
         scored=scored,
-        rouge1=tuple((place, event["rouge1"]) for place, event in sorted(probes.items())),
-        examples=_examples(life, log, set(sets), pairs),
+        rouge1=tuple((place, event.rouge1) for place, event in sorted(probes.items())),
+        examples=_examples(plan, log, stored, pairs),
         occupancy=_occupancy(log),
         overhead_ms=overhead[len(overhead) // 2] if overhead else 0.0,
-        embed_ms=1e3 * seconds / len(embed) if embed else 0.0,
-        tokens_per_second=sum(e["tokens"] for e in embed) / seconds if seconds else 0.0,
-        day_hours=sum(e["modelled_s"] for e in last.values()) / HOUR,
+        embed_ms=1e3 * seconds / len(embedded) if embedded else 0.0,
+        tokens_per_second=sum(e.tokens for e in embedded) / seconds if seconds else 0.0,
+        day_hours=sum(event.modelled_s for event in observed) / HOUR,
     )
 
 
-def _latest(events: list[dict[str, Any]], name: str) -> dict[int, dict[str, Any]]:
+def _latest(events: Sequence[PhoneEvent], kind: type[Placed]) -> dict[int, Placed]:
     """By place; what was done again after a kill counts once."""
-    return {event["place"]: event for event in events if event["event"] == name}
+    return {event.place: event for event in events if isinstance(event, kind)}
 
 
-def _scored(line: LogLine) -> Scored:
+def _scored(line: LogLine) -> ScoredDialogue:
     data = line.data
-    return Scored(
+    return ScoredDialogue(
         data["number"], line.event == "kept", data["domain"], data["eoe"], data["dss"], data["idd"]
     )
 
 
-def _blocks(names: tuple[str, ...], kept: list[bool]) -> tuple[Block, ...]:
+def _blocks(names: tuple[str, ...], kept: list[bool]) -> tuple[StreamBlock, ...]:
     """Runs of one name; a stream with a single name is cut into ``PARTS`` parts."""
     count = len(kept)
     if len(set(names)) <= 1:
@@ -87,78 +95,71 @@ def _blocks(names: tuple[str, ...], kept: list[bool]) -> tuple[Block, ...]:
         names = tuple(
             f"{i // size * size + 1}–{min(count, (i // size + 1) * size)}" for i in range(count)
         )
-    found: list[Block] = []
+    blocks: list[StreamBlock] = []
     begin = 0
     for place in range(1, count + 1):
         if place == count or names[place] != names[begin]:
-            found.append(Block(names[begin], begin + 1, place - begin, sum(kept[begin:place])))
+            observed, entered = place - begin, sum(kept[begin:place])
+            blocks.append(StreamBlock(names[begin], begin + 1, observed, entered))
             begin = place
-    return tuple(found)
+    return tuple(blocks)
 
 
-def _tunings(log: list[LogLine], events: list[dict[str, Any]]) -> tuple[Tuning, ...]:
-    losses = {e["job"]: tuple(e["losses"]) for e in events if e["event"] == "morning" and e["job"]}
-    found, place = [], 0
+def _tunings(log: list[LogLine], nights: list[NightEnded]) -> tuple[TuningOutcome, ...]:
+    losses = {event.job: event.losses for event in nights if event.job}
+    tunings, place = [], 0
     for line in log:
+        data = line.data
         if line.event in ("kept", "refused"):
-            place = line.data["number"]
-        if line.event in ("adapter_accepted", "adapter_rejected"):
-            data = line.data
-            found.append(
-                Tuning(
-                    data["job"],
-                    place,
-                    line.day,
-                    line.event == "adapter_accepted",
-                    float(data["heldout_loss_before"]),
-                    float(data["heldout_loss_after"]),
-                    losses.get(data["job"], ()),
-                )
+            place = data["number"]
+        elif line.event in ("adapter_accepted", "adapter_rejected"):
+            tuning = TuningOutcome(
+                job=data["job"],
+                place=place,
+                day=line.day,
+                accepted=line.event == "adapter_accepted",
+                before=float(data["heldout_loss_before"]),
+                after=float(data["heldout_loss_after"]),
+                losses=losses.get(data["job"], ()),
             )
-    return tuple(found)
+            tunings.append(tuning)
+    return tuple(tunings)
 
 
-def _nights(device: Device, events: list[dict[str, Any]]) -> tuple[Night, ...]:
-    """Of a night that was lived again after a kill, the telling with most in it."""
-    by_day: dict[int, dict[str, Any]] = {}
-    for event in events:
-        if event["event"] == "morning":
-            known = by_day.get(event["day"])
-            if known is None or event["state"] not in ("not_due", "too_few"):
-                by_day[event["day"]] = event
-    found = []
-    for day, event in sorted(by_day.items()):
-        spent = event["work_s"] / HOUR * device.power.watts
-        found.append(
-            Night(
-                day=day,
-                state=event["state"],
-                hours=event["wall_s"] / HOUR,
-                watt_hours=spent,
-                battery=spent / device.power.battery_wh,
-                storage_mb=event["storage"] / 1e6,
-                domains=event["domains"],
-                place=event["place"],
-            )
-        )
-    return tuple(found)
+def _nights(device: Device, nights: list[NightEnded]) -> tuple[NightOutcome, ...]:
+    """Of a night that was lived again after a kill, the event with most in it."""
+    by_day: dict[int, NightEnded] = {}
+    for event in nights:
+        if event.day not in by_day or event.state not in ("not_due", "too_few"):
+            by_day[event.day] = event
+    return tuple(_night(device, event) for _, event in sorted(by_day.items()))
+
+
+def _night(device: Device, event: NightEnded) -> NightOutcome:
+    watt_hours = event.work_s / HOUR * device.power.watts
+    return NightOutcome(
+        day=event.day,
+        state=event.state,
+        hours=event.wall_s / HOUR,
+        watt_hours=watt_hours,
+        battery=watt_hours / device.power.battery_wh,
+        storage_mb=event.storage / 1e6,
+        domains=event.domains,
+        place=event.place,
+    )
 
 
 def _examples(
-    life: Life, log: list[LogLine], stored: set[str], pairs: list[tuple[Any, ...]]
-) -> tuple[Example, ...]:
+    plan: LifePlan, log: list[LogLine], stored: set[str], pairs: list[tuple[Any, ...]]
+) -> tuple[TextExample, ...]:
     """The newest of each kind."""
     refused = [str(line.id) for line in log if line.event == "refused"][-EXAMPLES:]
     kept = [str(line.id) for line in log if line.event == "kept" and line.id in stored][-EXAMPLES:]
     why = {line.id: line.data for line in log if line.event in ("kept", "refused")}
-    wanted = {*refused, *kept, *(str(pair[0]) for pair in pairs[-EXAMPLES:])}
-    texts = {
-        dialogue.id: dialogue
-        for dialogue in dialogues_of(Path(life.stream), life.places)
-        if dialogue.id in wanted
-    }
-    found = [
-        Example(
+    wanted = {*refused, *kept}
+    texts = {dialogue.id: dialogue for dialogue in plan.dialogues() if dialogue.id in wanted}
+    examples = [
+        TextExample(
             "kept" if id in kept else "refused",
             f"{id}: {why[id]['reason'].replace('_', ' ')}, {why[id]['domain'] or 'not measured'}",
             texts[id].question,
@@ -167,12 +168,12 @@ def _examples(
         for id in (*kept, *refused)
     ]
     for source, question, answer in pairs[-EXAMPLES:]:
-        found.append(Example("synthesized", f"from {source}", question, answer))
-    return tuple(found)
+        examples.append(TextExample("synthesized", f"from {source}", question, answer))
+    return tuple(examples)
 
 
-def _occupancy(log: list[LogLine]) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
-    """Domains, and how many sets of each are stored after every observed one."""
+def _occupancy(log: list[LogLine]) -> Occupancy:
+    """How many sets of each domain are stored after every observed one."""
     bins: dict[int, str] = {}
     states: list[dict[str, int]] = []
     for line in log:
@@ -181,4 +182,4 @@ def _occupancy(log: list[LogLine]) -> tuple[tuple[str, ...], tuple[tuple[int, ..
         if line.event in ("kept", "refused"):
             states.append({name: list(bins.values()).count(name) for name in set(bins.values())})
     names = tuple(sorted({name for state in states for name in state}))
-    return names, tuple(tuple(state.get(name, 0) for name in names) for state in states)
+    return Occupancy(names, tuple(tuple(state.get(name, 0) for name in names) for state in states))

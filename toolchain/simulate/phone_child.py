@@ -1,25 +1,25 @@
 """The process that is the phone: puts the limits on itself, then lives.
 
-``python -m toolchain.simulate.phone_child LIFE.json FD``: events go to the file descriptor, one
-JSON object a line. Exit code 3: the last event, ``error``, says why.
+``python -m toolchain.simulate.phone_child PLAN.json CORES FD``: events go to the file descriptor.
+Exit code 3: the last event, ``PhoneFailed``, says why.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import toolchain.report.quiet  # noqa: F401  (before the heavy imports)
 
+FAILED = 3  # exit code
 
-def main(file: str, descriptor: str) -> int:
+
+def main(file: str, most_cores: str, descriptor: str) -> int:
+    """The process's exit code."""
     from toolchain.simulate.limits import limit_cores, limit_memory
 
-    text = json.loads(Path(file).read_text(encoding="utf-8"))
-    cores = limit_cores(text["threads"])  # before any library counts them
+    cores = limit_cores(int(most_cores))  # before any library counts them
 
     import executorch.runtime  # noqa: F401  (what Python needs is not the phone's: here, and now)
     import jinja2  # noqa: F401
@@ -27,30 +27,31 @@ def main(file: str, descriptor: str) -> int:
     import transformers.tokenization_utils_tokenizers  # noqa: F401
 
     import runtime_py.engine.lm  # noqa: F401
-    from exporters.errors import ExportError
     from runtime_py.bundle.bundle import open_bundle
-    from runtime_py.loop.errors import BundleError, LoopError, TrainingError
-    from toolchain.simulate.life import Life, Phone, device_of
+    from runtime_py.loop.errors import AttuneError
+    from toolchain.simulate.events import LimitsSet, PhoneEvent, PhoneFailed, to_line
+    from toolchain.simulate.life import Phone
+    from toolchain.simulate.life_plan import LifePlan
 
     torch.set_num_threads(cores)
-    out = os.fdopen(int(descriptor), "w", encoding="utf-8", buffering=1)
+    plan = LifePlan.from_json(Path(file).read_bytes())
+    with os.fdopen(int(descriptor), "wb") as out:
 
-    def say(event: dict[str, Any]) -> None:
-        out.write(json.dumps(event, ensure_ascii=False) + "\n")
+        def emit(event: PhoneEvent) -> None:
+            out.write(to_line(event))
+            out.flush()
 
-    life = Life(**{**text, "threads": cores})
-    before = limit_memory(device_of(life).memory.app_mb)
-    say({"event": "limited", "resident": before.resident, "data": before.data, "cores": cores})
-    try:
-        bundle = open_bundle(Path(life.bundle))
-        with Phone(life, bundle, say) as phone:
-            phone.live()
-    except (LoopError, BundleError, TrainingError, ExportError) as error:
-        say({"event": "error", "why": str(error)})
-        return 3
-    except MemoryError:
-        say({"event": "error", "why": "the memory that the device allows an app was used up."})
-        return 3
+        before = limit_memory(plan.device.memory.app_mb)
+        emit(LimitsSet(before.resident, cores))
+        try:
+            with Phone(plan, open_bundle(plan.bundle), emit) as phone:
+                phone.live()
+        except AttuneError as error:
+            emit(PhoneFailed(str(error)))
+            return FAILED
+        except MemoryError:
+            emit(PhoneFailed("the memory that the device allows an app was used up."))
+            return FAILED
     return 0
 
 

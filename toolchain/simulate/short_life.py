@@ -6,23 +6,18 @@ will, the user says what would be an ideal response, and one fine-tuning later t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from runtime_py.bundle.bundle import open_bundle
-from runtime_py.engine.phone_engine import PhoneEngine
-from runtime_py.engine.streamed_tuner import StreamedFineTuner, TrainingCall
-from runtime_py.loop.errors import LoopError
-from runtime_py.loop.fine_tuning import FineTuneReport
-from runtime_py.loop.lexicons import read_lexicons
+from runtime_py.bundle.bundle import Bundle
+from runtime_py.loop.dialogue import Dialogue
 from runtime_py.loop.personalizer import Personalizer
 from runtime_py.loop.policy import LoopPolicy
-from runtime_py.loop.protocols import FineTuneJob, FineTuneResult
 from runtime_py.loop.schedule import Conditions, Moment
 from runtime_py.loop.stream import read_stream
-from toolchain.simulate.life import is_text, lexicons_of
+from toolchain.simulate.life import is_text
+from toolchain.simulate.phone_app import load_programs, open_loop
 
 PROMPTS = (
     "I want a table for four on Friday.",
@@ -33,7 +28,7 @@ REPLY_TOKENS = 40
 
 
 @dataclass(frozen=True)
-class Reply:
+class ReplyPair:
     prompt: str
     before: str
     after: str
@@ -41,34 +36,54 @@ class Reply:
 
 @dataclass(frozen=True)
 class ShortLoop:
-    """Losses in nats a label, of the sets that were held out."""
+    """``steps`` of fine-tuning; losses in nats a label, of the sets that were held out."""
 
-    replies: tuple[Reply, ...]
+    replies: tuple[ReplyPair, ...]
     observed: int
     kept: int
     answered: int
     steps: int
     heldout_loss_before: float | None
     heldout_loss_after: float | None
-    report: FineTuneReport
 
 
-def run_short_loop(
-    bundle: Path,
-    folder: Path,
-    told: Callable[[str, int, int], None] = lambda stage, done, of: None,
-    *,
-    threads: int | None = None,
-    stream: Path | None = None,
-) -> ShortLoop:
-    """Lives through a stream in ``folder`` without a phone's limits, fine-tunes once, and asks
-    ``PROMPTS`` before and after. ``told``: a stage, and how much of it is done.
+def run_short_loop(bundle: Bundle, folder: Path) -> ShortLoop:
+    """Lives through the stream in ``folder`` without a phone's limits, fine-tunes once, and asks
+    ``PROMPTS`` before and after.
 
     Raises ``BundleError`` or ``LoopError``.
     """
-    opened = open_bundle(bundle)
-    policy = replace(
-        LoopPolicy.from_fields(dict(opened.manifest.policy.loop)),
+    programs = load_programs(bundle)
+    with open_loop(
+        bundle,
+        folder,
+        _policy(bundle),
+        lexicons=None,
+        engine=programs.engine,
+        tuner=programs.tuner,
+        clock=lambda: Moment(0.0, 0),
+    ) as app:
+        before = [app.generate(prompt) for prompt in PROMPTS]
+        with as_file(files("toolchain.compile") / "data" / "demo_stream.jsonl") as stream:
+            for record in read_stream(stream):
+                _live_through(app, record.dialogue)
+        report = app.fine_tune(Conditions(True, True, 25.0, 1 << 20))
+        after = [app.generate(prompt) for prompt in PROMPTS]
+        status = app.status()
+    return ShortLoop(
+        replies=tuple(map(ReplyPair, PROMPTS, before, after)),
+        observed=status.observed,
+        kept=status.kept,
+        answered=status.answered,
+        steps=len(report.losses),
+        heldout_loss_before=report.heldout_loss_before,
+        heldout_loss_after=report.heldout_loss_after,
+    )
+
+
+def _policy(bundle: Bundle) -> LoopPolicy:
+    return replace(
+        LoopPolicy.from_fields(dict(bundle.manifest.policy.loop)),
         selection="attune",
         bins=64,
         questions_per_day=1000,
@@ -79,66 +94,11 @@ def run_short_loop(
         learning_rate=5e-3,
         reply_max_tokens=REPLY_TOKENS,
     )
-    if stream is None:
-        with as_file(files("toolchain.compile") / "data" / "demo_stream.jsonl") as shipped:
-            records = list(read_stream(shipped))
-    else:
-        records = list(read_stream(stream))
-    if not records:
-        raise LoopError(f"{stream} has no dialogue: give one JSON object a line.")
-    engine = PhoneEngine(opened, threads)
-    steps = 0
-
-    def trained(call: TrainingCall) -> None:
-        nonlocal steps
-        if call.kind == "update":
-            steps += 1
-            told("fine-tune", steps, planned.steps)
-
-    streamed = StreamedFineTuner(
-        opened, engine.text, threads=threads, before=engine.release, on_call=trained
-    )
-    planned = _Planned(streamed)
-    with Personalizer(
-        folder=folder,
-        policy=policy,
-        lexicons=read_lexicons(lexicons_of(opened, None)),
-        engine=engine,
-        tuner=planned,
-        clock=lambda: Moment(0.0, 0),
-        bundle=opened,
-    ) as app:
-        before = [app.generate(prompt) for prompt in PROMPTS]
-        for number, record in enumerate(records, start=1):
-            ideal = record.dialogue
-            reply = app.generate(ideal.turns[:-1])
-            app.observe(ideal.with_answer(reply) if is_text(reply) else ideal)
-            for question in app.pending_questions():
-                app.answer(question.id, ideal.answer)
-            told("observe and answer", number, len(records))
-        report = app.fine_tune(Conditions(True, True, 25.0, 1 << 20))
-        after = [app.generate(prompt) for prompt in PROMPTS]
-        status = app.status()
-    return ShortLoop(
-        replies=tuple(map(Reply, PROMPTS, before, after)),
-        observed=status.observed,
-        kept=status.kept,
-        answered=status.answered,
-        steps=steps,
-        heldout_loss_before=report.heldout_loss_before,
-        heldout_loss_after=report.heldout_loss_after,
-        report=report,
-    )
 
 
-class _Planned:
-    """A fine-tuner that says beforehand how many steps a job has at most."""
-
-    def __init__(self, tuner: StreamedFineTuner) -> None:
-        self._tuner, self.steps = tuner, 0
-
-    def run(
-        self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
-    ) -> FineTuneResult | None:
-        self.steps = job.epochs * -(-len(job.training) // job.batch)
-        return self._tuner.run(job, folder, stop)
+def _live_through(app: Personalizer, ideal: Dialogue) -> None:
+    """The model answers in its way, and whatever is asked gets the ideal answer."""
+    reply = app.generate(ideal.turns[:-1])
+    app.observe(ideal.with_answer(reply) if is_text(reply) else ideal)
+    for question in app.pending_questions():
+        app.answer(question.id, ideal.answer)

@@ -20,8 +20,10 @@ from torch.export import Dim
 from exporters.errors import ExportError
 from exporters.executorch import lm_program as lowering
 from exporters.executorch.delegation import PROMPT, Delegation
-from exporters.executorch.lm_program import LoweredLm, adapter_tensors, lower_lm
-from exporters.executorch.pieces import edge_config, lower_whole
+from exporters.executorch.lm_program import LoweredLm, lower_lm
+from exporters.executorch.patches import edge_config
+from exporters.executorch.pieces import lower_whole
+from exporters.model.lora_tensors import adapter_tensors
 from exporters.model.quantize import QuantizedLinear, Scheme, quantized
 from exporters.model.rounding import round_search
 from exporters.model.spec import ARCHITECTURES, read_spec

@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 
+from runtime_py.loop.personalizer import ADAPTERS, STORE
 from runtime_py.loop.store import open_store
 from tests.toolchain.conftest import Attune, Exported, Said, command
+from toolchain.simulate.life_plan import STATE
 from toolchain.simulate.limits import DiskFull, Quota, folder_bytes
+from toolchain.simulate.simulation import prepare, simulate
 
 STREAM = Path(__file__).parents[3] / "toolchain" / "compile" / "data" / "demo_stream.jsonl"
 POLICY = {
@@ -38,47 +41,62 @@ ODD = (  # with the text of each reply; none of it is in the demo stream
     ("arabic", "كيف حالك اليوم؟ 🙂", "أنا بخير، شكرًا لك! 👨‍👩‍👧 🇵🇱"),
     ("long", "word " * 20_000, "Too long for any bin."),
 )
-TABLES = (
-    "counters",
-    "streams",
-    "sets",
-    "questions",
-    "annotations",
-    "synthetic",
-    "adapters",
-    "learnt",
-    "jobs",
-    "log",
-)
 
 
 @dataclass(frozen=True)
-class Run:
-    said: dict[str, Any]
+class SimulatedRun:
+    """What ``report.json`` has, and the run's folder."""
+
+    report: dict[str, Any]
     folder: Path
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """Files for two days of ten dialogues each; every run writes a folder of its own."""
+
+    bundle: Path
+    stream: Path
+    policy: Path
+    scratch: Path
+
+
 @pytest.fixture(scope="module")
-def run(both: Exported, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """Two days of ten dialogues each, with what is asked for besides."""
+def inputs(both: Exported, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     scratch = tmp_path_factory.mktemp("simulate")
     policy = scratch / "policy.json"
     policy.write_text(json.dumps(POLICY), encoding="utf-8")
     stream = scratch / "stream.jsonl"
     _write_stream(stream)
+    return Inputs(both.bundle, stream, policy, scratch)
 
-    def simulated(name: str, *more: object) -> Run:
-        out = scratch / name
-        said = command(
-            "simulate",
-            both.bundle,
-            *("--stream", stream, "--policy", policy, "--limit", 20, "--dialogues-a-day", 10),
-            *("--probes", 4, "--out", out, "--json"),
-            *more,
-        )
-        return Run(said.json(), out)
 
-    return simulated
+def in_this_process(
+    inputs: Inputs,
+    name: str,
+    *,
+    limit: int = 20,
+    kills: int = 0,
+    full_disk: bool = False,
+    low_memory: bool = False,
+) -> SimulatedRun:
+    """As the command does it, without a start of the command's own process."""
+    simulation = prepare(
+        bundle=inputs.bundle,
+        stream=inputs.stream,
+        device="pixel-8",
+        out=inputs.scratch / name,
+        policy=inputs.policy,
+        dialogues_a_day=10,
+        limit=limit,
+        probes=4,
+        kills=kills,
+        full_disk=full_disk,
+        low_memory=low_memory,
+    )
+    outcome = simulate(simulation, lambda event: None)
+    report = json.loads(json.dumps(outcome.as_json()))
+    return SimulatedRun(report, inputs.scratch / name)
 
 
 def _write_stream(path: Path) -> None:
@@ -100,34 +118,42 @@ def _write_stream(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def straight(run: Callable[..., Run]) -> Run:
-    return run("straight")
+def straight(inputs: Inputs) -> SimulatedRun:
+    """By the command, as a person calls it, with nothing that goes wrong."""
+    out = inputs.scratch / "straight"
+    done = command(
+        "simulate",
+        inputs.bundle,
+        *("--stream", inputs.stream, "--policy", inputs.policy, "--limit", 20),
+        *("--dialogues-a-day", 10, "--probes", 4, "--out", out, "--json"),
+    )
+    return SimulatedRun(done.json(), out)
 
 
-def test_the_loop_runs_within_the_device_s_limits(straight: Run) -> None:
-    said = straight.said
-    assert said["ended"] is None
-    assert said["observed"] == 20
-    assert said["bad_lines"] == 5
-    assert said["kept"] >= 12
-    assert said["questions"] == said["answered"] == 12
-    assert said["fine_tunes"] == 2
-    assert 5 < said["peak_memory_mb"] < said["memory_limit_mb"] == 640
-    assert said["peak_memory_mb"] < 1.3 * said["memory_estimate_mb"]
-    assert said["cores"]["enforced"] == min(4, len(os.sched_getaffinity(0)))
-    assert (said["faults"], said["recoveries"], said["lost"]) == (0, 0, 0)
-    assert said["heldout_loss_after"] < said["heldout_loss_before"]
-    assert said["modelled"]["hours"] > 0
-    assert said["modelled"]["watt_hours"] > 0
-    assert len(said["rouge1"]) == 4
-    assert sum(block["observed"] for block in said["acceptance"]) == 20
-    assert sum(block["kept"] for block in said["acceptance"]) == said["kept"]
-    assert said["embedding"]["tokens_per_second"] > 0
+def test_the_loop_runs_within_the_device_s_limits(straight: SimulatedRun) -> None:
+    report = straight.report
+    assert report["ended"] is None
+    assert report["observed"] == 20
+    assert report["bad_lines"] == 5
+    assert report["kept"] >= 12
+    assert report["questions"] == report["answered"] == 12
+    assert report["fine_tunes"] == 2
+    assert 5 < report["peak_memory_mb"] < report["memory_limit_mb"] == 640
+    assert report["peak_memory_mb"] < 1.3 * report["memory_estimate_mb"]
+    assert report["cores"]["enforced"] == min(4, len(os.sched_getaffinity(0)))
+    assert (report["faults"], report["recoveries"], report["lost"]) == (0, 0, 0)
+    assert report["heldout_loss_after"] < report["heldout_loss_before"]
+    assert report["modelled"]["hours"] > 0
+    assert report["modelled"]["watt_hours"] > 0
+    assert len(report["rouge1"]) == 4
+    assert sum(block["observed"] for block in report["acceptance"]) == 20
+    assert sum(block["kept"] for block in report["acceptance"]) == report["kept"]
+    assert report["embedding"]["tokens_per_second"] > 0
 
 
-def test_the_report_is_one_page_that_loads_nothing(straight: Run) -> None:
+def test_the_report_is_one_page_that_loads_nothing(straight: SimulatedRun) -> None:
     page = (straight.folder / "report.html").read_text(encoding="utf-8")
-    assert json.loads((straight.folder / "report.json").read_text()) == straight.said
+    assert json.loads((straight.folder / "report.json").read_text()) == straight.report
 
     class Reader(HTMLParser):
         seen: list[str]
@@ -147,35 +173,37 @@ def test_the_report_is_one_page_that_loads_nothing(straight: Run) -> None:
     assert "harbour-" in page
 
 
-def test_kills_and_a_full_disk_change_nothing(straight: Run, run: Callable[..., Run]) -> None:
-    faulty = run("faulty", "--faults", 2, "--full-disk")
-    said = faulty.said
-    assert said["ended"] is None
-    assert said["faults"] == said["recoveries"] == 3
-    assert {fault["kind"] for fault in said["fault_list"]} == {"kill", "full_disk"}
-    assert said["lost"] == 0
-    assert _contents(faulty) == _contents(straight)
+def test_kills_and_a_full_disk_change_nothing(straight: SimulatedRun, inputs: Inputs) -> None:
+    faulty = in_this_process(inputs, "faulty", kills=2, full_disk=True)
+    report = faulty.report
+    assert report["ended"] is None
+    assert report["faults"] == report["recoveries"] == 3
+    assert {fault["kind"] for fault in report["fault_list"]} == {"kill", "full_disk"}
+    assert report["lost"] == 0
+    assert contents(faulty.folder) == contents(straight.folder)
 
 
-def test_low_memory_amid_fine_tuning_ends_in_no_crash(run: Callable[..., Run]) -> None:
-    said = run("squeezed", "--low-memory", "--limit", 10).said
-    assert said["ended"] is None
-    assert said["faults"] == said["recoveries"] == 1
-    assert said["fault_list"][0]["kind"] == "low_memory"
-    assert said["fault_list"][0]["how"].startswith("fine-tuning was ")
-    assert said["lost"] == 0
+def test_low_memory_amid_fine_tuning_ends_in_no_crash(inputs: Inputs) -> None:
+    report = in_this_process(inputs, "squeezed", limit=10, low_memory=True).report
+    assert report["ended"] is None
+    assert report["faults"] == report["recoveries"] == 1
+    assert report["fault_list"][0]["kind"] == "low_memory"
+    assert report["fault_list"][0]["how"].startswith("fine-tuning was ")
+    assert report["lost"] == 0
 
 
-def _contents(run: Run) -> dict[str, object]:
-    phone = run.folder / "phone"
-    with sqlite3.connect(phone / "loop.sqlite") as connection:
-        found: dict[str, object] = {
+def contents(run: Path) -> dict[str, object]:
+    """Everything that a run's phone keeps: all tables of its store, and its adapters."""
+    phone = run / STATE
+    with sqlite3.connect(phone / STORE) as connection:
+        tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        kept: dict[str, object] = {
             table: connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()
-            for table in TABLES
+            for (table,) in tables.fetchall()
         }
-    found["adapters/"] = {p.name: p.read_bytes() for p in sorted((phone / "adapters").iterdir())}
-    assert found["adapters/"]
-    return found
+    kept["adapters/"] = {p.name: p.read_bytes() for p in sorted((phone / ADAPTERS).iterdir())}
+    assert kept["adapters/"]
+    return kept
 
 
 # What is refused before anything runs
@@ -219,7 +247,7 @@ def test_a_stream_without_a_usable_line(refused: Callable[..., str], tmp_path: P
     assert "expected 'assistant'" in said
 
 
-def test_a_run_is_not_written_over(attune: Attune, both: Exported, straight: Run) -> None:
+def test_a_run_is_not_written_over(attune: Attune, both: Exported, straight: SimulatedRun) -> None:
     out = straight.folder
     done = attune("simulate", both.bundle, "--stream", STREAM, "--out", out)
     assert done.code == 2

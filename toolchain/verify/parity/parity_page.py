@@ -2,101 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from toolchain.compile.tolerances import TABLE
+from toolchain.report import html
+from toolchain.report.html import Cell, Markup, details, element, join, paragraph, section, table
 from toolchain.verify.parity import parity_pictures
 from toolchain.verify.parity.verdict import NOT_ASKED, Check, Report, Rung
 
 _WORST = 10
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1f24; background: #fff; margin: 0 auto;
-  padding: 2rem 1.25rem 4rem; max-width: 62rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-p { max-width: 46rem; } .sub { color: #5b616b; margin: 0 0 1.2rem; }
-svg { max-width: 100%; height: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .87rem; }
-th, td { text-align: left; padding: .28rem .6rem .28rem 0; border-bottom: 1px solid #e6e8ec;
-  vertical-align: top; }
-th { font-weight: 600; color: #5b616b; } td.n { font-variant-numeric: tabular-nums;
-  white-space: nowrap; } .passed { color: #1a7f5a; } .failed { color: #c0362c; font-weight: 600; }
-.not { color: #80858e; } blockquote { margin: .2rem 0 0; color: #5b616b; font-size: .84rem; }
-details { border-bottom: 1px solid #e6e8ec; padding: .45rem 0; } summary { cursor: pointer; }
-.scroll { overflow-x: auto; } .verdict { font-size: 1.05rem; }
-"""
+_KINDS = {"passed": "good", "failed": "bad", "not run": "quiet"}
 
 
 def write_page(report: Report, path: Path) -> None:
-    path.write_text(page(report), encoding="utf-8")
+    html.write_page(path, page(report))
 
 
 def page(report: Report) -> str:
+    """The whole text of the file."""
     precision = ", ".join(f"{name} {value}" for name, value in report.precisions.items())
-    name = escape(Path(report.bundle).name)
     parts = [
-        f"<h1>Parity of {name}</h1>",
-        f'<p class="sub">{escape(report.model)}; {escape(precision)}; {report.seconds:.0f} s</p>',
         _verdict(report),
-        "<h2>The ladder</h2>",
-        "<p>Each rung is held against the one that it names, from PyTorch below to the whole loop "
-        "on a phone's programs above.</p>",
-        parity_pictures.ladder(report),
+        section(
+            "The ladder",
+            paragraph(
+                "Each rung is held against the one that it names, from PyTorch below to the whole "
+                "loop on a phone's programs above."
+            ),
+            parity_pictures.ladder(report),
+        ),
     ]
-    if layers := parity_pictures.by_layer(report):
-        parts += [
-            "<h2>Differences by layer</h2>",
-            "<p>The places inside of the model in the order of computation, on one dialogue. "
-            "Rounded weights and int8 activations differ by per cents in every layer and do not "
-            "add up; a fault stands out where it is.</p>",
-            layers,
-        ]
-    if drawn := parity_pictures.histograms(report):
-        parts += ["<h2>How large the differences are</h2>", drawn]
-    parts += ["<h2>Nearest to their bounds</h2>", _worst(report)]
-    parts += ["<h2>Every check</h2>", *map(_rung, report.rungs)]
-    parts += ["<h2>Tolerances</h2>", _tolerances()]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Parity of {name}</title><style>{_STYLE}</style></head><body>"
-        + "\n".join(parts)
-        + "</body></html>\n"
+    if (layers := parity_pictures.by_layer(report)) is not None:
+        text = (
+            "The places inside of the model in the order of computation, on one dialogue. Rounded "
+            "weights and int8 activations differ by per cents in every layer and do not add up; a "
+            "fault stands out where it is."
+        )
+        parts.append(section("Differences by layer", paragraph(text), layers))
+    if (drawn := parity_pictures.histograms(report)) is not None:
+        parts.append(section("How large the differences are", drawn))
+    parts.append(section("Nearest to their bounds", _worst(report)))
+    parts.append(section("Every check", *map(_rung, report.rungs)))
+    parts.append(section("Tolerances", _tolerances()))
+    return html.page(
+        f"Parity of {Path(report.bundle).name}",
+        join(f"{report.model}; {precision}; {report.seconds:.0f} s"),
+        *parts,
     )
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: Report) -> Markup:
     lines = []
     for rung in report.rungs:
         if rung.status == "failed":
-            lines.append(f'<b class="failed">{rung.rung} failed.</b> {escape(rung.reason)}')
+            lines.append(join(element("b", f"{rung.rung} failed.", kind="bad"), " ", rung.reason))
         elif rung.status == "not run" and rung.reason != NOT_ASKED:
-            lines.append(f'<b class="not">{rung.rung} was not run:</b> {escape(rung.reason)}')
+            first = element("b", f"{rung.rung} was not run:", kind="quiet")
+            lines.append(join(first, " ", rung.reason))
     passed = sum(rung.status == "passed" for rung in report.rungs)
     if not report.failed:
-        lines.insert(0, f'<b class="passed">{passed} of {len(report.rungs)} rungs passed.</b>')
-    return "".join(f'<p class="verdict">{line}</p>' for line in lines)
+        text = f"{passed} of {len(report.rungs)} rungs passed."
+        lines.insert(0, element("b", text, kind="good"))
+    return join(*map(paragraph, lines))
 
 
 def _text_of(case: str, texts: dict[str, str]) -> str:
     return texts.get(case) or texts.get(case.rpartition(", ")[0], "")
 
 
-def _worst(report: Report) -> str:
-    rows = [(rung.rung, check) for rung in report.rungs for check in rung.checks]
-    rows = [(name, check) for name, check in rows if check.bound != "exact" or not check.passed]
-    rows.sort(key=lambda row: (row[1].passed, -row[1].strain))
-    body = []
-    for name, check in rows[:_WORST]:
+def _worst(report: Report) -> Markup:
+    checks = [(rung.rung, check) for rung in report.rungs for check in rung.checks]
+    checks = [(name, check) for name, check in checks if check.bound != "exact" or not check.passed]
+    checks.sort(key=lambda entry: (entry[1].passed, -entry[1].strain))
+    rows = []
+    for name, check in checks[:_WORST]:
         text = _text_of(check.case, report.texts)
-        quote = f"<blockquote>{escape(text)}</blockquote>" if text else ""
-        body.append(
-            f"<tr><td>{name}</td><td>{escape(check.program)}: {escape(check.output)}"
-            f"{_layer(check)}<br>on “{escape(check.case)}”{quote}</td>{_cells(check)}</tr>"
+        what = join(
+            f"{check.program}: {check.output}{_layer(check)}",
+            Markup("<br>"),
+            f"on “{check.case}”",
+            element("blockquote", text) if text else "",
         )
-    return _table(("rung", "what, and on which input", *_HEADS), body)
+        rows.append([name, what, *_cells(check)])
+    return table(("rung", "what, and on which input", *_HEADS), rows, numbers=_HEADS)
 
 
 _HEADS = ("max abs", "max rel", "likeness", "same token", "KL", "allowed")
@@ -106,9 +94,9 @@ def _layer(check: Check) -> str:
     return "" if check.layer is None else f", layer {check.layer}"
 
 
-def _cells(check: Check) -> str:
+def _cells(check: Check) -> list[Cell]:
     if check.bound == "exact" and check.note:
-        return f'<td class="failed" colspan="{len(_HEADS)}">{escape(check.note)}</td>'
+        return [Cell(check.note, "bad", span=len(_HEADS))]
     allowed = [] if check.tolerance is None else [f"≤ {check.tolerance:g}"]
     likeness = ""
     if check.likeness_tolerance is not None:
@@ -117,39 +105,31 @@ def _cells(check: Check) -> str:
     token = "" if check.same_token is None else f"{check.same_token:.0%}"
     kl = "" if check.kl is None else f"{check.kl:.1e}"
     values = [f"{check.max_abs:.1e}", f"{check.max_rel:.1e}", likeness, token, kl]
-    kind = "n" if check.passed else "n failed"
-    return "".join(f'<td class="{kind}">{v}</td>' for v in [*values, "<br>".join(allowed)])
+    kind = "" if check.passed else "bad"
+    return [Cell(value, kind) for value in [*values, Markup("<br>".join(allowed))]]
 
 
-def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in heads)
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
-
-
-def _rung(rung: Rung) -> str:
-    kind = rung.status.split()[0]
-    title = f'<b>{rung.rung}</b> <span class="{kind}">{rung.status}</span>'
+def _rung(rung: Rung) -> Markup:
+    status = element("span", rung.status, kind=_KINDS[rung.status])
+    title = join(element("b", rung.rung), " ", status)
     if not rung.checks:
-        return f"<details><summary>{title}</summary><p>{escape(rung.reason)}</p></details>"
-    rows = [
-        f"<tr><td>{escape(c.program)}</td><td>{escape(c.output)}{_layer(c)}</td>"
-        f"<td>{escape(c.case)}</td>{_cells(c)}</tr>"
-        for c in rung.checks
-    ]
-    table = _table(("program", "output", "on", *_HEADS), rows)
-    return (
-        f"<details><summary>{title}, {len(rung.checks)} checks in {rung.seconds:.1f} s"
-        f"</summary>{table}</details>"
+        return details(title, paragraph(rung.reason))
+    rows = [[c.program, f"{c.output}{_layer(c)}", c.case, *_cells(c)] for c in rung.checks]
+    return details(
+        join(title, f", {len(rung.checks)} checks in {rung.seconds:.1f} s"),
+        table(("program", "output", "on", *_HEADS), rows, numbers=_HEADS),
     )
 
 
-def _tolerances() -> str:
-    rows = []
-    for row in TABLE.values():
-        most = "" if row.max_rel is None else f"{row.max_rel:g}"
-        least = "" if row.likeness is None else f"{row.likeness:g}"
-        rows.append(
-            f'<tr><td>{escape(row.name)}</td><td class="n">{most}</td><td class="n">{least}</td>'
-            f"<td>{escape(row.reason)}</td></tr>"
-        )
-    return _table(("precision", "max rel at most", "likeness at least", "why"), rows)
+def _tolerances() -> Markup:
+    rows = [
+        [
+            row.name,
+            "" if row.max_rel is None else f"{row.max_rel:g}",
+            "" if row.likeness is None else f"{row.likeness:g}",
+            row.reason,
+        ]
+        for row in TABLE.values()
+    ]
+    heads = ("precision", "max rel at most", "likeness at least", "why")
+    return table(heads, rows, numbers=heads[1:3])

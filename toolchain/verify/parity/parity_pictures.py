@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import io
-
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+from toolchain.report.charts import house_style, inline_svg
+from toolchain.report.html import Markup
+from toolchain.report.palette import ACCENT, BAD, FAINT, GOOD, QUIET, SERIES
 from toolchain.verify.parity.verdict import Report, Rung
 
-COLORS = {"passed": "#1a7f5a", "failed": "#c0362c", "not run": "#8a8f98"}
-_LINES = ("#2a6fdb", "#c9741a", "#1a7f5a", "#8d4fc4", "#c0362c")
+COLORS = {"passed": GOOD, "failed": BAD, "not run": FAINT}
 _FIRST, _STEP = -9.0, 0.5  # of the histograms: log10 of relative differences
+_WIDE = 10.6  # inches: for the longest second line of a rung
 
 
-def _svg(figure: Figure, title: str) -> str:
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": title}):
-        figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
-    text = out.getvalue()
-    svg = text[text.index("<svg") :]
-    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
-
-
-def ladder(report: Report) -> str:
+@house_style()
+def ladder(report: Report) -> Markup:
     """A box for each rung from eager up, with what it was held against and its hardest check."""
-    figure = Figure(figsize=(9, 0.75 * len(report.rungs) + 0.3))
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(_WIDE, 0.6 * len(report.rungs) + 0.2))
+    axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    axes.set_xlim(0, 10)
+    axes.set_xlim(0, 10 * _WIDE / 9)
     axes.set_ylim(-0.2, len(report.rungs))
     for height, rung in enumerate(report.rungs):
         color = COLORS[rung.status]
@@ -41,13 +33,13 @@ def ladder(report: Report) -> str:
         label = axes.text(1.2, height + 0.43, rung.rung, ha="center", va="center", fontsize=11)
         label.set(color="white", weight="bold")
         if height:
-            axes.plot([1.2, 1.2], [height - 0.22, height + 0.08], color="#b6bac2", lw=3, zorder=0)
+            axes.plot([1.2, 1.2], [height - 0.22, height + 0.08], color=FAINT, lw=3, zorder=0)
         first = f"{rung.status}"
         if rung.against:
             first += f", against {rung.against}: {len(rung.checks)} checks, {rung.seconds:.0f} s"
         axes.text(2.6, height + 0.58, first, fontsize=9.5, va="center", color=color, weight="bold")
-        axes.text(2.6, height + 0.25, _second(rung), fontsize=8.5, va="center", color="#444")
-    return _svg(figure, "The ladder of rungs")
+        axes.text(2.6, height + 0.25, _second(rung), fontsize=8.5, va="center", color=QUIET)
+    return inline_svg(figure, "The ladder of rungs")
 
 
 def _second(rung: Rung) -> str:
@@ -63,15 +55,17 @@ def _second(rung: Rung) -> str:
     )[:115]
 
 
-def by_layer(report: Report) -> str:
-    """Largest difference at each place that was looked at, in the order of computation."""
+@house_style()
+def by_layer(report: Report) -> Markup | None:
+    """Largest difference at each place that was looked at, in the order of computation. None:
+    no rung was looked into."""
     shown = [rung for rung in report.rungs if rung.layers]
     if not shown:
-        return ""
-    figure = Figure(figsize=(9, 3.4))
+        return None
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.add_subplot()
     layers = 1
-    for rung, color in zip(shown, _LINES, strict=False):
+    for rung, color in zip(shown, SERIES, strict=False):
         places = _positions([place for place, _ in rung.layers])
         layers = max(layers, int(max(places)) + 1)
         # What is equal to the bit has no place on the axis, and leaves a gap.
@@ -90,25 +84,23 @@ def by_layer(report: Report) -> str:
     axes.set_xlabel("layer")
     axes.set_xticks(range(0, layers, max(1, layers // 15)))
     axes.set_ylabel("largest difference,\npart of the range")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
-    return _svg(figure, "Differences by layer")
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return inline_svg(figure, "Differences by layer")
 
 
 def _positions(places: list[str]) -> list[float]:
     """Where each place stands on the axis of layers: those of a layer within its unit."""
     layer_of = [int(p.split(".")[1]) if p.startswith("layers.") else None for p in places]
     inside = [layer for layer in layer_of if layer is not None]
-    found = []
+    positions = []
     for index, layer in enumerate(layer_of):
         if layer is None:
             before = not any(inner is not None for inner in layer_of[:index])
-            found.append(-0.5 + 0.2 * index if before else max(inside, default=0) + 1.2)
+            positions.append(-0.5 + 0.2 * index if before else max(inside, default=0) + 1.2)
         else:
-            own = layer_of[:index].count(layer)
-            found.append(layer + own / layer_of.count(layer))
-    return found
+            place = layer_of[:index].count(layer)
+            positions.append(layer + place / layer_of.count(layer))
+    return positions
 
 
 def _index(rung: Rung) -> int:
@@ -119,8 +111,9 @@ def _index(rung: Rung) -> int:
     return 0
 
 
-def histograms(report: Report) -> str:
-    """How large the single differences are, by rung."""
+@house_style()
+def histograms(report: Report) -> Markup | None:
+    """How large the single differences are, by rung. None: nothing was computed."""
     shown = []
     for rung in report.rungs:
         computed = [check for check in rung.checks if check.bound != "exact"]
@@ -128,15 +121,16 @@ def histograms(report: Report) -> str:
         if len(counts):
             shown.append((rung.rung, counts.sum(0)))
     if not shown:
-        return ""
-    figure = Figure(figsize=(9, 1.15 * len(shown) + 0.5))
+        return None
+    figure = Figure(figsize=(9, 1.15 * len(shown) + 0.5), layout="constrained")
     for row, (name, counts) in enumerate(shown):
         axes = figure.add_subplot(len(shown), 1, row + 1)
         left = _FIRST + _STEP * np.arange(len(counts))
-        axes.bar(left, counts / counts.sum(), width=_STEP * 0.92, align="edge", color="#2a6fdb")
+        axes.bar(left, counts / counts.sum(), width=_STEP * 0.92, align="edge", color=ACCENT)
         axes.set_xlim(_FIRST, 1.0)
         axes.set_yticks([])
-        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["left"].set_visible(False)
+        axes.grid(False, axis="y")
         axes.text(0.995, 0.8, name, transform=axes.transAxes, ha="right", fontsize=10)
         if row + 1 < len(shown):
             axes.set_xticklabels([])
@@ -144,4 +138,4 @@ def histograms(report: Report) -> str:
             ticks = range(-9, 1, 1)
             axes.set_xticks(list(ticks), [f"$10^{{{t}}}$" for t in ticks])
             axes.set_xlabel("difference of a number, as a part of its tensor's range")
-    return _svg(figure, "Histograms of differences")
+    return inline_svg(figure, "Histograms of differences")

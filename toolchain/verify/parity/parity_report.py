@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich.markup import escape
-from rich.table import Table
 
 from toolchain.compile.tolerances import TABLE
 from toolchain.report.console import output
+from toolchain.report.tables import plain_table
 from toolchain.verify.parity.verdict import NOT_ASKED, Check, Report, Rung
 
 MARKS = {
@@ -77,29 +77,7 @@ def show(report: Report, every: bool = False) -> None:
     """``every``: all checks with all their numbers, for a wide terminal."""
     precision = ", ".join(f"{name} {value}" for name, value in report.precisions.items())
     output.print(f"[bold]{escape(report.bundle)}[/] ({escape(report.model)}; {precision})")
-    table = Table(box=None, pad_edge=False)
-    table.add_column("rung", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("checks", justify="right", no_wrap=True)
-    table.add_column("all" if every else "worst of each program", overflow="fold")
-    if every:
-        table.add_column("on", overflow="fold")
-    heads = ["max abs", "max rel", "likeness", "token", "KL"] if every else ["max rel", "likeness"]
-    for name in heads:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("allowed", no_wrap=True)
-    for rung in report.rungs:
-        shown = rung.checks if every else worst_of(rung.checks)
-        first = [rung.rung, MARKS[rung.status], str(len(rung.checks) or "")]
-        if not shown:
-            table.add_row(*first)
-        for check in shown:
-            color = "" if check.passed else "[red]"
-            named = f"{color}{escape(check.program)}: {escape(check.output)}"
-            cells = [named, escape(check.case)] if every else [named]
-            table.add_row(*first, *cells, *_numbers(check, every), _bound(check))
-            first = ["", "", ""]
-    output.print(table)
+    _show_checks(report, every)
     for rung in report.rungs:
         if rung.status == "failed":
             output.print(f"[bold red]{rung.rung}[/]: {escape(rung.reason)}", soft_wrap=True)
@@ -113,3 +91,25 @@ def show(report: Report, every: bool = False) -> None:
         output.print(f"[bold red]{', '.join(failed)} failed[/] in {report.seconds:.0f} s")
     else:
         output.print(f"[green]{passed} rungs passed[/] in {report.seconds:.0f} s")
+
+
+def _show_checks(report: Report, every: bool) -> None:
+    names = ["all", "on"] if every else ["worst of each program"]
+    numbers = ["max rel", "likeness"]
+    if every:
+        numbers = ["max abs", *numbers, "token", "KL"]
+    heads = ["rung", "", "checks", *names, *numbers, "allowed"]
+    texts = ["rung", "", *names, "allowed"]
+    table = plain_table(heads, texts, whole=[head for head in heads if head not in names])
+    for rung in report.rungs:
+        checks = rung.checks if every else worst_of(rung.checks)
+        first = [rung.rung, MARKS[rung.status], str(len(rung.checks) or "")]
+        if not checks:
+            table.add_row(*first)
+        for check in checks:
+            color = "" if check.passed else "[red]"
+            named = f"{color}{escape(check.program)}: {escape(check.output)}"
+            cells = [named, escape(check.case)] if every else [named]
+            table.add_row(*first, *cells, *_numbers(check, every), _bound(check))
+            first = ["", "", ""]
+    output.print(table)

@@ -22,10 +22,11 @@ from runtime_py.bundle.bundle import open_bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.examples import IGNORED, example
 from runtime_py.engine.run_state import FILE
+from runtime_py.engine.trainer import Settings
 from runtime_py.loop.stream import read_stream
 from tests.toolchain.conftest import Attune, Exported
-from toolchain.compile.bundle_export import builtin_folder
-from toolchain.fine_tune import Request, fine_tune
+from toolchain.adapter_training import train_adapter
+from toolchain.compile.export_input import builtin_folder
 
 STYLE = [
     ("Can you book a table?", "Aye aye! A table it is, captain."),
@@ -67,7 +68,7 @@ def test_it_learns_and_peft_agrees(
     text = ChatText(open_bundle(fp32.bundle))
     total, count = 0.0, 0
     dialogues = [record.dialogue for record in read_stream(data)]
-    for dialogue in [dialogues[i] for i in (3, 8, 12, 17)]:  # one in so many, see fine_tune
+    for dialogue in [dialogues[i] for i in (3, 8, 12, 17)]:  # one in so many, see train_adapter
         one = example(dialogue, text)
         with torch.no_grad():
             logits = peft(torch.from_numpy(one.tokens)[None]).logits[0, :-1]
@@ -87,10 +88,8 @@ def test_it_learns_and_peft_agrees(
 
 def _train(bundle: Path, data: Path, out: Path) -> None:
     """A run in a process of its own, saved at every step."""
-    request = Request(
-        bundle=bundle, data=data, out=out, batch=2, held_out=0.0, save_every=1, threads=1
-    )
-    fine_tune(request, lambda step, rate: None, lambda text: None)
+    settings = Settings(batch=2, save_every=1)
+    train_adapter(bundle, data, out, settings=settings, held_out=0.0, threads=1)
 
 
 def final(out: Path) -> dict[str, np.ndarray]:
@@ -102,7 +101,7 @@ def test_killed_at_random_moments(kills: int, fp32: Exported, data: Path, tmp_pa
     """Every resume ends with the same bits as the run that was left alone."""
     # A server that has imported everything, so that a child takes a second and not ten.
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["toolchain.fine_tune", __name__])
+    processes.set_forkserver_preload(["toolchain.adapter_training", __name__])
 
     def start(out: Path) -> multiprocessing.process.BaseProcess:
         child = processes.Process(target=_train, args=(fp32.bundle, data, out))
@@ -174,4 +173,4 @@ def test_options_that_cannot_be(fp32: Exported, attune: Attune, data: Path, tmp_
         assert "Traceback" not in said.err
     said = attune("train", fp32.bundle, "--data", data, "--out", data / "o")
     assert said.code == 2
-    assert "cannot be made (Not a directory)" in said.err
+    assert "cannot be written: Not a directory" in said.err
