@@ -83,7 +83,7 @@ class Operand:
 
 
 def matmul(a: Operand, b: Operand) -> Tensor:
-    """``a`` [..., M, K] times ``b`` [..., K, N], float64 [..., M, N], the same bits in any order."""
+    """``a`` [..., M, K] times ``b`` [..., K, N], float64 [..., M, N], exactly."""
     result: Tensor | None = None
     for (p, unit), (q, scale) in zip(a.slices, b.slices, strict=True):
         part = torch.matmul(p, q).mul_(unit).mul_(scale)

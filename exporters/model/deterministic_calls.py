@@ -20,10 +20,22 @@ from exporters.model import deterministic as d
 _aten = torch.ops.aten
 # Views, copies, integers, comparisons, and elementwise arithmetic that rounds once.
 _EXACT = frozenset(
-    ["abs", "add", "alias", "all", "amax", "amin", "any", "arange", "bitwise_and", "bitwise_or", "bitwise_not", "bitwise_xor", "cat", "clamp", "clamp_min", "clamp_max", "clone", "copy_", "detach", "div", "embedding", "empty", "empty_like", "eq", "expand", "full", "full_like", "floor", "ge", "gt", "index", "index_put_", "le", "lift_fresh", "logical_and", "logical_not", "lt", "masked_fill", "maximum", "minimum", "mul", "ne", "neg", "new_zeros", "ones", "permute", "reciprocal", "reshape", "round", "select", "select_scatter", "slice", "split", "split_with_sizes", "sqrt", "squeeze", "stack", "sub", "t", "scalar_tensor", "transpose", "tril", "triu", "unbind", "unsqueeze", "view", "_local_scalar_dense", "_to_copy", "_unsafe_view", "where", "zeros", "zeros_like", "ones_like", "rsub"]
+    """
+    _local_scalar_dense _to_copy _unsafe_view abs add alias all amax amin any arange bitwise_and
+    bitwise_not bitwise_or bitwise_xor cat clamp clamp_max clamp_min clone copy_ detach div
+    embedding empty empty_like eq expand floor full full_like ge gt index index_put_ le
+    lift_fresh logical_and logical_not lt masked_fill maximum minimum mul ne neg new_zeros ones
+    ones_like permute reciprocal reshape round rsub scalar_tensor select select_scatter slice
+    split split_with_sizes sqrt squeeze stack sub t transpose tril triu unbind unsqueeze view
+    where zeros zeros_like
+    """.split()  # noqa: SIM905
 )
-_INTEGERS = frozenset(  # of torch.ao's reference operators: elementwise, extremes, rounding
-    ["choose_qparams_per_token_asymmetric", "quantize_per_token", "dequantize_per_token", "embedding_byte", "dequantize_per_channel", "dequantize_per_channel_group"]
+# Of torch.ao's reference operators: elementwise arithmetic, extremes, rounding.
+_INTEGERS = frozenset(
+    """
+    choose_qparams_per_token_asymmetric dequantize_per_channel dequantize_per_channel_group
+    dequantize_per_token embedding_byte quantize_per_token
+    """.split()  # noqa: SIM905
 )
 
 
@@ -50,7 +62,7 @@ class SameBits(TorchDispatchMode):
         return func(*args, **given)
 
     def right(self, matrix: Tensor) -> d.Operand:
-        """A right operand: a weight, which is laid on its grid once for all calls under one mode."""
+        """A right operand: a weight, laid on its grid once for all calls under one mode."""
         key = (
             matrix.data_ptr(), tuple(matrix.shape), matrix.stride(), matrix.dtype, matrix._version
         )  # fmt: skip

@@ -132,7 +132,8 @@ def self_test(
         want = golden.tensors[f"{target}.{name}.pooled"]
         checks.append(judged("embed", name, pooled, want, bounds["pooled"]))
         one, other = np.array([entropy]), np.array([own["entropy"][name]])
-        checks.append(judged("embed: entropy", name, one, other, bounds["entropy"]))
+        # A share from 0 to 1, and near 0 where there is one token.
+        checks.append(judged("embed: entropy", name, one, other, bounds["entropy"], 1.0))
     if (training := golden.said["training"]) is not None:
         checks += _trained(golden, engine, training)
     if (stream := golden.said["decisions"].get(target)) is not None:
@@ -213,10 +214,12 @@ def judged(
     found: np.ndarray,
     expected: np.ndarray,
     bound: Mapping[str, float | None],
+    size: float | None = None,
 ) -> SelfCheck:
+    """``size``: what differences are a part of, where that is not the largest value expected."""
     own, want = found.astype(np.float64), expected.astype(np.float64)
     gap = float(np.abs(own - want).max()) if np.isfinite(own).all() else np.inf
-    size = max(float(np.abs(want).max()), 1e-30)
+    size = size or max(float(np.abs(want).max()), 1e-30)
     rows = zip(own, want, strict=True) if want.ndim == 2 else [(own, want)]
     likeness = min(_likeness(a, b) for a, b in rows) if np.isfinite(gap) else 0.0
     return SelfCheck(program, case, gap, gap / size, likeness, bound["most"], bound["least"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +28,27 @@ from runtime_py.engine.self_test import FOLDER, FORMAT, JSON, TENSORS, Loop, eff
 from runtime_py.loop.lexicons import read_lexicons
 from runtime_py.loop.protocols import Embedding
 from runtime_py.loop.words import words
-from toolchain.compile.tolerances import TABLE, Tolerance, of_logits, of_pooled
+from toolchain.compile.spread import between, float_activations, largest, of_scores
+from toolchain.compile.spread import of_float16 as measured_float16
+from toolchain.compile.tolerances import (
+    HALF,
+    INT8_ABOVE,
+    Tolerance,
+    model_terms,
+    of_float16,
+    of_gradient,
+    of_int8,
+    of_loss,
+    of_model,
+    rounding,
+)
 
 PROMPT, DECODED = 33, 4  # tokens of a case
 TOP, SAMPLED = 16, 48  # logits of each position: the largest, and others evenly over the vocabulary
 GRADIENTS = 512  # numbers of the flat gradient, evenly over it
 _DIALOGUES = 3
 _STREAM, _BINS = 10, 4
-_CLOSE = (2e-5, 1e-2)  # of entropy and dissimilarity: int8 activations move them by 1e-6 and 2e-3
+_CLOSE_ENTROPY = 2e-5  # of dialogues that are left out, so that no choice hangs on a last digit
 _PLACES = 256  # tokens of the training case at most
 
 
@@ -92,7 +105,7 @@ def write_golden(
         _set(reference.model, initial)
         targets[target] = {
             "quantize": reference.quantize,
-            "tolerances": _tolerances(target, reference.quantize),
+            "tolerances": _tolerances(target, reference, cases),
             "entropy": entropies,
         }
     said = {
@@ -102,7 +115,7 @@ def write_golden(
         "targets": targets,
         "training": None,
         "decisions": {
-            target: _decisions(reference, dialogues, embed_length)
+            target: _decisions(target, reference, dialogues, embed_length)
             for target, reference in references.items()
         },
     }
@@ -151,13 +164,26 @@ def _cases(texts: Sequence[torch.Tensor], eos: int, longest: int, vocab: int) ->
     return cases
 
 
-def _tolerances(target: str, quantize: str) -> dict[str, dict]:
-    logits = of_logits(quantize) if target == "android" else TABLE["float16"]
-    return {
-        "logits": _bound(logits),
-        "pooled": _bound(of_pooled(quantize)),
-        "entropy": {"most": 1e-2 if quantize != "none" else 1e-4, "least": None},
-    }
+def _tolerances(target: str, reference: Reference, cases: Sequence[dict]) -> dict[str, dict]:
+    """As parity computes its own (``toolchain.compile.tolerances``), on the golden cases."""
+    model = reference.model
+    tokens = [case["tokens"] for case in cases]
+    plain = of_model(model.spec, max(map(len, tokens)))
+    if target == "ios":
+        rows = [lambda one, t=t: _logits(one, t) for t in tokens]
+        logits = pooled = entropy = of_float16(measured_float16(model, rows))
+    elif model.is_float:
+        logits = pooled = entropy = plain
+    else:
+        other = float_activations(model)
+        pairs = [(_logits(other, t), _logits(model, t)) for t in tokens]
+        logits = of_int8(largest([between(*pair) for pair in pairs]))
+        vectors = [(_embedding(other, t), _embedding(model, t)) for t in tokens]
+        pooled = of_int8(largest([between(a[0], b[0]) for a, b in vectors]), pooled=True)
+        gap = max(abs(a[1] - b[1]) for a, b in vectors)
+        entropy = replace(plain, max_rel=(plain.max_rel or 0.0) + INT8_ABOVE * gap)
+    found = {"logits": logits, "pooled": pooled, "entropy": entropy}
+    return {name: _bound(bound) for name, bound in found.items()}
 
 
 def _bound(tolerance: Tolerance) -> dict:
@@ -190,14 +216,32 @@ def _embedding(model: Transformer, tokens: Sequence[int]) -> tuple[np.ndarray, f
     return pooled.numpy(), float(entropy)
 
 
+def _close(target: str, reference: Reference, dialogues: Sequence[Sequence[int]]) -> float:
+    """Dissimilarities that the precision cannot tell apart: they are differences of cosines."""
+    model = reference.model
+    if target == "ios":
+        return 4 * 8 * HALF
+    plain = 4 * rounding(model_terms(model.spec, max(map(len, dialogues), default=1)))
+    if model.is_float:
+        return plain
+    other = float_activations(model)
+    rows = [[_embedding(m, ids)[0] for ids in dialogues] for m in (other, model)]
+    return plain + INT8_ABOVE * of_scores(*rows)
+
+
 def _decisions(
-    reference: Reference, stream: Mapping[str, tuple[str, list[int]]], embed_length: int
+    target: str,
+    reference: Reference,
+    stream: Mapping[str, tuple[str, list[int]]],
+    embed_length: int,
 ) -> dict:
     """What selection does with a stream of real dialogues. Those whose scores are too close to a
     stored set's for the precision to tell are left out, so every choice is one to agree on."""
     own = {"selection": "paper", "bins": _BINS, "seed": 0}
     loop = Loop(policy_of(own), read_lexicons(), reference.model.spec.hidden)
     dialogues, expected = [], []
+    few = [ids[:embed_length] for _, ids in list(stream.values())[:_STREAM]]
+    close = (_CLOSE_ENTROPY, _close(target, reference, few))
     for name, (text, ids) in stream.items():
         tokens = ids[:embed_length]
         pooled, entropy = _embedding(reference.model, tokens)
@@ -205,13 +249,13 @@ def _decisions(
         if len(loop.buffer) == _BINS:
             new = loop.buffer.measure(name, 0, words(text), embedding, read_lexicons())
             gaps = np.abs(loop.buffer.scores - [new.scores.eoe, 0.0, new.scores.idd])
-            if (gaps[:, 0] < _CLOSE[0]).any() or (gaps[:, 2] < _CLOSE[1]).any():
+            if (gaps[:, 0] < close[0]).any() or (gaps[:, 2] < close[1]).any():
                 continue
         expected.append(loop.observe(name, text, embedding))
         dialogues.append({"id": name, "text": text, "tokens": tokens})
         if len(dialogues) == _STREAM:
             break
-    return {**own, "most": _CLOSE[1], "dialogues": dialogues, "expected": expected}
+    return {**own, "most": close[1], "dialogues": dialogues, "expected": expected}
 
 
 def _training(
@@ -233,8 +277,9 @@ def _training(
     attends = [plain_attention(model.spec, layer) for layer in model.spec.layers]
     with torch.enable_grad():
         hidden = model.hidden(text[None], torch.arange(len(text)), attends)
+        logits = model.logits(hidden)[0, :-1]
         loss = nn.functional.cross_entropy(
-            model.logits(hidden)[0, :-1], labels[1:], ignore_index=IGNORED, reduction="sum"
+            logits, labels[1:], ignore_index=IGNORED, reduction="sum"
         )
         grads = torch.autograd.grad(loss, list(own.values()))
     flat = FlatLayout.of(layout)
@@ -246,19 +291,25 @@ def _training(
     used = sum(int(np.prod(shape)) for _, shape in flat.places.values())
     places = np.linspace(0, used - 1, GRADIENTS).astype(np.int64)
     count = int((labels[1:] != IGNORED).sum())
+    # Exact in float32 up to 2²⁴; larger adapters take places that are.
+    exact = np.unique(places.astype(np.float32).astype(np.int64).clip(0, used - 1))
+    # A part of the loss, and of the sample's largest: what they are read by.
+    per_label = loss.item() / count
+    off = of_loss(model.spec, len(text)).max_rel or 0.0
+    off *= (float(logits.detach().abs().max()) + per_label) / per_label
+    steep = of_gradient(model.spec, len(text)).max_rel or 0.0
+    steep *= float(np.abs(line).max()) / max(float(np.abs(line[exact]).max()), 1e-30)
     said = {
         "case": "dialogue",
         "tokens": text.tolist(),
         "labels": labels.tolist(),
-        "loss": loss.item() / count,
+        "loss": per_label,
         "gradient_norm": float(np.linalg.norm(line.astype(np.float64))),
         "tolerances": {
-            "loss": _bound(TABLE["float32, loss"]),
-            "gradient": _bound(TABLE["float32, gradient"]),
+            "loss": {"most": off, "least": None},
+            "gradient": {"most": steep, "least": None},
         },
     }
-    # Exact in float32 up to 2²⁴; larger adapters take places that are.
-    exact = np.unique(places.astype(np.float32).astype(np.int64).clip(0, used - 1))
     return said, {
         "training.places": exact.astype(np.float32),
         "training.gradient": line[exact],

@@ -55,6 +55,11 @@ class TorchEngine:
         )
 
     @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters whose gradient is taken."""
+        return list({id(own): own for own in self._own.values()}.values())
+
+    @property
     def capacity(self) -> int:
         """One sequence a call: nothing is packed here."""
         return 0

@@ -25,15 +25,15 @@ from toolchain.compile.training_part import EagerPrograms
 from toolchain.verify.arm64.emulate import CPU
 from toolchain.verify.autograd import TorchEngine
 from toolchain.verify.parity.cases import EFFECT, INITIAL, Case
-from toolchain.verify.parity.lm_checks import Said
+from toolchain.verify.parity.lm_checks import Bounds, Said
 from toolchain.verify.parity.models import Models, Values, embedding_of, logits_of, set_adapter
 from toolchain.verify.parity.recording import Recorded
 
 
 @dataclass(eq=False)
 class Context:
-    """``models`` is the reason where there is no source. ``eager``, ``ios``, ``executorch``
-    and ``replayed`` are what a rung leaves for those after it."""
+    """``models`` is the reason where there is no source. ``eager``, ``ios``, ``executorch``,
+    ``android_bounds`` and ``replayed`` are what a rung leaves for those after it."""
 
     bundle: Path
     manifest: Manifest
@@ -49,6 +49,7 @@ class Context:
     eager: Said | None = None
     ios: Said | None = None
     executorch: Said | None = None
+    android_bounds: Bounds | None = None
     replayed: tuple[Recorded, ...] = ()
 
     @property
@@ -129,6 +130,10 @@ class AutogradEngine:
     def _own(self, state: AdapterState) -> dict[str, Tensor]:
         set_adapter(self._model, state.tensors)
         return adapter_tensors(self._model)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        return [t for name, t in adapter_tensors(self._model).items() if ".lora_" in name]
 
     def _loss(self, example: Example) -> Tensor:
         logits = self._model(torch.from_numpy(example.tokens)[None])[0, :-1]

@@ -32,7 +32,9 @@ from runtime_py.loop.personalizer import Personalizer
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import Embedding, Engine, FineTuneJob, FineTuner, FineTuneResult
 from runtime_py.loop.schedule import Conditions, Moment
-from toolchain.compile.tolerances import TABLE, of_logits
+from toolchain.compile.spread import float_activations, of_scores
+from toolchain.compile.tolerances import INT8_ABOVE, TABLE, model_terms, rounding
+from toolchain.verify.parity.allowed import of_android
 from toolchain.verify.parity.cases import dialogues
 from toolchain.verify.parity.context import Context
 from toolchain.verify.parity.models import embedding_of, logits_of, set_adapter
@@ -41,11 +43,6 @@ from toolchain.verify.parity.verdict import Check, Rung, compare, not_run, rung,
 STREAM, QUICK_STREAM = 24, 10
 BINS = 6
 _WORDS = 24  # tokens of a reply
-_SCORES = {
-    "none": 1e-4,
-    "8da8w": 0.02,
-    "8da4w": 0.05,
-}  # of eoe, dss and idd, which are up to 1 or 2
 NIGHT = Conditions(charging=True, idle=True, celsius=25.0, free_memory_mb=100_000)
 
 
@@ -199,7 +196,7 @@ def decisions(context: Context) -> Rung:
     expected = live(context, "pytorch", reference, TorchTuner(context), stream)
     context.told("decisions: ExecuTorch")
     found = phone_life(context, "executorch", stream)
-    checks = same_life(found, expected, manifest.android.quantize)
+    checks = same_life(found, expected, scores_allowed(context, stream))
     checks += _reply(context, reference, found, expected, stream)
     return rung("decisions", "PyTorch with the same weights", checks)
 
@@ -212,9 +209,34 @@ def phone_life(context: Context, name: str, stream: Sequence[Dialogue]) -> Life:
     return live(context, name, engine, tuner, stream)
 
 
-def same_life(found: Life, expected: Life, quantize: str) -> list[Check]:
+@dataclass(frozen=True)
+class Allowed:
+    """How far scores may be apart. ``ties``: whether a choice between closer ones may fall either
+    way, as it may where activations are rounded."""
+
+    eoe: float
+    idd: float
+    ties: bool
+
+
+def scores_allowed(context: Context, stream: Sequence[Dialogue]) -> Allowed:
+    """From the length of the sums, and of int8 activations from what they do to the very dialogues
+    of the stream: entropy is a share from 0 to 1, dissimilarity a difference of cosines."""
+    model = context.source.android
+    plain = 4.0 * rounding(model_terms(model.spec, context.manifest.policy.embed_length))
+    if model.is_float:
+        return Allowed(plain, plain, ties=False)
+    engines = [TorchPhone(context, m) for m in (float_activations(model), model)]
+    made = [[engine.embed(dialogue) for dialogue in stream] for engine in engines]
+    vectors = [[one.pooled for one in rows] for rows in made]
+    entropy = max(abs(a.entropy - b.entropy) for a, b in zip(*made, strict=True))
+    return Allowed(
+        plain + INT8_ABOVE * entropy, plain + INT8_ABOVE * of_scores(*vectors), ties=True
+    )
+
+
+def same_life(found: Life, expected: Life, allowed: Allowed) -> list[Check]:
     """Scores within the precision, the same choices but for ties, the same training."""
-    allowed = _SCORES[quantize]
     checks: list[Check] = []
     rows = [
         [[d.scores.eoe, d.scores.dss, d.scores.idd] for d in life.decisions if d.scores]
@@ -225,7 +247,7 @@ def same_life(found: Life, expected: Life, quantize: str) -> list[Check]:
     own, want = (np.array(part)[:until] for part in rows)
     for column, name in enumerate(("eoe", "dss", "idd")):
         gap = float(np.abs(own[:, column] - want[:, column]).max())
-        most = 0.0 if name == "dss" else allowed
+        most = {"eoe": allowed.eoe, "dss": 0.0, "idd": allowed.idd}[name]
         checks.append(
             Check(
                 "loop", f"{until} dialogues", f"score {name}", gap, gap,
@@ -236,9 +258,9 @@ def same_life(found: Life, expected: Life, quantize: str) -> list[Check]:
     if split is not None:
         return checks
     losses = np.array(found.losses), np.array(expected.losses)
-    checks.append(compare("loop", "one night", "losses", *losses, TABLE["float32, gradient"]))
+    checks.append(compare("loop", "one night", "losses", *losses, TABLE["training run"]))
     held = np.array(found.held_out), np.array(expected.held_out)
-    checks.append(compare("loop", "one night", "held-out loss", *held, TABLE["float32, gradient"]))
+    checks.append(compare("loop", "one night", "held-out loss", *held, TABLE["training run"]))
     if found.adapter and expected.adapter:
         own, want = (
             np.concatenate([v.ravel() for v in x.adapter.values()]) for x in (found, expected)
@@ -260,7 +282,7 @@ def _first_split(found: Sequence[Decision], expected: Sequence[Decision]) -> int
 
 
 def _choices(
-    found: Life, expected: Life, split: int | None, scores: np.ndarray, allowed: float
+    found: Life, expected: Life, split: int | None, scores: np.ndarray, allowed: Allowed
 ) -> Check:
     name = "kept and replaced sets"
     case = f"{len(expected.decisions)} dialogues"
@@ -274,7 +296,7 @@ def _choices(
         f"{own.id} is {'kept' if own.kept else 'refused'}, PyTorch has "
         f"{'kept' if want.kept else 'refused'} it; the closest scores differ by {margin:.2g}"
     )
-    tie = margin <= 2 * allowed and allowed > 1e-3
+    tie = margin <= 2 * max(allowed.eoe, allowed.idd) and allowed.ties
     return stated("loop", case, name, tie, note + (" (a tie)" if tie else ""))
 
 
@@ -294,7 +316,8 @@ def _reply(
         (i for i, (a, b) in enumerate(zip(theirs, tokens, strict=False)) if a != b),
         min(len(theirs), len(tokens), len(margins) - 1),
     )
-    allowed = 0.1 if of_logits(context.manifest.android.quantize).name != "float32" else 2e-4
+    # Both of the two may be off.
+    allowed = 2.0 * (context.android_bounds or of_android(context)).largest
     tie = margins[min(place, len(margins) - 1)] <= allowed
     note = f"parts at token {place}, where PyTorch prefers its own by {margins[place]:.2g}"
     return [stated("loop", "reply", "greedy text", tie, note + (" (a tie)" if tie else ""))]

@@ -99,7 +99,7 @@ def _worst(report: Report) -> str:
     return _table(("rung", "what, and on which input", *_HEADS), body)
 
 
-_HEADS = ("max abs", "max rel", "likeness", "same token", "KL", "allowed")
+_HEADS = ("max abs", "max rel", "likeness", "same token", "KL", "allowed", "margin")
 
 
 def _layer(check: Check) -> str:
@@ -109,16 +109,18 @@ def _layer(check: Check) -> str:
 def _cells(check: Check) -> str:
     if check.bound == "exact" and check.note:
         return f'<td class="failed" colspan="{len(_HEADS)}">{escape(check.note)}</td>'
-    allowed = [] if check.tolerance is None else [f"≤ {check.tolerance:g}"]
+    allowed = [] if check.tolerance is None else [f"≤ {check.tolerance:.2g}"]
     likeness = ""
     if check.likeness_tolerance is not None:
-        allowed.append(f"likeness ≥ {check.likeness_tolerance:g}")
+        allowed.append(f"likeness ≥ {check.likeness_tolerance:.5g}")
         likeness = f"{check.likeness:.5f}"
     token = "" if check.same_token is None else f"{check.same_token:.0%}"
     kl = "" if check.kl is None else f"{check.kl:.1e}"
     values = [f"{check.max_abs:.1e}", f"{check.max_rel:.1e}", likeness, token, kl]
     kind = "n" if check.passed else "n failed"
-    return "".join(f'<td class="{kind}">{v}</td>' for v in [*values, "<br>".join(allowed)])
+    margin = "" if check.margin is None else f"{check.margin:.2g}"
+    cells = [*values, "<br>".join(allowed), margin]
+    return "".join(f'<td class="{kind}">{cell}</td>' for cell in cells)
 
 
 def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
@@ -152,4 +154,8 @@ def _tolerances() -> str:
             f'<tr><td>{escape(row.name)}</td><td class="n">{most}</td><td class="n">{least}</td>'
             f"<td>{escape(row.reason)}</td></tr>"
         )
-    return _table(("precision", "max rel at most", "likeness at least", "why"), rows)
+    said = (
+        "<p>Where no number stands, each run computes it: it is beside every figure above, with "
+        "the margin, measured as a part of allowed.</p>"
+    )
+    return said + _table(("precision", "max rel at most", "likeness at least", "why"), rows)

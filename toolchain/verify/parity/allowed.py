@@ -1,0 +1,87 @@
+"""The bounds of one run's ``lm`` checks: from the sums' length, or from a spread measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from exporters.model.transformer import Transformer
+from toolchain.compile.spread import Rows, between, float_activations, largest, of_float16
+from toolchain.compile.tolerances import (
+    FLOAT16_ABOVE,
+    INT8_ABOVE,
+    TABLE,
+    of_int8,
+    of_model,
+)
+from toolchain.compile.tolerances import of_float16 as tolerance_of_float16
+from toolchain.compile.wide import Wide
+from toolchain.verify.parity.cases import Case
+from toolchain.verify.parity.context import Context, said_by
+from toolchain.verify.parity.lm_checks import Bounds, Said
+from toolchain.verify.parity.models import Values, logits_of, set_adapter
+
+
+def of_floats(
+    context: Context, said: Said, wide: Callable[[str, str], np.ndarray] | None = None
+) -> Bounds:
+    """Float32 on both sides. ``said``: the expected; ``wide``: its logits in float64."""
+    tokens = max(len(case.tokens) for case in context.cases)
+    bound = of_model(context.source.captured.spec, tokens)
+    assert bound.max_rel is not None
+    largest_logit = max(float(np.abs(rows).max()) for rows in said.logits.values())
+    noise = bound.max_rel * largest_logit
+    return Bounds(bound, bound, TABLE["adapter"], noise, bound.max_rel, wide)
+
+
+def of_android(context: Context) -> Bounds:
+    """PyTorch with the weights of ``lm.pte`` against any engine that runs it."""
+    model = context.source.android
+    if not model.is_float:
+        expected = context.android
+        plain = said_by(float_activations(model), context.cases, context.adapters, context.manifest)
+        logits = largest([between(plain.logits[k], v) for k, v in expected.logits.items()])
+        pooled = largest([between(plain.pooled[k], v) for k, v in expected.pooled.items()])
+        return Bounds(
+            of_int8(logits),
+            of_int8(pooled, True),
+            TABLE["adapter"],
+            INT8_ABOVE * logits.rms,
+            INT8_ABOVE * logits.largest,
+        )
+    known = {case.name: case for case in context.cases}
+
+    def wide(adapter: str, case: str) -> np.ndarray:
+        set_adapter(model, context.adapters[adapter])
+        with Wide():
+            return logits_of(model, known[case].tokens, known[case].prompt - 1)
+
+    return of_floats(context, context.android, wide)
+
+
+def of_ios(
+    model: Transformer, cases: Sequence[Case], adapters: Mapping[str, Values], steps: int
+) -> Bounds:
+    """PyTorch's float32 with the package's weights against the package, whose numbers or cache are
+    float16."""
+
+    def rows_of(case: Case, values: Values) -> Rows:
+        def rows(module: Transformer) -> np.ndarray:
+            set_adapter(module, values)
+            return logits_of(module, case.tokens[: case.prompt + steps], case.prompt - 1)
+
+        return rows
+
+    measured = of_float16(model, [rows_of(c, v) for v in adapters.values() for c in cases])
+    bound = tolerance_of_float16(measured)
+    noise = FLOAT16_ABOVE * measured.rms
+    return Bounds(bound, bound, TABLE["adapter"], noise if np.isfinite(noise) else None)
+
+
+@torch.no_grad()
+def largest_logit(model: Transformer, tokens: np.ndarray, values: Values) -> float:
+    """What a loss over ``tokens`` is a difference of."""
+    set_adapter(model, values)
+    return float(np.abs(logits_of(model, tokens, 0)).max())
