@@ -22,8 +22,8 @@ _aten = torch.ops.aten
 _EXACT = frozenset(
     """
     _local_scalar_dense _to_copy _unsafe_view abs add alias all amax amin any arange bitwise_and
-    bitwise_not bitwise_or bitwise_xor cat clamp clamp_max clamp_min clone copy_ detach div
-    embedding empty empty_like eq expand floor full full_like ge gt index index_put_ le
+    bitwise_not bitwise_or bitwise_xor cat clamp clamp_max clamp_min clone copy detach div
+    embedding empty empty_like eq expand floor full full_like ge gt index index_put le
     lift_fresh logical_and logical_not lt masked_fill maximum minimum mul ne neg new_zeros ones
     ones_like permute reciprocal reshape round rsub scalar_tensor select select_scatter slice
     split split_with_sizes sqrt squeeze stack sub t transpose tril triu unbind unsqueeze view
@@ -53,7 +53,7 @@ class SameBits(TorchDispatchMode):
         given = dict(kwargs or {})
         if space == "aten" and (own := _OWN.get(name)) is not None:
             return own(self, *args, **given)
-        known = name in _EXACT if space == "aten" else name in _INTEGERS
+        known = name.rstrip("_") in _EXACT if space == "aten" else name in _INTEGERS
         if not known or given.get("alpha", 1) != 1:
             raise ExportError(
                 f"{func} is not known to give the same bits on every processor, so it has no place "
