@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,27 +28,14 @@ from runtime_py.engine.self_test import FOLDER, FORMAT, JSON, TENSORS, Loop, eff
 from runtime_py.loop.lexicons import read_lexicons
 from runtime_py.loop.protocols import Embedding
 from runtime_py.loop.words import words
-from toolchain.compile.spread import between, float_activations, largest, of_scores
-from toolchain.compile.spread import of_float16 as measured_float16
-from toolchain.compile.tolerances import (
-    HALF,
-    INT8_ABOVE,
-    Tolerance,
-    model_terms,
-    of_float16,
-    of_gradient,
-    of_int8,
-    of_loss,
-    of_model,
-    rounding,
-)
+from toolchain.compile.golden_bounds import Reading, close_scores, tolerances
+from toolchain.compile.tolerances import of_gradient, of_loss
 
 PROMPT, DECODED = 33, 4  # tokens of a case
 TOP, SAMPLED = 16, 48  # logits of each position: the largest, and others evenly over the vocabulary
 GRADIENTS = 512  # numbers of the flat gradient, evenly over it
 _DIALOGUES = 3
 _STREAM, _BINS = 10, 4
-_CLOSE_ENTROPY = 2e-5  # of dialogues that are left out, so that no choice hangs on a last digit
 _PLACES = 256  # tokens of the training case at most
 
 
@@ -105,7 +92,9 @@ def write_golden(
         _set(reference.model, initial)
         targets[target] = {
             "quantize": reference.quantize,
-            "tolerances": _tolerances(target, reference, cases),
+            "tolerances": tolerances(
+                target, reference.model, _READING, [case["tokens"] for case in cases]
+            ),
             "entropy": entropies,
         }
     said = {
@@ -164,32 +153,6 @@ def _cases(texts: Sequence[torch.Tensor], eos: int, longest: int, vocab: int) ->
     return cases
 
 
-def _tolerances(target: str, reference: Reference, cases: Sequence[dict]) -> dict[str, dict]:
-    """As parity computes its own (``toolchain.compile.tolerances``), on the golden cases."""
-    model = reference.model
-    tokens = [case["tokens"] for case in cases]
-    plain = of_model(model.spec, max(map(len, tokens)))
-    if target == "ios":
-        rows = [lambda one, t=t: _logits(one, t) for t in tokens]
-        logits = pooled = entropy = of_float16(measured_float16(model, rows))
-    elif model.is_float:
-        logits = pooled = entropy = plain
-    else:
-        other = float_activations(model)
-        pairs = [(_logits(other, t), _logits(model, t)) for t in tokens]
-        logits = of_int8(largest([between(*pair) for pair in pairs]))
-        vectors = [(_embedding(other, t), _embedding(model, t)) for t in tokens]
-        pooled = of_int8(largest([between(a[0], b[0]) for a, b in vectors]), pooled=True)
-        gap = max(abs(a[1] - b[1]) for a, b in vectors)
-        entropy = replace(plain, max_rel=(plain.max_rel or 0.0) + INT8_ABOVE * gap)
-    found = {"logits": logits, "pooled": pooled, "entropy": entropy}
-    return {name: _bound(bound) for name, bound in found.items()}
-
-
-def _bound(tolerance: Tolerance) -> dict:
-    return {"most": tolerance.max_rel, "least": tolerance.likeness}
-
-
 def _set(model: Transformer, values: Mapping[str, np.ndarray]) -> None:
     for name, tensor in adapter_tensors(model).items():
         tensor.copy_(torch.from_numpy(np.ascontiguousarray(values[name])))
@@ -216,17 +179,7 @@ def _embedding(model: Transformer, tokens: Sequence[int]) -> tuple[np.ndarray, f
     return pooled.numpy(), float(entropy)
 
 
-def _close(target: str, reference: Reference, dialogues: Sequence[Sequence[int]]) -> float:
-    """Dissimilarities that the precision cannot tell apart: they are differences of cosines."""
-    model = reference.model
-    if target == "ios":
-        return 4 * 8 * HALF
-    plain = 4 * rounding(model_terms(model.spec, max(map(len, dialogues), default=1)))
-    if model.is_float:
-        return plain
-    other = float_activations(model)
-    rows = [[_embedding(m, ids)[0] for ids in dialogues] for m in (other, model)]
-    return plain + INT8_ABOVE * of_scores(*rows)
+_READING = Reading(_logits, _embedding)
 
 
 def _decisions(
@@ -241,7 +194,7 @@ def _decisions(
     loop = Loop(policy_of(own), read_lexicons(), reference.model.spec.hidden)
     dialogues, expected = [], []
     few = [ids[:embed_length] for _, ids in list(stream.values())[:_STREAM]]
-    close = (_CLOSE_ENTROPY, _close(target, reference, few))
+    close = close_scores(target, reference.model, _READING, few)
     for name, (text, ids) in stream.items():
         tokens = ids[:embed_length]
         pooled, entropy = _embedding(reference.model, tokens)

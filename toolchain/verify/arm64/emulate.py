@@ -83,8 +83,8 @@ class Arm64Program:
     ``native`` runs the same runner on this machine: what differs between the two is ARM64's doing,
     what differs between native and Python is the runner's. With ``native`` and ``older``, QEMU's
     name of a processor of this machine's own architecture, such as Haswell, it runs under QEMU as
-    that: kernels for instructions that it does not have are left aside. Raises ``RunError`` where there is no
-    runner; ``prepare`` gives the reason without an exception.
+    that: kernels for instructions that it does not have are left aside. Raises ``RunError`` where
+    there is no runner; ``prepare`` gives the reason without an exception.
     """
 
     def __init__(

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from exporters.model.transformer import Transformer
-from toolchain.compile.spread import Rows, between, float_activations, largest, of_float16
+from runtime_py.loop.protocols import Embedding
+from toolchain.compile.spread import (
+    Rows,
+    between,
+    float_activations,
+    largest,
+    of_float16,
+    of_scores,
+)
 from toolchain.compile.tolerances import (
     FLOAT16_ABOVE,
     INT8_ABOVE,
     TABLE,
+    model_terms,
     of_int8,
     of_model,
+    rounding,
 )
 from toolchain.compile.tolerances import of_float16 as tolerance_of_float16
 from toolchain.compile.wide import Wide
@@ -85,3 +96,27 @@ def largest_logit(model: Transformer, tokens: np.ndarray, values: Values) -> flo
     """What a loss over ``tokens`` is a difference of."""
     set_adapter(model, values)
     return float(np.abs(logits_of(model, tokens, 0)).max())
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How far scores may be apart. ``ties``: whether a choice between closer ones may fall either
+    way, as it may where activations are rounded."""
+
+    eoe: float
+    idd: float
+    ties: bool
+
+
+def of_loop(context: Context, embed: Callable[[Transformer], Sequence[Embedding]]) -> Scores:
+    """From the length of the sums, and of int8 activations from what they do to the very dialogues
+    of the stream: entropy is a share from 0 to 1, dissimilarity a difference of cosines. ``embed``:
+    the stream, by a model."""
+    model = context.source.android
+    plain = 4.0 * rounding(model_terms(model.spec, context.manifest.policy.embed_length))
+    if model.is_float:
+        return Scores(plain, plain, ties=False)
+    made = [embed(one) for one in (float_activations(model), model)]
+    vectors = [[one.pooled for one in rows] for rows in made]
+    entropy = max(abs(a.entropy - b.entropy) for a, b in zip(*made, strict=True))
+    return Scores(plain + INT8_ABOVE * entropy, plain + INT8_ABOVE * of_scores(*vectors), ties=True)

@@ -32,9 +32,8 @@ from runtime_py.loop.personalizer import Personalizer
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import Embedding, Engine, FineTuneJob, FineTuner, FineTuneResult
 from runtime_py.loop.schedule import Conditions, Moment
-from toolchain.compile.spread import float_activations, of_scores
-from toolchain.compile.tolerances import INT8_ABOVE, TABLE, model_terms, rounding
-from toolchain.verify.parity.allowed import of_android
+from toolchain.compile.tolerances import TABLE
+from toolchain.verify.parity.allowed import Scores, of_android, of_loop
 from toolchain.verify.parity.cases import dialogues
 from toolchain.verify.parity.context import Context
 from toolchain.verify.parity.models import embedding_of, logits_of, set_adapter
@@ -196,7 +195,11 @@ def decisions(context: Context) -> Rung:
     expected = live(context, "pytorch", reference, TorchTuner(context), stream)
     context.told("decisions: ExecuTorch")
     found = phone_life(context, "executorch", stream)
-    checks = same_life(found, expected, scores_allowed(context, stream))
+
+    def embed(model: Transformer) -> list[Embedding]:
+        return [TorchPhone(context, model).embed(dialogue) for dialogue in stream]
+
+    checks = same_life(found, expected, of_loop(context, embed))
     checks += _reply(context, reference, found, expected, stream)
     return rung("decisions", "PyTorch with the same weights", checks)
 
@@ -209,33 +212,7 @@ def phone_life(context: Context, name: str, stream: Sequence[Dialogue]) -> Life:
     return live(context, name, engine, tuner, stream)
 
 
-@dataclass(frozen=True)
-class Allowed:
-    """How far scores may be apart. ``ties``: whether a choice between closer ones may fall either
-    way, as it may where activations are rounded."""
-
-    eoe: float
-    idd: float
-    ties: bool
-
-
-def scores_allowed(context: Context, stream: Sequence[Dialogue]) -> Allowed:
-    """From the length of the sums, and of int8 activations from what they do to the very dialogues
-    of the stream: entropy is a share from 0 to 1, dissimilarity a difference of cosines."""
-    model = context.source.android
-    plain = 4.0 * rounding(model_terms(model.spec, context.manifest.policy.embed_length))
-    if model.is_float:
-        return Allowed(plain, plain, ties=False)
-    engines = [TorchPhone(context, m) for m in (float_activations(model), model)]
-    made = [[engine.embed(dialogue) for dialogue in stream] for engine in engines]
-    vectors = [[one.pooled for one in rows] for rows in made]
-    entropy = max(abs(a.entropy - b.entropy) for a, b in zip(*made, strict=True))
-    return Allowed(
-        plain + INT8_ABOVE * entropy, plain + INT8_ABOVE * of_scores(*vectors), ties=True
-    )
-
-
-def same_life(found: Life, expected: Life, allowed: Allowed) -> list[Check]:
+def same_life(found: Life, expected: Life, allowed: Scores) -> list[Check]:
     """Scores within the precision, the same choices but for ties, the same training."""
     checks: list[Check] = []
     rows = [
@@ -282,7 +259,7 @@ def _first_split(found: Sequence[Decision], expected: Sequence[Decision]) -> int
 
 
 def _choices(
-    found: Life, expected: Life, split: int | None, scores: np.ndarray, allowed: Allowed
+    found: Life, expected: Life, split: int | None, scores: np.ndarray, allowed: Scores
 ) -> Check:
     name = "kept and replaced sets"
     case = f"{len(expected.decisions)} dialogues"

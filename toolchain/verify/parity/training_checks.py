@@ -18,17 +18,9 @@ from runtime_py.engine.examples import Example
 from runtime_py.engine.program_calls import Programs
 from runtime_py.engine.streaming import StreamingEngine, step_numbers
 from runtime_py.engine.trainer import TrainingEngine
-from toolchain.compile.tolerances import (
-    TABLE,
-    Tolerance,
-    of_block,
-    of_block_gradient,
-    of_gradient,
-    of_head_loss,
-    of_loss,
-    of_optimizer,
-)
+from toolchain.compile.tolerances import of_gradient, of_loss, of_optimizer
 from toolchain.compile.wide import Wide, widened
+from toolchain.verify.parity.call_bounds import bound_of, magnitude_of, pull_of
 from toolchain.verify.parity.lm_checks import Executor
 from toolchain.verify.parity.recording import Recorded, Recorder
 from toolchain.verify.parity.verdict import Check, Found, compare
@@ -200,37 +192,6 @@ def worst(checks: Sequence[Check]) -> list[Check]:
     return [c for c in checks if not c.passed or kept[c.program, c.case] is c]
 
 
-def _bound(
-    call: Recorded, output: str, before: Mapping[str, np.ndarray], step: float, spec: ModelSpec
-) -> Tolerance:
-    """``before``: the call's inputs; ``step``: of ``adamw``, how far the largest number moves."""
-    if call.name == "adamw":
-        own = before["parameters"]
-        return of_optimizer(own.size, float(np.abs(own).max()), step)
-    tokens = before["x"].shape[2]
-    if call.name.startswith("block_forward"):
-        return of_block(spec, tokens)
-    if output == "loss":
-        return of_head_loss(spec)
-    return TABLE["exact"] if output == "count" else of_block_gradient(spec, tokens)
-
-
-def _magnitude(before: Mapping[str, np.ndarray], loss: float) -> float:
-    """What the head's loss is a difference of: Σ |h w| over the features of each label's logit."""
-    x, norm = (before[name][0].astype(np.float64) for name in ("x", "base.norm"))  # [F, P], [F, 1]
-    hidden = x / np.sqrt((x * x).mean(0) + 1e-12) * norm
-    each = np.abs(hidden.T * before["targets"][0]).sum(1)  # [P]
-    return float((each * before["real"][0, :, 0]).sum()) + abs(loss)
-
-
-def _pull(before: Mapping[str, np.ndarray], largest: float) -> float:
-    """The head's gradient is a difference of rows of the head, seen through the norm: the size of
-    the target's row there, or ``largest``, the gradient's own, where that is more."""
-    x, norm = before["x"][0], before["base.norm"][0, :, 0]  # [F, P], [F]
-    rows = np.abs(before["targets"][0] * norm).max(1) * before["real"][0, :, 0]  # [P]
-    return max(largest, float((rows / np.sqrt((x * x).mean(0) + 1e-12)).max()))
-
-
 def replay(
     calls: Sequence[Recorded],
     executor: Executor,
@@ -299,10 +260,10 @@ def judged(
             elif ".lora_" in tensor.name:
                 scale = max(adapter)
             elif call.name == "head" and tensor.name == "loss":
-                scale = _magnitude(before, float(want.item()))
+                scale = magnitude_of(before, float(want.item()))
             elif call.name == "head" and tensor.name == "gradient.x":
-                scale = _pull(before, float(np.abs(want).max()))
-            bound = _bound(call, tensor.name, before, step, spec)
+                scale = pull_of(before, float(np.abs(want).max()))
+            bound = bound_of(call, tensor.name, before, step, spec)
             on = f"{case}, {call.variant}" if call.variant else case
             check = compare(
                 call.kind, on, tensor.name, own, want, bound, layer=call.layer, scale=scale,
