@@ -20,7 +20,12 @@ from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.manifest import AdapterTensor, Optimizer
 from runtime_py.engine.examples import Example
 from runtime_py.engine.streaming import StepNumbers
-from toolchain.compile.autograd import autograd_gradient, autograd_loss, summed_loss
+from toolchain.compile.autograd import (
+    autograd_gradient,
+    autograd_loss,
+    summed_loss,
+    trained_tensors,
+)
 from toolchain.verify.peft_module import padded, peft_parameters, set_peft_adapter
 
 
@@ -99,6 +104,12 @@ class PeftEngine:
     ) -> None:
         self._model, self._tensors, self._optimizer = model, tensors, optimizer
 
+    @property
+    def trained(self) -> list[Tensor]:
+        """The parameters whose gradient is taken."""
+        places = peft_parameters(self._model, self._tensors).values()
+        return list({id(parameter): parameter for parameter, _ in places}.values())
+
     @torch.no_grad()
     def loss(self, state: AdapterState, examples: Sequence[Example]) -> tuple[float, int]:
         set_peft_adapter(self._model, self._tensors, state.tensors)
@@ -126,6 +137,11 @@ class TransformerEngine:
 
     def __init__(self, model: Transformer, optimizer: Optimizer) -> None:
         self._model, self._optimizer = model, optimizer
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The tensors whose gradient is taken."""
+        return list(trained_tensors(self._model).values())
 
     def loss(self, state: AdapterState, examples: Sequence[Example]) -> tuple[float, int]:
         total = autograd_loss(self._model, state.tensors, examples)

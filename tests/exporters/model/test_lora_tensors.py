@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from exporters.errors import ExportError
+from exporters.model.assembly import build
 from exporters.model.lora_tensors import adapter_tensors, set_adapter
 from exporters.model.spec import read_spec
-from exporters.model.transformer import build
 from tests import tiny
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from peft import PeftModel
 
+from exporters.model.assembly import build
 from exporters.model.spec import read_spec
-from exporters.model.transformer import Transformer, build
+from exporters.model.transformer import Transformer
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.manifest import AdapterTensor
 from runtime_py.engine.examples import IGNORED, Example

@@ -6,6 +6,8 @@ A child can crash, hang or give up; here that is an exception with a sentence.
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -81,8 +83,10 @@ class Arm64Program:
     from call to call within one sequence and no longer.
 
     ``native`` runs the same runner on this machine: what differs between the two is ARM64's doing,
-    what differs between native and Python is the runner's. Raises ``RunError`` where there is no
-    runner; ``prepare`` gives the reason without an exception.
+    what differs between native and Python is the runner's. With ``native`` and ``older``, QEMU's
+    name of a processor of this machine's own architecture, such as Haswell, it runs under QEMU as
+    that: kernels for instructions that it does not have are left aside. Raises ``RunError`` where
+    there is no runner; ``prepare`` gives the reason without an exception.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Arm64Program:
         cpu: str = CPU,
         timeout: float = TIMEOUT_S,
         cache: Path | None = None,
+        older: str | None = None,
     ) -> None:
         if not native:
             refuse_cpu(cpu)
@@ -100,7 +105,7 @@ class Arm64Program:
         if isinstance(runner, str):
             raise RunError(runner)
         self._files = [("program", program), *(("data", file) for file in data)]
-        self._command = _command(runner, cpu)
+        self._command = _command(runner, cpu) if older is None else _older(runner, older)
         self._timeout = timeout
 
     def call(self, method: str, inputs: Sequence[Input] = ()) -> list[np.ndarray]:
@@ -149,7 +154,7 @@ class Arm64Program:
         raise RunError(f"{self._name()} {reason}")
 
     def _name(self) -> str:
-        where = "on ARM64 under QEMU" if len(self._command) > 1 else "in the native runner"
+        where = "under QEMU" if len(self._command) > 1 else "in the native runner"
         return f"{self._files[0][1]} {where}"
 
 
@@ -163,6 +168,16 @@ def _command(runner: Runner, cpu: str) -> list[str]:
     if runner.emulator is None:
         return [str(runner.executable)]
     return [str(runner.emulator), "-cpu", cpu, "-L", str(runner.sysroot), str(runner.executable)]
+
+
+def _older(runner: Runner, cpu: str) -> list[str]:
+    emulator = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
+    if emulator is None or platform.machine() != "x86_64":
+        raise RunError(
+            f"qemu-x86_64, which runs a program as on a {cpu}, is not installed, or this is no "
+            "x86-64 machine."
+        )
+    return [emulator, "-cpu", cpu, str(runner.executable)]
 
 
 def _write_request(folder: Path, files: list[tuple[str, str]], calls: Sequence[Call]) -> None:

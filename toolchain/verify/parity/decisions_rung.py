@@ -35,7 +35,8 @@ from runtime_py.loop.personalizer import Personalizer
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import Embedding, Engine, FineTuneJob, FineTuner, FineTuneResult
 from runtime_py.loop.schedule import Conditions, Moment
-from toolchain.compile.tolerances import TABLE, of_logits
+from toolchain.compile.tolerances import TABLE
+from toolchain.verify.parity.allowed import ScoreBounds, of_android, of_loop
 from toolchain.verify.parity.cases import dialogues
 from toolchain.verify.parity.context import Context
 from toolchain.verify.parity.models import embedding_of, logits_of
@@ -44,11 +45,6 @@ from toolchain.verify.parity.verdict import Check, Rung, compare, not_run, rung,
 STREAM, QUICK_STREAM = 24, 10
 BINS = 6
 _WORDS = 24  # tokens of a reply
-_SCORES = {
-    "none": 1e-4,
-    "8da8w": 0.02,
-    "8da4w": 0.05,
-}  # of eoe, dss and idd, which are up to 1 or 2
 NIGHT = Conditions(charging=True, idle=True, celsius=25.0, free_memory_mb=100_000)
 
 
@@ -201,7 +197,11 @@ def decisions(context: Context) -> Rung:
     expected = live(context, "pytorch", reference, TorchTuner(context), stream)
     context.progress("decisions: ExecuTorch")
     measured = phone_life(context, "executorch", stream)
-    checks = same_life(measured, expected, manifest.android.quantize)
+
+    def embed(model: Transformer) -> list[Embedding]:
+        return [TorchPhone(context, model).embed(dialogue) for dialogue in stream]
+
+    checks = same_life(measured, expected, of_loop(context, embed))
     checks += _reply(context, reference, measured, expected, stream)
     return rung("decisions", "PyTorch with the same weights", checks)
 
@@ -214,9 +214,8 @@ def phone_life(context: Context, name: str, stream: Sequence[Dialogue]) -> LoopO
     return live(context, name, engine, tuner, stream)
 
 
-def same_life(measured: LoopOutcome, expected: LoopOutcome, quantize: str) -> list[Check]:
+def same_life(measured: LoopOutcome, expected: LoopOutcome, allowed: ScoreBounds) -> list[Check]:
     """Scores within the precision, the same choices but for ties, the same training."""
-    allowed = _SCORES[quantize]
     checks: list[Check] = []
     rows = [
         [[d.scores.eoe, d.scores.dss, d.scores.idd] for d in life.decisions if d.scores]
@@ -227,7 +226,7 @@ def same_life(measured: LoopOutcome, expected: LoopOutcome, quantize: str) -> li
     scores, right = (np.array(part)[:until] for part in rows)
     for column, name in enumerate(("eoe", "dss", "idd")):
         gap = float(np.abs(scores[:, column] - right[:, column]).max())
-        most = 0.0 if name == "dss" else allowed
+        most = {"eoe": allowed.eoe, "dss": 0.0, "idd": allowed.idd}[name]
         checks.append(
             Check(
                 "loop", f"{until} dialogues", f"score {name}", gap, gap,
@@ -238,9 +237,9 @@ def same_life(measured: LoopOutcome, expected: LoopOutcome, quantize: str) -> li
     if split is not None:
         return checks
     losses = np.array(measured.losses), np.array(expected.losses)
-    checks.append(compare("loop", "one night", "losses", *losses, TABLE["float32, gradient"]))
+    checks.append(compare("loop", "one night", "losses", *losses, TABLE["training run"]))
     held = np.array(measured.held_out), np.array(expected.held_out)
-    checks.append(compare("loop", "one night", "held-out loss", *held, TABLE["float32, gradient"]))
+    checks.append(compare("loop", "one night", "held-out loss", *held, TABLE["training run"]))
     if measured.adapter and expected.adapter:
         trained, reference = (
             np.concatenate([v.ravel() for v in x.adapter.values()]) for x in (measured, expected)
@@ -267,7 +266,7 @@ def _choices(
     expected: LoopOutcome,
     split: int | None,
     scores: np.ndarray,
-    allowed: float,
+    allowed: ScoreBounds,
 ) -> Check:
     name = "kept and replaced sets"
     case = f"{len(expected.decisions)} dialogues"
@@ -281,7 +280,7 @@ def _choices(
         f"{decision.id} is {'kept' if decision.kept else 'refused'}, PyTorch has "
         f"{'kept' if right.kept else 'refused'} it; the closest scores differ by {margin:.2g}"
     )
-    tie = margin <= 2 * allowed and allowed > 1e-3
+    tie = margin <= 2 * max(allowed.eoe, allowed.idd) and allowed.ties
     return stated("loop", case, name, tie, note + (" (a tie)" if tie else ""))
 
 
@@ -303,7 +302,8 @@ def _reply(
         (i for i, (a, b) in enumerate(zip(written, tokens, strict=False)) if a != b),
         min(len(written), len(tokens), len(margins) - 1),
     )
-    allowed = 0.1 if of_logits(context.bundle.android.quantize).name != "float32" else 2e-4
+    # Both of the two may be off.
+    allowed = 2.0 * (context.android_bounds or of_android(context)).largest
     tie = margins[min(place, len(margins) - 1)] <= allowed
     note = f"parts at token {place}, where PyTorch prefers its own by {margins[place]:.2g}"
     return [stated("loop", "reply", "greedy text", tie, note + (" (a tie)" if tie else ""))]
