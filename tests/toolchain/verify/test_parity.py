@@ -164,6 +164,8 @@ def test_the_golden_vectors_of_a_phone(both: Exported, faulty: Faulty) -> None:
     assert golden is not None
     size = sum(file.stat().st_size for file in (both.bundle / FOLDER).iterdir())
     assert size < 300_000
+    for stream in golden.said["decisions"].values():
+        assert len(stream["dialogues"]) > stream["bins"]  # a full buffer has had to choose
     manifest = m.open_bundle(both.bundle)
     checks = self_test(golden, PhoneTest(both.bundle, manifest), "android")
     assert all(check.passed for check in checks)
