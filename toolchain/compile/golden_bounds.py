@@ -62,13 +62,18 @@ def bound(tolerance: Tolerance) -> dict:
 def close_scores(
     target: str, model: Transformer, read: Reading, dialogues: Sequence[Tokens]
 ) -> tuple[float, float]:
-    """Entropies and dissimilarities that the precision cannot tell apart; the second are
-    differences of cosines."""
-    plain = 4 * rounding(model_terms(model.spec, max(map(len, dialogues), default=1)))
+    """Entropies and dissimilarities that the precision cannot tell apart. The second are
+    differences of cosines. Of the first, what all norms of a dialogue have in common cancels: left
+    are the sums over channels and tokens."""
+    longest = max(map(len, dialogues), default=1)
+    entropy = rounding(model.spec.hidden + longest)
+    plain = 4 * rounding(model_terms(model.spec, longest))
     if target == "ios":
-        return plain, 4 * 8 * HALF
-    if model.is_float:
-        return plain, plain
+        return entropy, 4 * 8 * HALF
+    if model.is_float or not dialogues:
+        return entropy, plain
     other = float_activations(model)
-    rows = [[read.embedding(m, ids)[0] for ids in dialogues] for m in (other, model)]
-    return plain, plain + INT8_ABOVE * of_scores(*rows)
+    rows = [[read.embedding(m, ids) for ids in dialogues] for m in (other, model)]
+    gap = max(abs(a[1] - b[1]) for a, b in zip(*rows, strict=True))
+    vectors = [[pooled for pooled, _ in row] for row in rows]
+    return entropy + INT8_ABOVE * gap, plain + INT8_ABOVE * of_scores(*vectors)

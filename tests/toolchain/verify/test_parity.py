@@ -166,6 +166,8 @@ def test_the_golden_vectors_of_a_phone(both: Exported, faulty: Faulty) -> None:
     assert golden is not None
     size = sum(file.stat().st_size for file in (both.bundle / FOLDER).iterdir())
     assert size < 300_000
+    for stream in golden.document["decisions"].values():
+        assert len(stream["dialogues"]) > stream["bins"]  # a full buffer has had to choose
     bundle = open_bundle(both.bundle)
     checks = self_test(golden, PhoneTest(bundle), "android")
     assert all(check.passed for check in checks)
