@@ -34,16 +34,19 @@ ARROWS: dict[str, set[str]] = {
     },
     "toolchain": set(),
     "toolchain.report": {"runtime_py"},
-    "toolchain.compile": {"toolchain.report", "exporters", "runtime_py"},
-    "toolchain.fine_tune": {"toolchain.report", "runtime_py"},
-    "toolchain.verify": {"toolchain.compile", "toolchain.report", "exporters", "runtime_py"},
+    "toolchain.defaults": {"runtime_py"},
+    "toolchain.compile": {"toolchain.defaults", "toolchain.report", "exporters", "runtime_py"},
+    "toolchain.adapter_training": {"toolchain.defaults", "toolchain.report", "runtime_py"},
+    "toolchain.verify": {
+        "toolchain.compile", "toolchain.defaults", "toolchain.report", "exporters", "runtime_py",
+    },
     "toolchain.simulate": {"toolchain.compile", "toolchain.report", "exporters", "runtime_py"},
     "toolchain.bench": {
         "toolchain.verify", "toolchain.compile", "toolchain.report", "exporters", "runtime_py",
     },
     "toolchain.cli": {
-        "toolchain.bench", "toolchain.simulate", "toolchain.verify", "toolchain.fine_tune",
-        "toolchain.compile", "toolchain.report", "exporters", "runtime_py",
+        "toolchain.bench", "toolchain.simulate", "toolchain.verify", "toolchain.adapter_training",
+        "toolchain.defaults", "toolchain.compile", "toolchain.report", "exporters", "runtime_py",
     },
     "toolchain.__main__": {"toolchain.cli"},
 }  # fmt: skip

@@ -204,7 +204,7 @@ def paper_bundle(folder: Path, spec: ModelSpec, targets: Sequence[str], rank: in
                 tensors=layout(spec, targets, rank),
             ),
             policy=manifest.Policy(),
-            android=manifest.Target(quantize="none", chosen_by="user", programs=(program,)),
+            android=manifest.PlatformTarget(quantize="none", chosen_by="user", programs=(program,)),
             files=manifest.list_files(folder),
         ),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,9 +110,8 @@ def lower(
 
     ``quantize``: "int4" (blocks of 32 inputs; table and head 8 bits a row), "int8" (a row each),
     "fp16", or "none" (float32 weights and arithmetic). All but the last compute in float16, except
-    for the pooling, which is float32. ``out`` must not exist and appears only when complete and
-    checked. Raises ``ExportError`` for what cannot be lowered and for a package that is not what
-    was asked for.
+    for the pooling, which is float32. ``out`` must not exist. Raises ``ExportError`` for what
+    cannot be lowered and for a package that is not what was asked for.
     """
     if out.suffix != ".mlpackage":
         raise ExportError(f"a Core ML package is named *.mlpackage, not {out.name}.")
@@ -141,10 +139,8 @@ def lower(
             )
             parts[name] = path
         progress("merge")
-        whole = Path(folder) / out.name
-        merge(parts, "decode", whole)
-        ideal = ideal_bytes(model, grids, 2 if half else 4)
-        constants = sum(2 if name in grids else 1 for name, _ in model.named_buffers())
-        check(whole, signatures, ideal, constants)
-        shutil.move(whole, out)
+        merge(parts, "decode", out)
+    ideal = ideal_bytes(model, grids, 2 if half else 4)
+    constants = sum(2 if name in grids else 1 for name, _ in model.named_buffers())
+    check(out, signatures, ideal, constants)
     return signatures

@@ -6,7 +6,6 @@ an app unpacks a layer before its calls. Names have ``_`` for every ``.``.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,20 +27,21 @@ def coreml_name(name: str) -> str:
 
 
 def _named(program: TrainingProgram) -> ProgramSignature:
-    own = program.signature
-    taken = {spec.name for spec in own.inputs}
-    inputs = tuple(replace(spec, name=coreml_name(spec.name)) for spec in own.inputs)
+    signature = program.signature
+    taken = {spec.name for spec in signature.inputs}
+    inputs = tuple(replace(spec, name=coreml_name(spec.name)) for spec in signature.inputs)
     # Core ML wants an output under a name of its own.
     outputs = tuple(
         replace(spec, name=coreml_name(spec.name) + ("_new" if spec.name in taken else ""))
-        for spec in own.outputs
+        for spec in signature.outputs
     )
-    return ProgramSignature(own.name, inputs, outputs)
+    return ProgramSignature(signature.name, inputs, outputs)
 
 
 def lower_training(programs: Sequence[TrainingProgram], out: Path) -> list[ProgramSignature]:
-    """Writes the .mlpackage ``out`` with one function a program; it appears when it is complete and
-    holds what was lowered. -> the functions' signatures."""
+    """Writes the .mlpackage ``out`` with one function a program -> the functions' signatures.
+
+    Raises ``ExportError`` for a package that does not hold what was lowered."""
     signatures = [_named(program) for program in programs]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.stem}-", dir=out.parent) as folder, quiet():
@@ -52,8 +52,6 @@ def lower_training(programs: Sequence[TrainingProgram], out: Path) -> list[Progr
             path = Path(folder) / f"{signature.name}.mlpackage"
             convert(captured.run_decompositions(dict(DECOMPOSITIONS)), signature, {}, False, path)
             parts[signature.name] = path
-        whole = Path(folder) / out.name
-        merge(parts, signatures[0].name, whole)
-        check(whole, signatures, 0, _CONSTANTS * 100)
-        shutil.move(whole, out)
+        merge(parts, signatures[0].name, out)
+    check(out, signatures, 0, _CONSTANTS * 100)
     return signatures

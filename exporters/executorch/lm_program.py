@@ -7,10 +7,7 @@ another adapter, without a new export.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +23,9 @@ from torch.export import Dim, ExportedProgram
 from exporters.errors import ExportError
 from exporters.executorch.delegation import Delegation, measure
 from exporters.executorch.methods import EmbedProgram, LmProgram
-from exporters.executorch.pieces import ENTER, LEAVE, PieceFactory, edge_config, lora_buffers
+from exporters.executorch.patches import edge_config, quiet
+from exporters.executorch.pieces import PieceFactory
+from exporters.model.lora_tensors import adapter_tensors
 from exporters.model.transformer import Transformer
 from exporters.signature import ProgramSignature, TensorSpec
 
@@ -41,29 +40,6 @@ class LoweredLm:
     programs: tuple[ProgramSignature, ...]
     delegation: dict[str, Delegation]
     adapter: dict[str, tuple[int, ...]]
-
-
-def adapter_tensors(model: Transformer) -> dict[str, torch.Tensor]:
-    """The model's LoRA tensors under the names that programs and files use, such as
-    ``layers.0.self_attn.q_proj.lora_A``; the tensors themselves, not copies."""
-    return {
-        f"layers.{index}.{public}": block.get_buffer(path)
-        for index, block in enumerate(model.blocks)
-        for path, public in lora_buffers(block, ENTER + LEAVE)
-    }
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silences the warnings that the lowering stack prints for its own reasons."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        level = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(level)
 
 
 def _capture(module: torch.nn.Module, longest: int, cached: bool) -> ExportedProgram:

@@ -14,7 +14,8 @@ import torch
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers llama::*)
 from torch import Tensor, nn
 
-from exporters.executorch.pieces import ENTER, LEAVE, PieceFactory, lora_buffers
+from exporters.executorch.pieces import PieceFactory
+from exporters.model.lora_tensors import ENTER, LEAVE, lora_buffers
 from exporters.model.quantize import share
 from exporters.model.spec import ModelSpec
 from exporters.model.transformer import UNSEEN, Attend, Transformer, masked_attention, visible

@@ -10,46 +10,30 @@ pieces, whatever the model's depth.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from executorch.backends.xnnpack.operators.node_visitor import NodeVisitor
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import EdgeCompileConfig, to_edge
-from executorch.exir._serialize._named_data_store import NamedDataStore
+from executorch.exir import to_edge
 from executorch.exir.backend.backend_api import to_backend
-from executorch.exir.backend.backend_details import CompileSpec
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from exporters.errors import ExportError
 from exporters.executorch.delegation import flops_of
+from exporters.executorch.patches import (
+    SPECS,
+    constants_of,
+    edge_config,
+    packed_nibbles,
+    rebound,
+    stand_for,
+)
+from exporters.model.lora_tensors import ENTER, LEAVE, lora_buffers
 from exporters.model.quantize import QuantizedLinear, share
-from exporters.model.transformer import Block, Dense, LoRA, Norm, Rotation, Transformer
-
-ENTER, LEAVE = ("qkv",), ("o", "gate_up", "down")  # sites before and after attention
-# Runs only the pass that our graphs need, instead of the whole list.
-_SPECS = [CompileSpec("dqlinear_partitioner", b"")]
-_ALIGNMENT = 16
-
-
-def edge_config() -> EdgeCompileConfig:
-    """A new one for each lowering: executorch 1.5.1 doubles the ``preserve_ops`` of one it gets."""
-    return EdgeCompileConfig(
-        _check_ir_validity=False, _skip_dim_order=True, preserve_ops=[torch.ops.aten.linear.default]
-    )
-
-
-def lora_buffers(block: Block, sites: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The adapter's tensors of some of a block's sites: name in the block, and public suffix such
-    as ``self_attn.q_proj.lora_A``."""
-    for site in sites:
-        for path, module in getattr(block, site).named_modules(prefix=site):
-            if isinstance(module, LoRA):
-                for name, _ in module.named_buffers():
-                    yield f"{path}.{name}", f"{module.target.module}.{name}"
+from exporters.model.transformer import Block, Dense, Norm, Rotation, Transformer
 
 
 class _Body(nn.Module):
@@ -148,7 +132,7 @@ def _constants(module: nn.Module) -> dict[str, tuple[str, bytes]]:
         values: dict[str, tuple[str, bytes]] = {}
         if isinstance(part, QuantizedLinear):
             four = part.bits == 4
-            values["q"] = ("", _bytes(NodeVisitor.convert_to_qc4w(part.q) if four else part.q))
+            values["q"] = ("", _bytes(packed_nibbles(part.q) if four else part.q))
             scale = part.scale.to(torch.bfloat16) if four else part.scale
             values["scale"] = ("scale_", _bytes(scale))
         elif isinstance(part, Dense | Norm):
@@ -196,7 +180,7 @@ def lower_whole(module: nn.Module, program: ExportedProgram) -> tuple[LoweredBac
         )
     for node in tagged.graph.nodes:
         node.meta.pop("delegation_tag", None)
-    return to_backend("XnnpackBackend", tagged, _SPECS), flops_of(tagged.graph)
+    return to_backend("XnnpackBackend", tagged, SPECS), flops_of(tagged.graph)
 
 
 @dataclass(frozen=True)
@@ -284,22 +268,15 @@ class PieceFactory:
         constants = _constants(function)
         if lost := sorted(template.names.keys() - constants.keys()):
             raise ExportError(f"the blocks of {self.model.spec.architecture} differ: {lost}.")
-        blob, store = template.blob, NamedDataStore()
+        blob = template.blob
+        held: dict[str, bytes] = {}
         for buffer, generic in template.names.items():
             name, data = constants[buffer]
             blob = blob.replace(generic.encode(), name.encode())
-            store.add_named_data(name, data, _ALIGNMENT)
-        for name, data in template.shared.items():
-            store.add_named_data(name, data, _ALIGNMENT)
+            held[name] = data
         self.flops += template.flops
         self.count += 1
-        lowered = LoweredBackendModule(
-            template.shapes, "XnnpackBackend", blob, _SPECS, store.get_named_data_store_output()
-        )
-        lowered.meta = {"debug_handle_map": {}}
-        # It is never changed again, so that a copy of the program around it may hold it as well.
-        object.__setattr__(lowered, "__deepcopy__", lambda memo: lowered)
-        return lowered
+        return rebound(blob, held | template.shared, template.shapes)
 
     def _lower(
         self,
@@ -319,19 +296,11 @@ class PieceFactory:
 
         stand_in = _with_random_weights(function)
         lowered, flops = lower_whole(stand_in, capture(stand_in))
-        named = lowered.named_data_store_output
-        assert named is not None
-        found = set(named.pte_data)
+        held = constants_of(lowered)
         # A piece uses only a part of each of its two blocks.
         every = {buffer: name for buffer, (name, _) in _constants(stand_in).items()}
-        names = {buffer: name for buffer, name in every.items() if name in found}
-        shared = {
-            name: bytes(named.buffers[named.pte_data[name].buffer_index])
-            for name in found - set(names.values())
-        }
-        stand_in = _Shapes(outputs)
-        program = capture(stand_in)
-        # The runtime of every pass asks for the program's module, whose making copies the history
-        # of its nodes, longer each time; the stand-in itself serves as well.
-        object.__setattr__(program, "module", lambda check_guards=True: stand_in)
+        names = {buffer: name for buffer, name in every.items() if name in held}
+        shared = {name: data for name, data in held.items() if name not in names.values()}
+        shapes_only = _Shapes(outputs)
+        program = stand_for(capture(shapes_only), shapes_only)
         return _Template(lowered.processed_bytes, names, shared, program, flops)

@@ -14,8 +14,8 @@ from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from exporters.executorch.lm_program import quiet
-from exporters.executorch.pieces import edge_config, lower_whole
+from exporters.executorch.patches import edge_config, quiet
+from exporters.executorch.pieces import lower_whole
 from exporters.training.programs import TrainingProgram
 
 

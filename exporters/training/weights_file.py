@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +143,7 @@ def write_weights(
     model: Transformer, spec: TrainingSpec, longest: int, path: Path
 ) -> WrittenWeights:
     """Writes ``path`` with the weights that ``model`` computes with, in the spec's precisions, and
-    rotary tables for ``longest`` tokens; the file appears whole or not at all."""
+    rotary tables for ``longest`` tokens."""
     groups, shared = _groups(model, spec, longest)
     header: dict[str, object] = {}
     begin = 0
@@ -158,16 +157,12 @@ def write_weights(
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for group in groups:
             for part, tensor in zip(group.parts, group.make(), strict=True):
                 assert tuple(tensor.shape) == part.shape, part.name
                 file.write(tensor.numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
     return WrittenWeights("head" if shared else "table", path.stat().st_size)
 
 

@@ -8,16 +8,18 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from runtime_py.bundle.adapter import load_adapter
 from runtime_py.bundle.manifest import (
     CHECKSUM,
     MANIFEST,
     SCHEMA_VERSION,
     Manifest,
+    PlatformTarget,
     Program,
-    Target,
     Training,
     bundle_files,
 )
+from runtime_py.bundle.peft_adapter import write_peft
 from runtime_py.loop.errors import BundleError
 from runtime_py.loop.files import sha256
 
@@ -27,7 +29,7 @@ class AndroidPart:
     """``lm``: the file with ``forward`` and ``embed``; ``adapter``: the bundle's own adapter as
     that file binds it."""
 
-    target: Target
+    target: PlatformTarget
     lm: Path
     adapter: Path
 
@@ -50,7 +52,7 @@ class AndroidPart:
 class IosPart:
     """The Core ML packages."""
 
-    target: Target
+    target: PlatformTarget
 
     @property
     def quantize(self) -> str:
@@ -61,7 +63,7 @@ class IosPart:
         return _program(self.target, name, "iOS")
 
 
-def _program(target: Target, name: str, part: str) -> Program:
+def _program(target: PlatformTarget, name: str, part: str) -> Program:
     for program in target.programs:
         if program.name == name:
             return program
@@ -74,7 +76,8 @@ def _program(target: Target, name: str, part: str) -> Program:
 @dataclass(frozen=True)
 class Bundle:
     """``path``: the folder; ``manifest``: what its manifest says. ``open_bundle`` makes one whose
-    files are checked; an export makes its own before it has a manifest on disk."""
+    files are checked; an export makes its own before it has a manifest on disk. It is the loop's
+    ``AdapterBundle``, where it has an Android part."""
 
     path: Path
     manifest: Manifest
@@ -116,6 +119,17 @@ class Bundle:
     def hidden(self) -> int:
         """The length of a pooled vector."""
         return self.manifest.model.hidden
+
+    @property
+    def adapter_file(self) -> Path:
+        """Version 0 of the loop's adapter. Raises ``BundleError`` without an Android part."""
+        return self.android.adapter
+
+    def as_peft(self, file: Path, folder: Path) -> None:
+        """Writes a version's ``.ptd`` as the PEFT folder that it stands for, whole or not at all:
+        the folder that it was made from, with the values that it has now. Raises ``AdapterError``.
+        """
+        write_peft(folder, load_adapter(file))
 
 
 def open_bundle(folder: Path) -> Bundle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.loop.dialogue import Turn
@@ -15,14 +16,14 @@ class ChatText:
     def __init__(self, bundle: Bundle) -> None:
         from transformers import PreTrainedTokenizerFast
 
-        own = bundle.manifest.tokenizer
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(bundle.path / own.file))
-        special = {"bos_token": own.bos_id, "eos_token": own.eos_ids[0]}
+        facts = bundle.manifest.tokenizer
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(bundle.path / facts.file))
+        special = {"bos_token": facts.bos_id, "eos_token": facts.eos_ids[0]}
         for name, index in special.items():  # chat templates write them out
             if index is not None:
                 setattr(self.tokenizer, name, self.tokenizer.convert_ids_to_tokens(index))
-        self.template = (bundle.path / own.chat_template).read_text(encoding="utf-8")
-        self.stops = [str(self.tokenizer.convert_ids_to_tokens(index)) for index in own.eos_ids]
+        self.template = (bundle.path / facts.chat_template).read_text(encoding="utf-8")
+        self.stops = [str(self.tokenizer.convert_ids_to_tokens(index)) for index in facts.eos_ids]
 
     def render(self, turns: Sequence[Turn], reply: bool = False) -> str:
         """The template's text; ``reply``: up to where the assistant begins to speak."""
@@ -30,8 +31,7 @@ class ChatText:
         text = self.tokenizer.apply_chat_template(
             messages, chat_template=self.template, tokenize=False, add_generation_prompt=reply
         )
-        assert isinstance(text, str)
-        return text
+        return cast(str, text)  # because of tokenize=False
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens in the text count as such, none are added."""

@@ -97,7 +97,7 @@ class Adapter(_Strict):
     tensors: tuple[AdapterTensor, ...]
 
 
-class Precision(_Strict):
+class MeasuredPrecision(_Strict):
     """A quantization that was tried, and the perplexity it has on attune's short text."""
 
     quantize: str
@@ -105,10 +105,10 @@ class Precision(_Strict):
     ratio_to_fp32: float
 
 
-class Target(_Strict):
+class PlatformTarget(_Strict):
     quantize: str
     chosen_by: Literal["perplexity", "user"]
-    measured: tuple[Precision, ...] = ()
+    measured: tuple[MeasuredPrecision, ...] = ()
     programs: tuple[Program, ...]
 
 
@@ -192,8 +192,8 @@ class Manifest(_Strict):
     tokenizer: Tokenizer
     adapter: Adapter
     policy: Policy
-    android: Target | None = None
-    ios: Target | None = None
+    android: PlatformTarget | None = None
+    ios: PlatformTarget | None = None
     training: Training | None = None
     files: tuple[File, ...]
 
@@ -215,8 +215,8 @@ class Manifest(_Strict):
 
 def bundle_files(folder: Path) -> list[Path]:
     """Every file of a bundle but the manifest and its checksum, by path."""
-    own = (folder / MANIFEST, folder / CHECKSUM)
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p not in own)
+    unlisted = (folder / MANIFEST, folder / CHECKSUM)
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p not in unlisted)
 
 
 def list_files(folder: Path) -> tuple[File, ...]:

@@ -157,10 +157,10 @@ def _read_config(folder: Path) -> dict:
     return config
 
 
-def _read_tensors(folder: Path) -> tuple[Tensors, str]:
+def _read_entries(folder: Path) -> list[tuple[str, dict]]:
     path = folder / _WEIGHTS
     try:
-        entries = deserialize(path.read_bytes())
+        return deserialize(path.read_bytes())
     except FileNotFoundError:
         if (folder / "adapter_model.bin").exists():
             raise AdapterError(
@@ -172,12 +172,16 @@ def _read_tensors(folder: Path) -> tuple[Tensors, str]:
         raise AdapterError(f"{path} is truncated or corrupt ({error}); copy it again.") from None
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror}.") from None
-    found: dict[str, dict[str, np.ndarray]] = {}
+
+
+def _read_tensors(folder: Path) -> tuple[Tensors, str]:
+    path = folder / _WEIGHTS
+    modules: dict[str, dict[str, np.ndarray]] = {}
     odd, dtypes = [], set()
-    for name, entry in entries:
+    for name, entry in _read_entries(folder):
         if match := _KEY.fullmatch(name):
             dtypes.add(entry["dtype"])
-            found.setdefault(match[1], {})[match[2]] = _decode(entry)
+            modules.setdefault(match[1], {})[match[2]] = _decode(entry)
         else:
             odd.append(name)
     if odd:
@@ -185,16 +189,16 @@ def _read_tensors(folder: Path) -> tuple[Tensors, str]:
             f"{path} has {len(odd)} tensors that are not a linear layer's lora_A or lora_B "
             f"({', '.join(sorted(odd)[:5])}); only plain LoRA on linear layers is supported."
         )
-    if not found:
+    if not modules:
         raise AdapterError(f"{path} has no LoRA tensors.")
-    if halves := sorted(m for m, parts in found.items() if len(parts) == 1):
+    if halves := sorted(m for m, parts in modules.items() if len(parts) == 1):
         raise AdapterError(f"{path} has only one of lora_A and lora_B for {', '.join(halves)}.")
     if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
         raise AdapterError(
             f"{path} has tensors of {', '.join(sorted(dtypes))}; expected one of "
             f"{', '.join(_DTYPES)} for all."
         )
-    tensors = {module: (parts["A"], parts["B"]) for module, parts in sorted(found.items())}
+    tensors = {module: (parts["A"], parts["B"]) for module, parts in sorted(modules.items())}
     return tensors, _DTYPES[dtypes.pop()]
 
 

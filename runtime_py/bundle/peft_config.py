@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from runtime_py.loop.errors import AdapterError
+
+Number = TypeVar("Number", int, float)
 
 # Fields that make an adapter more than B·A·scaling, and what they are called.
 _REFUSED = {
@@ -65,7 +68,7 @@ def fresh_config(rank: int, alpha: float, targets: Sequence[str], base_name: str
     return config
 
 
-def resolve(pattern: dict | None, module: str, default):
+def resolve(pattern: Mapping[str, Number] | None, module: str, default: Number) -> Number:
     """A module's own rank or alpha: that of the first pattern (a regular expression) matching the
     end of its path from a dot on, as PEFT 0.21.2 does; else the default."""
     for key, value in (pattern or {}).items():

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runtime_py.engine.executorch_library import load_module, set_threads
-from runtime_py.engine.native import silenced
+from runtime_py.engine.native import load_module, set_threads, silenced
 
 
 class ExecutorchLm:
@@ -19,8 +18,7 @@ class ExecutorchLm:
     def __init__(self, program: Path, adapter: Path | None, threads: int | None = None) -> None:
         if threads is not None:
             set_threads(threads)
-        with silenced():
-            self._module = load_module(program, adapter)
+        self._module = load_module(program, adapter)
         self._called: set[str] = set()
         self.prefill_length = int(self._run("get_max_seq_len")[0])
         self.context = int(self._run("get_max_context_len")[0])

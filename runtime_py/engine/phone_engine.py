@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
+from runtime_py.bundle.adapter import check_runtime_file
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
-from runtime_py.engine.job_runner import runtime_file
 from runtime_py.engine.native import silenced
 from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.errors import LoopError
@@ -37,12 +37,12 @@ class LmCall:
     start: int
 
 
-def _unheard(call: LmCall) -> None:
+def _ignore(call: LmCall) -> None:
     pass
 
 
 class PhoneEngine:
-    """``told`` hears of every call, after it. The program is loaded when it is first needed.
+    """``on_call`` gets every call, after it. The program is loaded when it is first needed.
 
     Each of its two methods packs the weights for itself. ``lean``: only one of them is in memory,
     and is made anew whenever the other was used in between.
@@ -52,17 +52,17 @@ class PhoneEngine:
         self,
         bundle: Bundle,
         threads: int | None = None,
-        told: Callable[[LmCall], None] = _unheard,
+        on_call: Callable[[LmCall], None] = _ignore,
         lean: bool = False,
     ) -> None:
         self._program, self._adapter = bundle.android.lm, bundle.android.adapter
         self.text = ChatText(bundle)
-        self._bundle, self._threads, self._told = bundle, threads, told
+        self._bundle, self._threads, self._on_call = bundle, threads, on_call
         self._lm: ExecutorchLm | None = None
         self._lean, self._method = lean, ""
 
     def use_adapter(self, file: Path) -> None:
-        adapter = runtime_file(self._bundle, file)
+        adapter = check_runtime_file(file)
         if adapter != self._adapter:
             self.release()
             self._adapter = adapter
@@ -96,7 +96,7 @@ class PhoneEngine:
         ids = self.text.encode(self.text.render(dialogue.turns))
         ids = ids[: self._bundle.manifest.policy.embed_length]
         pooled, entropy = self._loaded("embed").embed(_tokens(ids))  # [1, n] -> [hidden]
-        self._told(LmCall("embed", len(ids), 0))
+        self._on_call(LmCall("embed", len(ids), 0))
         return Embedding(pooled.numpy().astype(np.float32, copy=True), entropy)
 
     def generate(
@@ -111,7 +111,7 @@ class PhoneEngine:
         stops = set(self._bundle.manifest.tokenizer.eos_ids)
         chance = SplitMix64(seed)
         logits = lm.prefill(_tokens(prompt))
-        self._told(LmCall("prefill", len(prompt), 0))
+        self._on_call(LmCall("prefill", len(prompt), 0))
         written: list[int] = []
         end = min(len(prompt) + max_new_tokens, self._bundle.manifest.model.context)
         for position in range(len(prompt), end):
@@ -121,10 +121,9 @@ class PhoneEngine:
             written.append(token)
             if position + 1 < end:
                 logits = lm.forward(_tokens([token]), position)
-        self._told(LmCall("decode", len(written), len(prompt)))
+        self._on_call(LmCall("decode", len(written), len(prompt)))
         text = self.text.tokenizer.decode(written, skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text.strip()
+        return cast(str, text).strip()  # of one list of tokens one text
 
     def _prompt(self, messages: Sequence[Turn]) -> list[int]:
         for first in range(0, len(messages), 2):

@@ -2,7 +2,7 @@
 
 ``golden/golden.json`` and ``golden/golden.safetensors`` hold a few real inputs with what the
 reference gave for them at export (docs/parity.md). An app runs this once after a download, or after
-an update of its runtime. Whatever runs the programs is an ``Engine`` here.
+an update of its runtime. Whatever runs the programs is a ``SelfTestEngine`` here.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from runtime_py.bundle.adapter import read_values, write_values
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.engine.examples import Example
-from runtime_py.engine.job_runner import read_values, write_values
 from runtime_py.engine.lm import ExecutorchLm
 from runtime_py.engine.program_calls import ExecutorchPrograms, Programs
 from runtime_py.engine.streaming import StreamingEngine
@@ -40,7 +40,7 @@ _ODD, _RANGE = 2654435761, 1 << 32  # Knuth's multiplier: it spreads the numbers
 Values = Mapping[str, np.ndarray]
 
 
-class Engine(Protocol):
+class SelfTestEngine(Protocol):
     def logits(self, tokens: np.ndarray, prompt: int, adapter: str) -> np.ndarray:
         """tokens int64 [n], the first ``prompt`` together and the others one by one, with the
         adapter ``initial`` or ``effect`` -> [1 + n - prompt, vocab] float32."""
@@ -77,7 +77,9 @@ class SelfCheck:
 
 @dataclass(frozen=True, eq=False)
 class Golden:
-    said: Mapping[str, Any]
+    """``document``: golden.json; ``tensors``: golden.safetensors."""
+
+    document: Mapping[str, Any]
     tensors: Values
 
 
@@ -99,48 +101,48 @@ def read_golden(bundle: Path) -> Golden | None:
     if not (folder / JSON).is_file():
         return None
     try:
-        said = json.loads((folder / JSON).read_bytes())
+        document = json.loads((folder / JSON).read_bytes())
         tensors = {name: np.array(value) for name, value in BaseWeights(folder / TENSORS).items()}
     except (UnicodeDecodeError, json.JSONDecodeError, TrainingError) as error:
         raise BundleError(f"the golden vectors in {folder} are damaged ({error}).") from error
-    if said.get("format") != FORMAT:
+    if document.get("format") != FORMAT:
         raise BundleError(
-            f"the golden vectors in {folder} have the format {said.get('format')}, this attune "
+            f"the golden vectors in {folder} have the format {document.get('format')}, this attune "
             f"reads {FORMAT}: export the bundle again."
         )
-    return Golden(said, tensors)
+    return Golden(document, tensors)
 
 
 def self_test(
-    golden: Golden, engine: Engine, target: str, lexicons: Lexicons | None = None
+    golden: Golden, engine: SelfTestEngine, target: str, lexicons: Lexicons | None = None
 ) -> list[SelfCheck]:
     """Everything that ``golden`` has for ``target``, ``android`` or ``ios``. ``lexicons``: the
     bundle's; attune's own where None."""
-    own = golden.said["targets"][target]
-    bounds: Mapping[str, Mapping[str, float | None]] = own["tolerances"]
+    reference = golden.document["targets"][target]
+    bounds: Mapping[str, Mapping[str, float | None]] = reference["tolerances"]
     checks: list[SelfCheck] = []
-    for case in golden.said["cases"]:
+    for case in golden.document["cases"]:
         name, tokens = case["name"], np.array(case["tokens"], np.int64)
-        for adapter in golden.said["adapters"]:
+        for adapter in golden.document["adapters"]:
             place = f"{target}.{name}.{adapter}"
             ids = golden.tensors[f"{place}.ids"].astype(np.int64)  # [rows, K]
             expected = golden.tensors[f"{place}.logits"]
-            found = engine.logits(tokens, case["prompt"], adapter)
-            rows = np.take_along_axis(found, ids, axis=1)
+            logits = engine.logits(tokens, case["prompt"], adapter)
+            rows = np.take_along_axis(logits, ids, axis=1)
             checks.append(judged("lm", f"{name}, {adapter}", rows, expected, bounds["logits"]))
         pooled, entropy = engine.embed(tokens)
-        want = golden.tensors[f"{target}.{name}.pooled"]
-        checks.append(judged("embed", name, pooled, want, bounds["pooled"]))
-        one, other = np.array([entropy]), np.array([own["entropy"][name]])
-        checks.append(judged("embed: entropy", name, one, other, bounds["entropy"]))
-    if (training := golden.said["training"]) is not None:
+        expected = golden.tensors[f"{target}.{name}.pooled"]
+        checks.append(judged("embed", name, pooled, expected, bounds["pooled"]))
+        entropies = np.array([entropy]), np.array([reference["entropy"][name]])
+        checks.append(judged("embed: entropy", name, *entropies, bounds["entropy"]))
+    if (training := golden.document["training"]) is not None:
         checks += _trained(golden, engine, training)
-    if (stream := golden.said["decisions"].get(target)) is not None:
+    if (stream := golden.document["decisions"].get(target)) is not None:
         checks += _decided(engine, stream, lexicons)
     return checks
 
 
-class Loop:
+class StorelessSelection:
     """Selection alone, without a store: scores a dialogue, and keeps it or not."""
 
     def __init__(self, policy: LoopPolicy, lexicons: Lexicons, hidden: int) -> None:
@@ -159,50 +161,58 @@ class Loop:
         return {"id": id, "bin": choice.bin, "replaced": replaced, "scores": scores}
 
 
-def policy_of(said: Mapping[str, Any]) -> LoopPolicy:
-    return LoopPolicy(selection=said["selection"], bins=said["bins"], seed=said["seed"])
+def policy_of(stream: Mapping[str, Any]) -> LoopPolicy:
+    return LoopPolicy(selection=stream["selection"], bins=stream["bins"], seed=stream["seed"])
 
 
-def _decided(engine: Engine, said: Mapping[str, Any], lexicons: Lexicons | None) -> list[SelfCheck]:
+def _decided(
+    engine: SelfTestEngine, stream: Mapping[str, Any], lexicons: Lexicons | None
+) -> list[SelfCheck]:
     """The stream once more with this engine's vectors: its scores, and the same choices."""
-    own: list[dict[str, Any]] = []
-    loop: Loop | None = None
-    for dialogue in said["dialogues"]:
+    decisions: list[dict[str, Any]] = []
+    selection: StorelessSelection | None = None
+    for dialogue in stream["dialogues"]:
         pooled, entropy = engine.embed(np.array(dialogue["tokens"], np.int64))
-        loop = loop or Loop(policy_of(said), lexicons or read_lexicons(BUILTIN), len(pooled))
+        selection = selection or StorelessSelection(
+            policy_of(stream), lexicons or read_lexicons(BUILTIN), len(pooled)
+        )
         vector = Embedding(pooled.astype(np.float32), entropy)
-        own.append(loop.observe(dialogue["id"], dialogue["text"], vector))
-    want, case = said["expected"], f"{len(own)} dialogues"
-    scores = [np.array([row["scores"] for row in rows]) for rows in (own, want)]
+        decisions.append(selection.observe(dialogue["id"], dialogue["text"], vector))
+    expected, case = stream["expected"], f"{len(decisions)} dialogues"
+    scores = [np.array([row["scores"] for row in rows]) for rows in (decisions, expected)]
     differ = sum(
         (a["bin"], a["replaced"]) != (b["bin"], b["replaced"])
-        for a, b in zip(own, want, strict=True)
+        for a, b in zip(decisions, expected, strict=True)
     )
-    bound = {"most": said["most"], "least": None}
+    bound = {"most": stream["most"], "least": None}
     scored = judged("decisions: scores", case, scores[0].ravel(), scores[1].ravel(), bound)
     choices = SelfCheck("decisions: kept and replaced", case, differ, differ, 1.0, 0.0, None)
     return [scored, choices]
 
 
-def _trained(golden: Golden, engine: Engine, said: Mapping[str, Any]) -> list[SelfCheck]:
+def _trained(
+    golden: Golden, engine: SelfTestEngine, training: Mapping[str, Any]
+) -> list[SelfCheck]:
     example = Example(
-        said["case"], np.array(said["tokens"], np.int64), np.array(said["labels"], np.int64)
+        training["case"],
+        np.array(training["tokens"], np.int64),
+        np.array(training["labels"], np.int64),
     )
     result = engine.gradient(example)
     if result is None:
         return []
     loss, gradient = result
-    bounds = said["tolerances"]
+    bounds = training["tolerances"]
     flat = gradient.reshape(-1)
     places = golden.tensors["training.places"].astype(np.int64)
     norm = float(np.linalg.norm(flat.astype(np.float64)))
     pairs = {
-        "loss": (np.array([loss]), np.array([said["loss"]])),
-        "gradient: norm": (np.array([norm]), np.array([said["gradient_norm"]])),
+        "loss": (np.array([loss]), np.array([training["loss"]])),
+        "gradient: norm": (np.array([norm]), np.array([training["gradient_norm"]])),
         "gradient": (flat[places], golden.tensors["training.gradient"]),
     }
     return [
-        judged(name, said["case"], *pair, bounds[name.partition(":")[0]])
+        judged(name, training["case"], *pair, bounds[name.partition(":")[0]])
         for name, pair in pairs.items()
     ]
 
@@ -210,14 +220,17 @@ def _trained(golden: Golden, engine: Engine, said: Mapping[str, Any]) -> list[Se
 def judged(
     program: str,
     case: str,
-    found: np.ndarray,
+    measured: np.ndarray,
     expected: np.ndarray,
     bound: Mapping[str, float | None],
 ) -> SelfCheck:
-    own, want = found.astype(np.float64), expected.astype(np.float64)
-    gap = float(np.abs(own - want).max()) if np.isfinite(own).all() else np.inf
-    size = max(float(np.abs(want).max()), 1e-30)
-    rows = zip(own, want, strict=True) if want.ndim == 2 else [(own, want)]
+    """``measured`` against ``expected``, two arrays of one shape; of a matrix each row by itself.
+    ``bound``: ``most`` as a part of the largest value expected, ``least`` of the correlation; None
+    is no bound."""
+    values, reference = measured.astype(np.float64), expected.astype(np.float64)
+    gap = float(np.abs(values - reference).max()) if np.isfinite(values).all() else np.inf
+    size = max(float(np.abs(reference).max()), 1e-30)
+    rows = zip(values, reference, strict=True) if reference.ndim == 2 else [(values, reference)]
     likeness = min(_likeness(a, b) for a, b in rows) if np.isfinite(gap) else 0.0
     return SelfCheck(program, case, gap, gap / size, likeness, bound["most"], bound["least"])
 
@@ -233,7 +246,7 @@ def _likeness(a: np.ndarray, b: np.ndarray) -> float:
 def gradient_of(
     bundle: Bundle, programs: Programs, values: Values, example: Example
 ) -> tuple[float, np.ndarray]:
-    """What ``Engine.gradient`` asks for, streamed through ``programs``."""
+    """What ``SelfTestEngine.gradient`` asks for, streamed through ``programs``."""
     engine = StreamingEngine(programs, BaseWeights(bundle.training_weights), bundle.training)
     state = AdapterState.of(bundle.manifest.adapter.tensors, values)
     into = state.layout.zeros()
@@ -243,10 +256,10 @@ def gradient_of(
 
 def adapter_files(bundle: Bundle, scratch: Path) -> tuple[dict[str, Path], Values]:
     """The files of ``initial`` and ``effect``, and the values of the second."""
-    own, tensors = bundle.android.adapter, bundle.manifest.adapter.tensors
-    changed = effect(read_values(own, tensors))
-    write_values(scratch / "effect.ptd", own, tensors, changed)
-    return {"initial": own, "effect": scratch / "effect.ptd"}, changed
+    initial, tensors = bundle.android.adapter, bundle.manifest.adapter.tensors
+    changed = effect(read_values(initial, tensors))
+    write_values(scratch / "effect.ptd", initial, tensors, changed)
+    return {"initial": initial, "effect": scratch / "effect.ptd"}, changed
 
 
 class PhoneTest:

@@ -72,14 +72,14 @@ class StreamingEngine:
 
     def _slices(self) -> dict[str, np.ndarray]:
         """The head's inputs that lie in the file: its norm, and its rows slice by slice."""
-        found = {"base.norm": self._weights["norm"]}
+        inputs = {"base.norm": self._weights["norm"]}
         size = self._training.head_slice
         for tensor in self._programs.signatures["head"].inputs:
             if tensor.name.startswith("base.head."):
                 _, _, index, part = tensor.name.split(".")
                 start = int(index) * size
-                found[tensor.name] = self._weights[f"head.{part}"][:, start : start + size]
-        return found
+                inputs[tensor.name] = self._weights[f"head.{part}"][:, start : start + size]
+        return inputs
 
     def _base(self, name: str, layer: int) -> dict[str, np.ndarray]:
         """The inputs of a block's program that lie in the weights file."""
@@ -139,10 +139,10 @@ class StreamingEngine:
 
     def _buffer(self, name: str, shape: Sequence[int]) -> np.ndarray:
         """Memory that is taken once and used in every step."""
-        found = self._buffers.get(name)
-        if found is None or found.shape != tuple(shape):
-            self._buffers[name] = found = np.zeros(shape, np.float32)
-        return found
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tuple(shape):
+            self._buffers[name] = buffer = np.zeros(shape, np.float32)
+        return buffer
 
     # One call: a sequence, or several that fit one program together
 

@@ -65,7 +65,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepReport:
     """What a step says: ``loss`` in nats a label, the gradient's ``norm``, the learning ``rate``,
     ``tokens`` read, ``seconds`` that it took."""
 
@@ -79,7 +79,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """``losses``: of each step, nats a label, before its update."""
 
     losses: tuple[float, ...]
@@ -153,12 +153,13 @@ def train(
     folder: Path,
     *,
     base: str = "",
-    told: Callable[[Step], None] = lambda step: None,
+    on_step: Callable[[StepReport], None] = lambda step: None,
     stop: Callable[[], bool] = lambda: False,
-) -> Outcome | None:
+) -> TrainingOutcome | None:
     """Trains ``state`` in place; goes on from what an earlier run of the same job left in
     ``folder``. None where ``stop`` said so between two calls: all whole steps are saved. ``base``
-    names the weights that ``engine`` computes with, where a run could meet others.
+    names the weights that ``engine`` computes with, where a run could meet others. ``on_step``
+    gets every step, after it.
 
     Raises ``TrainingDiverged`` where a loss is no number: the last good state is in ``folder``.
     """
@@ -166,56 +167,96 @@ def train(
         raise TrainingError("there is no dialogue to train on: give at least one.")
     job = digest(examples, settings, state, engine.capacity, base)
     folder.mkdir(parents=True, exist_ok=True)
-    known = load_state(folder, state, job) or Progress(0, (), 0.0, job)
-    losses, begun = list(known.losses), time.monotonic() - known.seconds
     plan = batches(len(examples), settings)
-    gradient = state.layout.zeros()
-    betas = (optimizer.beta1, optimizer.beta2)
+    run = _Run(engine, state, settings, optimizer, folder, job, len(plan))
+    for step in range(run.step + 1, len(plan) + 1):
+        report = run.take(step, [examples[index] for index in plan[step - 1]], stop)
+        if report is None:
+            return None
+        on_step(report)
+    return TrainingOutcome(tuple(run.losses), run.seconds)
 
-    def save(step: int) -> None:
-        taken = time.monotonic() - begun
-        save_state(folder, state, Progress(step, tuple(losses), taken, job))
 
-    saved = known.step
+class _Run:
+    """A run at step ``step`` of ``of``: ``losses`` of its steps so far, ``seconds`` that it took.
+    What is on disk is the state after the last whole step that was saved."""
 
-    def keep(step: int) -> None:
-        nonlocal saved
-        if saved < step:
-            save(step)
-            saved = step
+    def __init__(
+        self,
+        engine: TrainingEngine,
+        state: AdapterState,
+        settings: Settings,
+        optimizer: Optimizer,
+        folder: Path,
+        job: str,
+        of: int,
+    ) -> None:
+        self._engine, self._state, self._settings, self._of = engine, state, settings, of
+        self._betas = (optimizer.beta1, optimizer.beta2)
+        self._folder, self._job = folder, job
+        progress = load_state(folder, state, job) or Progress(0, (), 0.0, job)
+        self.step = self._saved = progress.step
+        self.losses = list(progress.losses)
+        self._begun = time.monotonic() - progress.seconds
+        self._gradient = state.layout.zeros()
 
-    for step in range(known.step + 1, len(plan) + 1):
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._begun
+
+    def _save(self) -> None:
+        if self._saved < self.step:
+            progress = Progress(self.step, tuple(self.losses), self.seconds, self._job)
+            save_state(self._folder, self._state, progress)
+            self._saved = self.step
+
+    def take(
+        self, step: int, batch: Sequence[Example], stop: Callable[[], bool]
+    ) -> StepReport | None:
+        """Step ``step`` over the batch; None where ``stop`` said so before its update."""
         since = time.monotonic()
-        gradient[...] = 0.0
-        total, count, tokens = 0.0, 0, 0
-        for some in pack([examples[index] for index in plan[step - 1]], engine.capacity):
-            if stop():
-                keep(step - 1)
-                return None
-            loss, labels = engine.gradient(state, some, gradient)
-            if not math.isfinite(loss):
-                keep(step - 1)
-                raise TrainingDiverged(
-                    f"the loss of {', '.join(e.id for e in some)} in step {step} is {loss}: "
-                    f"training stopped and kept the state of step {step - 1} in {folder}; lower "
-                    f"the learning rate or leave the dialogue out."
-                )
-            total, count = total + loss, count + labels
-            tokens += sum(e.inputs for e in some)
-        rate = rate_at(settings, step, len(plan))
-        numbers = step_numbers(step, count, rate, settings.weight_decay, settings.clip, betas)
-        norm = engine.update(state, gradient, numbers)
+        sums = self._accumulate(step, batch, stop)
+        if sums is None:
+            return None
+        total, count = sums
+        settings = self._settings
+        rate = rate_at(settings, step, self._of)
+        numbers = step_numbers(step, count, rate, settings.weight_decay, settings.clip, self._betas)
+        norm = self._engine.update(self._state, self._gradient, numbers)
         if not math.isfinite(norm):
-            keep(step - 1)
-            raise TrainingDiverged(
-                f"the gradient of step {step} is {norm} (dialogues "
-                f"{', '.join(examples[i].id for i in plan[step - 1])}): training stopped and kept "
-                f"the state of step {step - 1} in {folder}; lower the learning rate or leave them "
-                f"out."
-            )
-        losses.append(total / count)
-        if step % settings.save_every == 0 or step == len(plan):
-            keep(step)
-        taken = time.monotonic() - since
-        told(Step(step, len(plan), total / count, norm, rate, tokens, taken))
-    return Outcome(tuple(losses), time.monotonic() - begun)
+            what = f"the gradient of step {step} is {norm} (dialogues {_ids(batch)})"
+            raise self._diverged(what, "them")
+        self.step = step
+        self.losses.append(total / count)
+        if step % settings.save_every == 0 or step == self._of:
+            self._save()
+        tokens, taken = sum(e.inputs for e in batch), time.monotonic() - since
+        return StepReport(step, self._of, total / count, norm, rate, tokens, taken)
+
+    def _accumulate(
+        self, step: int, batch: Sequence[Example], stop: Callable[[], bool]
+    ) -> tuple[float, int] | None:
+        """The batch's summed loss and its labels; its gradient is in ``_gradient``."""
+        self._gradient[...] = 0.0
+        total, count = 0.0, 0
+        for some in pack(batch, self._engine.capacity):
+            if stop():
+                self._save()
+                return None
+            loss, labels = self._engine.gradient(self._state, some, self._gradient)
+            if not math.isfinite(loss):
+                what = f"the loss of {_ids(some)} in step {step} is {loss}"
+                raise self._diverged(what, "the dialogue")
+            total, count = total + loss, count + labels
+        return total, count
+
+    def _diverged(self, what: str, cause: str) -> TrainingDiverged:
+        self._save()
+        return TrainingDiverged(
+            f"{what}: training stopped and kept the state of step {self.step} in {self._folder}; "
+            f"lower the learning rate or leave {cause} out."
+        )
+
+
+def _ids(examples: Sequence[Example]) -> str:
+    return ", ".join(example.id for example in examples)

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.files import replacing, sha256
-from runtime_py.loop.protocols import FineTuneResult
+from runtime_py.loop.protocols import AdapterBundle, FineTuneResult
 from runtime_py.loop.schedule import Moment
 from runtime_py.loop.store import Store
-
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -28,12 +25,15 @@ class AdapterFile:
 
 
 class Versions:
-    """``folder`` holds the files; ``bundle`` is the bundle's PEFT folder."""
+    """``folder`` holds the files of all versions but 0."""
 
-    def __init__(self, store: Store, folder: Path, bundle: Path) -> None:
+    def __init__(self, store: Store, folder: Path, bundle: AdapterBundle) -> None:
         self._store, self._folder, self._bundle = store, folder, bundle
-        if not (bundle / _WEIGHTS).is_file():
-            raise LoopError(f"there is no adapter at {bundle}; expected the bundle's PEFT folder.")
+        if not bundle.adapter_file.is_file():
+            raise LoopError(
+                f"there is no adapter at {bundle.adapter_file}; expected the bundle's own. Copy "
+                f"the bundle again."
+            )
 
     @property
     def active(self) -> int:
@@ -42,7 +42,7 @@ class Versions:
     def file(self, number: int) -> Path:
         """Raises ``LoopError`` where the version's file is not what was written."""
         if number == 0:
-            return self._bundle / _WEIGHTS
+            return self._bundle.adapter_file
         name, digest = self._store.rows(
             "SELECT file, sha256 FROM adapters WHERE number = ?", number
         )[0]
@@ -126,15 +126,8 @@ class Versions:
                 self._store.append(now, "adapter_damaged", None, data)
         return sound
 
-    def export(
-        self, number: int, folder: Path, as_peft: Callable[[Path, Path], None] | None
-    ) -> None:
-        """Writes a PEFT folder, whole or not at all. ``as_peft`` writes a version's file as PEFT's
-        ``adapter_model.safetensors``; None where the files are that already."""
+    def export(self, number: int, folder: Path) -> None:
+        """Writes a version as a PEFT folder, whole or not at all; what is there is not replaced."""
         if os.path.lexists(folder):
             raise LoopError(f"{folder} exists already; choose another name or remove it.")
-        with replacing(folder) as beside:
-            beside.mkdir()
-            shutil.copyfile(self._bundle / _CONFIG, beside / _CONFIG)
-            convert = as_peft if number and as_peft else shutil.copyfile
-            convert(self.file(number), beside / _WEIGHTS)
+        self._bundle.as_peft(self.file(number), folder)

@@ -111,6 +111,11 @@ class Buffer:
         if self._neighbours:
             self._neighbours.clear(bin)
 
+    def set_waiting(self, id: str, waiting: bool) -> None:
+        """Whether a stored set waits for a fine-tuning; nothing for one that has left."""
+        if (bin := self._bin_of.get(id)) is not None:
+            self.waiting[bin] = waiting
+
     def measure(
         self,
         id: str,
@@ -122,10 +127,10 @@ class Buffer:
         """Scores a set against the buffer; ``text`` is its words."""
         hits = lexicons.hits(text)
         domain = dominant_domain(hits)
-        own = direction(embedding.pooled)
+        heading = direction(embedding.pooled)
         scores = Scores(
             eoe=on_grid(embedding.entropy),
             dss=domain_specific_score(hits, len(text)),
-            idd=in_domain_dissimilarity(own, self.sums[domain], int(self.counts[domain])),
+            idd=in_domain_dissimilarity(heading, self.sums[domain], int(self.counts[domain])),
         )
-        return Candidate(id, number, domain, scores, own)
+        return Candidate(id, number, domain, scores, heading)

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime_py.loop.errors import DiskFull, WriteError
@@ -41,7 +41,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     When the block ends, what it wrote is synced to the disk and takes the place of ``path``. When
     it raises, that is removed and ``path`` is as it was. What an earlier process left behind when
-    it was killed is removed first. Raises ``DiskFull`` and ``WriteError`` for a disk that is full
+    it was killed is removed first; a folder that stood aside at that moment comes back. At most one
+    at a time for a path and process. Raises ``DiskFull`` and ``WriteError`` for a disk that is full
     or cannot be written; any other exception is the block's own.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -58,21 +59,31 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """The system's refusals to write ``path`` as sentences: ``DiskFull`` and ``WriteError``."""
+    """The system's refusals to write ``path`` as sentences: ``DiskFull`` and ``WriteError``.
+
+    Where one encloses another, the disk that is full is told of the outer's path: what is written
+    inside it has a name of its own only for a moment.
+    """
     try:
         yield
+    except DiskFull as error:
+        raise _disk_full(path) from error
     except OSError as error:
         if error.errno in _FULL:
-            raise DiskFull(
-                f"{path} cannot be written: no space is left. What was there before is whole; free "
-                f"some space and do it again."
-            ) from error
+            raise _disk_full(path) from error
         if error.errno in _REFUSED:
             raise WriteError(
                 f"{path} cannot be written: {error.strerror}. What was there before is whole; "
                 f"choose another place, or change its permissions."
             ) from error
         raise
+
+
+def _disk_full(path: Path) -> DiskFull:
+    return DiskFull(
+        f"{path} cannot be written: no space is left. What was there before is whole; free some "
+        f"space and do it again."
+    )
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -86,20 +97,27 @@ def _put(beside: Path, path: Path) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.old")
     if path.is_dir() and not path.is_symlink():
         path.rename(aside)
-    beside.rename(path)
+    try:
+        beside.rename(path)
+    except OSError:
+        if aside.exists():
+            aside.rename(path)
+        raise
     _sync_entry(path.parent)
     _remove(aside)
 
 
 def _clear(path: Path) -> None:
-    """What processes that are gone left beside ``path``: a folder that stood aside comes back."""
+    """What processes that are gone left beside ``path``: a folder that stood aside comes back.
+    What has this process's number is an earlier one's: this one has not begun yet."""
     left = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.(part|old)")
     for other in path.parent.iterdir():
         match = left.fullmatch(other.name)
-        if match is None or int(match[1]) == os.getpid() or _alive(int(match[1])):
+        if match is None or (int(match[1]) != os.getpid() and _alive(int(match[1]))):
             continue
         if match[2] == "old" and not os.path.lexists(path):
-            other.rename(path)
+            with suppress(FileNotFoundError):  # another process was faster
+                other.rename(path)
         else:
             _remove(other)
 
@@ -107,7 +125,7 @@ def _clear(path: Path) -> None:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # the second: no system has such a number
         return False
     except PermissionError:
         return True

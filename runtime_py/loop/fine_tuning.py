@@ -62,6 +62,9 @@ class FineTuning:
         self._synthesized = 0
 
     def run(self, conditions: Conditions, stop: Callable[[], bool]) -> FineTuneReport:
+        """Begins a job, or goes on with the one that is unfinished, as far as the policy, the
+        device and ``stop`` let it; the report says how far. ``stop`` is asked between paraphrases
+        and between micro-batches."""
         self._synthesized = 0
         job = self._jobs.unfinished()
         if job is None:
@@ -74,8 +77,8 @@ class FineTuning:
                 return self._report(
                     "too_few", "fewer than two sets are answered: one to learn, one held out."
                 )
-        if found := obstacles(conditions, self._loop):
-            return self._report("postponed", f"{', and '.join(found)}.", job)
+        if reasons := obstacles(conditions, self._loop):
+            return self._report("postponed", f"{', and '.join(reasons)}.", job)
         longest = job.max_sequence_tokens if job else self._loop.longest_sequence_tokens
         tokens = sequence_tokens(longest, conditions.free_memory_mb, self._loop)
         if tokens is None:
@@ -126,9 +129,7 @@ class FineTuning:
             data: dict[str, Any] = {"job": number, "parent": parent, "sequence_tokens": tokens}
             data["sources"] = [source for source, _ in self._jobs.sources(number)]
             self._store.append(self._clock(), "job_begun", None, data)
-        job = self._jobs.unfinished()
-        assert job is not None
-        return job
+        return self._jobs.read(number)
 
     def _shorten(self, job: FineTuneJob, tokens: int) -> FineTuneJob:
         with self._store.transaction():
@@ -196,8 +197,7 @@ class FineTuning:
             event = "adapter_accepted" if kept else "adapter_rejected"
             self._store.append(self._clock(), event, None, data)
         for id, _ in sources:
-            if (bin := self._buffer.bin_of(id)) is not None:
-                self._buffer.waiting[bin] = False
+            self._buffer.set_waiting(id, False)
         self._jobs.sweep()
         self._versions.sweep()
         if kept:

@@ -23,10 +23,13 @@ class Jobs:
         self._store, self._versions, self._folder = store, versions, folder
 
     def unfinished(self) -> FineTuneJob | None:
-        rows = self._store.rows("SELECT * FROM jobs")
-        if not rows:
-            return None
-        number, parent, seed, tokens, epochs, rate, batch = rows[0]
+        rows = self._store.rows("SELECT number FROM jobs")
+        return self.read(rows[0][0]) if rows else None
+
+    def read(self, number: int) -> FineTuneJob:
+        """A job that has begun and not ended, with its dialogues as they were frozen."""
+        (row,) = self._store.rows("SELECT * FROM jobs WHERE number = ?", number)
+        _, parent, seed, tokens, epochs, rate, batch = row
         parts: tuple[list[Dialogue], list[Dialogue]] = ([], [])
         for held_out, id, turns in self._store.rows(
             "SELECT held_out, id, turns FROM job_sets WHERE job = ? ORDER BY position", number

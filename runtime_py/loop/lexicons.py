@@ -53,7 +53,7 @@ def make_lexicons(terms: Mapping[str, Sequence[str]]) -> Lexicons:
             raise LoopError(f"the lexicon {name!r} has no words; expected one term a line.")
         for term in filter(None, split):
             index.setdefault(term[0], {})[domain, term] = None
-    return Lexicons(tuple(terms), {first: tuple(found) for first, found in index.items()})
+    return Lexicons(tuple(terms), {first: tuple(places) for first, places in index.items()})
 
 
 def read_lexicons(folder: Path = BUILTIN) -> Lexicons:

@@ -14,7 +14,7 @@ from runtime_py.loop.errors import LoopError
 
 
 @dataclass(frozen=True)
-class Event:
+class LogLine:
     """``seq`` counts from 1. ``id``: the dialogue set, where there is one."""
 
     seq: int
@@ -73,7 +73,7 @@ class Bin:
     domain: str
 
 
-def replay(log: Iterable[Event]) -> dict[int, Bin]:
+def replay(log: Iterable[LogLine]) -> dict[int, Bin]:
     """The buffer's contents by bin, from nothing but the log.
 
     Raises ``LoopError`` where a line contradicts those before it.

@@ -59,14 +59,15 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return int(a @ b) / (UNIT * UNIT)
 
 
-def in_domain_dissimilarity(own: np.ndarray, total: np.ndarray, count: int) -> float:
-    """IDD: the mean of 1 − cos between a direction and ``count`` others, whose sum is ``total``.
+def in_domain_dissimilarity(heading: np.ndarray, total: np.ndarray, count: int) -> float:
+    """IDD: the mean of 1 − cos between a direction and ``count`` others, whose sum is ``total``;
+    both int64 [hidden].
 
-    int64 is wide enough for 2^14 of them: |own · total| ≤ |own| |total| ≤ UNIT² · count.
+    int64 is wide enough for 2^14 of them: |heading · total| ≤ |heading| |total| ≤ UNIT² · count.
     """
     if count == 0:
         return 1.0
-    return on_grid(1 - int(own @ total) / (count * UNIT * UNIT))
+    return on_grid(1 - int(heading @ total) / (count * UNIT * UNIT))
 
 
 def rouge1(reference: Sequence[str], candidate: Sequence[str]) -> float:

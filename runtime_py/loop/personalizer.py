@@ -23,7 +23,7 @@ from runtime_py.loop.jobs import Jobs
 from runtime_py.loop.lexicons import Lexicons
 from runtime_py.loop.log import Decision
 from runtime_py.loop.policy import LoopPolicy
-from runtime_py.loop.protocols import Engine, FineTuner
+from runtime_py.loop.protocols import AdapterBundle, Engine, FineTuner
 from runtime_py.loop.random_stream import SplitMix64
 from runtime_py.loop.replacement import find_policy
 from runtime_py.loop.schedule import Conditions, Moment
@@ -40,8 +40,8 @@ def _never() -> bool:
 
 
 class Personalizer:
-    """``folder`` holds the store and the adapters; ``bundle_adapter`` is the bundle's PEFT folder;
-    ``hidden`` the length of pooled vectors. Use it in a ``with``, or ``close`` it."""
+    """``folder`` holds the store and the adapters; ``bundle`` the adapter that all begins with. Use
+    it in a ``with``, or ``close`` it."""
 
     def __init__(
         self,
@@ -51,14 +51,11 @@ class Personalizer:
         engine: Engine,
         tuner: FineTuner,
         clock: Callable[[], Moment],
-        bundle_adapter: Path,
-        hidden: int,
-        as_peft: Callable[[Path, Path], None] | None = None,
+        bundle: AdapterBundle,
     ) -> None:
-        self._as_peft = as_peft
         find_policy(policy.selection)
         self._policy, self._lexicons, self._engine, self._clock = policy, lexicons, engine, clock
-        self._hidden = hidden
+        self._hidden = hidden = bundle.hidden
         if self._room("") < 256:
             raise LoopError(
                 f"a bin of {policy.bin_bytes} bytes has no room for text beside a vector of "
@@ -69,7 +66,7 @@ class Personalizer:
             undo.callback(self._store.close)
             self._enter_policy()
             self._buffer = records.load_buffer(self._store, policy, lexicons, hidden)
-            self._versions = Versions(self._store, folder / ADAPTERS, bundle_adapter)
+            self._versions = Versions(self._store, folder / ADAPTERS, bundle)
             self._jobs = Jobs(self._store, self._versions, folder / JOBS)
             self._versions.sweep()
             self._jobs.sweep()
@@ -131,9 +128,7 @@ class Personalizer:
             records.write_annotation(self._store, id, text, number, held)
             data = {"number": number, "held_out": held, "acceptable": text is None}
             self._store.append(self._clock(), "answered", id, data)
-        bin = self._buffer.bin_of(id)
-        assert bin is not None
-        self._buffer.waiting[bin] = True
+        self._buffer.set_waiting(id, True)
 
     def fine_tune(
         self, conditions: Conditions, stop: Callable[[], bool] = _never
@@ -186,7 +181,7 @@ class Personalizer:
 
     def export_adapter(self, folder: Path) -> None:
         """Writes the active adapter as PEFT keeps it."""
-        self._versions.export(self._versions.active, folder, self._as_peft)
+        self._versions.export(self._versions.active, folder)
 
     def lost(self) -> tuple[str, ...]:
         """Ids of sets and answers that the log says are here and the store has not: none, ever."""

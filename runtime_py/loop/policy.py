@@ -120,22 +120,22 @@ _LIMITS: dict[str, tuple[float, float]] = {  # field: (least, most)
 
 
 def _misfits(policy: LoopPolicy) -> list[tuple[str, object, str]]:
-    found: list[tuple[str, object, str]] = []
+    misfits: list[tuple[str, object, str]] = []
     for field in fields(LoopPolicy):
         value: Any = getattr(policy, field.name)
         kind = {"str": str, "int": int, "float": float, "bool": bool}[str(field.type)]
         low, high = _LIMITS.get(field.name, (-inf, inf))
         wrong_kind = type(value) is not kind  # a bool is no int here
         if wrong_kind:
-            found.append((field.name, value, f"a {field.type}"))
+            misfits.append((field.name, value, f"a {field.type}"))
         elif field.name in _LIMITS and not low <= value <= high:
-            found.append((field.name, value, f"{low:g} to {high:g}"))
+            misfits.append((field.name, value, f"{low:g} to {high:g}"))
         elif kind is str and not value:
-            found.append((field.name, value, "text"))
-    if not found:
+            misfits.append((field.name, value, "text"))
+    if not misfits:
         if policy.rouge1_lowest > policy.rouge1_highest:
-            found.append(("rouge1_lowest", policy.rouge1_lowest, "at most rouge1_highest"))
+            misfits.append(("rouge1_lowest", policy.rouge1_lowest, "at most rouge1_highest"))
         if policy.shortest_sequence_tokens > policy.longest_sequence_tokens:
             short = policy.shortest_sequence_tokens
-            found.append(("shortest_sequence_tokens", short, "at most longest_sequence_tokens"))
-    return found
+            misfits.append(("shortest_sequence_tokens", short, "at most longest_sequence_tokens"))
+    return misfits

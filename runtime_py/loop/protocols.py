@@ -1,4 +1,4 @@
-"""What the loop needs of whatever runs the programs: an engine, and something that fine-tunes."""
+"""What the loop needs from outside: an engine, something that fine-tunes, and a bundle."""
 
 from __future__ import annotations
 
@@ -33,6 +33,24 @@ class Engine(Protocol):
 
     def use_adapter(self, file: Path) -> None:
         """Switches the adapter of ``generate``. ``embed`` always runs with the bundle's own."""
+        ...
+
+
+class AdapterBundle(Protocol):
+    """What adapts and is adapted: never changed, so that version 0 is always there."""
+
+    @property
+    def hidden(self) -> int:
+        """The length of pooled vectors."""
+        ...
+
+    @property
+    def adapter_file(self) -> Path:
+        """Version 0 of the adapter, in the form that engine and fine-tuner take."""
+        ...
+
+    def as_peft(self, file: Path, folder: Path) -> None:
+        """Writes a version's file as a PEFT folder, whole or not at all."""
         ...
 
 

@@ -27,6 +27,10 @@ class Annotated:
 
 
 def load_buffer(store: Store, loop: LoopPolicy, lexicons: Lexicons, hidden: int) -> Buffer:
+    """The buffer as the store's sets make it; ``hidden``: numbers of a pooled vector.
+
+    Raises ``LoopError`` where a set's bin is not the policy's, or its domain not the lexicons'.
+    """
     names = lexicons.names
     buffer = Buffer(loop.bins, len(names), hidden)
     rows = store.rows(
@@ -74,17 +78,17 @@ def write_set(
 
 def observed_as(store: Store, id: str) -> int | None:
     """Which observed set had this id."""
-    found = store.rows(
+    rows = store.rows(
         "SELECT json_extract (data, '$.number') FROM log "
         "WHERE id = ? AND event IN ('kept', 'refused')",
         id,
     )
-    return found[0][0] if found else None
+    return rows[0][0] if rows else None
 
 
 def read_set(store: Store, id: str) -> Dialogue | None:
-    found = store.rows("SELECT turns FROM sets WHERE id = ?", id)
-    return Dialogue(id, turns_from_json(found[0][0])) if found else None
+    rows = store.rows("SELECT turns FROM sets WHERE id = ?", id)
+    return Dialogue(id, turns_from_json(rows[0][0])) if rows else None
 
 
 def questions(store: Store, text: str) -> tuple[Question, ...]:
@@ -107,7 +111,7 @@ def write_annotation(store: Store, id: str, answer: str | None, number: int, hel
 
 def annotated_sets(store: Store) -> list[Annotated]:
     """The answered sets in the buffer, by the order of their answers."""
-    found = []
+    answered = []
     for id, turns, answer, held_out, tried in store.rows(
         "SELECT id, turns, answer, held_out, paraphrased FROM annotations JOIN sets USING (id) "
         "ORDER BY annotations.number"
@@ -115,8 +119,8 @@ def annotated_sets(store: Store) -> list[Annotated]:
         dialogue = Dialogue(id, turns_from_json(turns))
         if answer is not None:
             dialogue = dialogue.with_answer(answer)
-        found.append(Annotated(dialogue, bool(held_out), tried))
-    return found
+        answered.append(Annotated(dialogue, bool(held_out), tried))
+    return answered
 
 
 def write_pair(store: Store, source: str, ordinal: int, pair: Pair | None, adapter: int) -> None:

@@ -40,10 +40,10 @@ def recover(path: Path, out: Path, now: Moment) -> Recovered:
     if out.exists():
         raise LoopError(f"{out} exists already; choose another name for the recovered store.")
     with tempfile.TemporaryDirectory() as scratch:
-        found, problems = _read_all(path, Path(scratch))
+        tables, problems = _read_all(path, Path(scratch))
     store = open_store(out)
     try:
-        rows = _write_all(store, found, problems, now)
+        rows = _write_all(store, tables, problems, now)
     finally:
         store.close()
     return Recovered(rows, tuple(problems))
@@ -74,14 +74,14 @@ def _read_all(path: Path, scratch: Path) -> tuple[dict[str, list[Row]], list[str
                 f"{path} has schema version {version}, this attune reads up to {len(MIGRATIONS)}; "
                 f"recover it with the attune that made it, or a newer one."
             )
-        found = {}
+        tables = {}
         for table in TABLES:
-            found[table], whole = _read_table(connection, table)
+            tables[table], whole = _read_table(connection, table)
             if not whole:
                 problems.append(f"some rows of the table {table} cannot be read.")
     finally:
         connection.close()
-    return found, problems
+    return tables, problems
 
 
 def _has_schema(copy: Path) -> bool:
@@ -141,12 +141,12 @@ def _until_damage(connection: sqlite3.Connection, sql: str) -> Iterator[tuple[An
 
 
 def _write_all(
-    store: Store, found: dict[str, list[Row]], problems: list[str], now: Moment
+    store: Store, tables: dict[str, list[Row]], problems: list[str], now: Moment
 ) -> dict[str, int]:
     store.execute("PRAGMA foreign_keys = OFF")  # what lost its parent is removed below
     with store.transaction(durable=True):
         for table in TABLES:
-            for row in found[table]:
+            for row in tables[table]:
                 if not _is_sound(table, row):
                     problems.append(f"a row of the table {table} was damaged and is left out.")
                     continue

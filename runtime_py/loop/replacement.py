@@ -18,7 +18,7 @@ from runtime_py.loop.random_stream import SplitMix64
 
 
 @dataclass(frozen=True)
-class Choice:
+class Placement:
     """``bin``: where the new set goes, None where it is not kept. ``reason``: a code for the log.
     ``candidates``: how many sets it could have replaced."""
 
@@ -27,7 +27,7 @@ class Choice:
     candidates: int
 
 
-Policy = Callable[[Buffer, Candidate, SplitMix64, LoopPolicy], Choice]
+Policy = Callable[[Buffer, Candidate, SplitMix64, LoopPolicy], Placement]
 POLICIES: dict[str, Policy] = {}
 
 
@@ -47,63 +47,63 @@ def find_policy(name: str) -> Policy:
     return POLICIES[name]
 
 
-def choose(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Choice:
+def choose(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Placement:
     """A free bin is filled, the lowest first; otherwise the policy decides."""
     free = buffer.first_free()
     if free is not None:
-        return Choice(free, "free_bin", 0)
+        return Placement(free, "free_bin", 0)
     return find_policy(loop.selection)(buffer, new, stream, loop)
 
 
 @policy("paper")
-def paper(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Choice:
+def paper(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Placement:
     """Qin et al.: one of the sets that the new one beats on all three scores, by chance."""
-    own = np.array([new.scores.eoe, new.scores.dss, new.scores.idd])
-    beaten = np.flatnonzero((own > buffer.scores).all(axis=1))  # in the bins' order
+    scores = np.array([new.scores.eoe, new.scores.dss, new.scores.idd])
+    beaten = np.flatnonzero((scores > buffer.scores).all(axis=1))  # in the bins' order
     if len(beaten) == 0:
-        return Choice(None, "beats_none_on_all_scores", 0)
-    return Choice(int(beaten[stream.below(len(beaten))]), "beats_on_all_scores", len(beaten))
+        return Placement(None, "beats_none_on_all_scores", 0)
+    return Placement(int(beaten[stream.below(len(beaten))]), "beats_on_all_scores", len(beaten))
 
 
 @policy("random")
-def random(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Choice:
+def random(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Placement:
     """Reservoir sampling (Vitter's algorithm R, 1985): every observed set is as likely kept."""
     drawn = stream.below(new.number)
     if drawn >= buffer.bins:
-        return Choice(None, "not_drawn", 0)
-    return Choice(drawn, "drawn", buffer.bins)
+        return Placement(None, "not_drawn", 0)
+    return Placement(drawn, "drawn", buffer.bins)
 
 
 @policy("fifo")
-def fifo(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Choice:
+def fifo(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Placement:
     """The set that entered first leaves."""
-    return Choice(int(np.argmin(buffer.numbers)), "oldest", buffer.bins)
+    return Placement(int(np.argmin(buffer.numbers)), "oldest", buffer.bins)
 
 
 @policy("kcenter")
-def kcenter(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Choice:
+def kcenter(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Placement:
     """Keeps the stored sets far apart: if the new one is farther from all of them than the two
     closest are from each other, the older of these two leaves."""
     near = buffer.neighbours
     one = int(np.argmax(near.closeness))  # the first of the closest pair
     if near.closest_to(new.direction) >= near.closeness[one]:
-        return Choice(None, "not_farther_than_closest_pair", 0)
+        return Placement(None, "not_farther_than_closest_pair", 0)
     other = int(near.nearest[one])
     older = one if buffer.numbers[one] < buffer.numbers[other] else other
-    return Choice(older, "farther_than_closest_pair", 2)
+    return Placement(older, "farther_than_closest_pair", 2)
 
 
 @policy("attune")
-def attune(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Choice:
+def attune(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Placement:
     """The set of least worth leaves, if the new one's worth is greater (``worths``)."""
-    stored, own = worths(buffer, new, loop)
+    stored, worth = worths(buffer, new, loop)
     open_bins = np.flatnonzero(~buffer.waiting)
     if len(open_bins) == 0:
-        return Choice(None, "all_wait_for_fine_tuning", 0)
+        return Placement(None, "all_wait_for_fine_tuning", 0)
     weakest = int(open_bins[np.argmin(stored[open_bins])])
-    if own <= stored[weakest]:
-        return Choice(None, "worth_no_more", len(open_bins))
-    return Choice(weakest, "worth_more", len(open_bins))
+    if worth <= stored[weakest]:
+        return Placement(None, "worth_no_more", len(open_bins))
+    return Placement(weakest, "worth_more", len(open_bins))
 
 
 def worths(buffer: Buffer, new: Candidate, loop: LoopPolicy) -> tuple[np.ndarray, float]:
@@ -115,9 +115,9 @@ def worths(buffer: Buffer, new: Candidate, loop: LoopPolicy) -> tuple[np.ndarray
     every set observed since, so that no bin is taken for ever; and the more bins a domain has, the
     less each of its sets is worth, so that a long run of one subject does not fill the buffer.
     """
-    own = np.array([new.scores.eoe, new.scores.dss, new.scores.idd])
+    scores = np.array([new.scores.eoe, new.scores.dss, new.scores.idd])
     ranks = np.zeros(buffer.bins + 1, np.int64)
-    for column in np.vstack([buffer.scores, own]).T:  # [bins + 1], the new set last
+    for column in np.vstack([buffer.scores, scores]).T:  # [bins + 1], the new set last
         order = np.argsort(column)
         ordered = column[order]
         first = np.append(True, ordered[1:] != ordered[:-1])  # of a run of equals

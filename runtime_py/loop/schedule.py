@@ -32,14 +32,14 @@ def is_due(observed: int, last: int, loop: LoopPolicy) -> bool:
 
 def obstacles(conditions: Conditions, loop: LoopPolicy) -> list[str]:
     """Why the device does not allow fine-tuning now; memory is ``sequence_tokens``'s matter."""
-    found = []
+    reasons = []
     if loop.must_charge and not conditions.charging:
-        found.append("the device is not charging")
+        reasons.append("the device is not charging")
     if loop.must_idle and not conditions.idle:
-        found.append("the device is in use")
+        reasons.append("the device is in use")
     if not conditions.celsius <= loop.hottest_celsius:
-        found.append(f"the device has {conditions.celsius:g} °C, over {loop.hottest_celsius:g}")
-    return found
+        reasons.append(f"the device has {conditions.celsius:g} °C, over {loop.hottest_celsius:g}")
+    return reasons
 
 
 def sequence_tokens(longest: int, free_memory_mb: int, loop: LoopPolicy) -> int | None:

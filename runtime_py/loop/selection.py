@@ -15,7 +15,7 @@ from runtime_py.loop.lexicons import Lexicons
 from runtime_py.loop.log import Decision
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import Embedding, Engine
-from runtime_py.loop.replacement import Choice, choose
+from runtime_py.loop.replacement import Placement, choose
 from runtime_py.loop.schedule import Moment
 from runtime_py.loop.store import Store
 from runtime_py.loop.words import words
@@ -97,7 +97,7 @@ class Selection:
                 f"are damaged. Check the bundle."
             )
 
-    def _decide(self, new: Candidate, choice: Choice, dropped: int, day: int) -> Decision:
+    def _decide(self, new: Candidate, choice: Placement, dropped: int, day: int) -> Decision:
         bin = choice.bin
         today = self._store.count("question_day") == day
         asked_today = self._store.count("asked_today") if today else 0

@@ -34,6 +34,7 @@ class Status:
 
 
 def status(store: Store, buffer: Buffer, policy: LoopPolicy, lexicons: Lexicons) -> Status:
+    """The store's counters and rows, and what the buffer holds of which domain."""
     count = store.counts()
     observed = count.get("observed", 0)
     due = count.get("fine_tune_from", 0) + policy.fine_tune_every_sets

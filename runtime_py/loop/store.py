@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime_py.loop.errors import DiskFull, LoopError, StoreBusy, StoreDamaged
-from runtime_py.loop.log import Event
+from runtime_py.loop.log import LogLine
 from runtime_py.loop.random_stream import SplitMix64
 from runtime_py.loop.schedule import Moment
 from runtime_py.loop.store_schema import APPLICATION_ID, MIGRATIONS
@@ -56,16 +56,16 @@ class Store:
             return self._connection.execute(sql, values).fetchall()
 
     def meta(self, key: str) -> str | None:
-        found = self.rows("SELECT value FROM meta WHERE key = ?", key)
-        return found[0][0] if found else None
+        rows = self.rows("SELECT value FROM meta WHERE key = ?", key)
+        return rows[0][0] if rows else None
 
     def set_meta(self, key: str, value: str) -> None:
         self.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", key, value)
 
     def count(self, name: str) -> int:
         """A counter, 0 where it was never set."""
-        found = self.rows("SELECT value FROM counters WHERE name = ?", name)
-        return found[0][0] if found else 0
+        rows = self.rows("SELECT value FROM counters WHERE name = ?", name)
+        return rows[0][0] if rows else 0
 
     def counts(self) -> dict[str, int]:
         return dict(self.rows("SELECT name, value FROM counters"))
@@ -78,13 +78,13 @@ class Store:
 
     def stream(self, name: str) -> SplitMix64:
         """A copy of a stored random stream, to draw from; ``save_stream`` makes it count."""
-        found = self.rows("SELECT state FROM streams WHERE name = ?", name)
-        if not found:
+        rows = self.rows("SELECT state FROM streams WHERE name = ?", name)
+        if not rows:
             raise StoreDamaged(
                 f"the store {self.path} has no random stream {name!r}; it is left as it is. "
                 f"Recover it with attune store recover."
             )
-        return SplitMix64(int(found[0][0], 16))
+        return SplitMix64(int(rows[0][0], 16))
 
     def save_stream(self, name: str, stream: SplitMix64) -> None:
         self.execute("INSERT OR REPLACE INTO streams VALUES (?, ?)", name, f"{stream.state:016x}")
@@ -101,12 +101,12 @@ class Store:
             text,
         )
 
-    def log(self, after: int = 0) -> list[Event]:
+    def log(self, after: int = 0) -> list[LogLine]:
         """The log's lines with a number greater than ``after``, in order."""
-        found = self.rows("SELECT * FROM log WHERE seq > ? ORDER BY seq", after)
+        rows = self.rows("SELECT * FROM log WHERE seq > ? ORDER BY seq", after)
         return [
-            Event(seq, seconds, day, event, id, json.loads(data))
-            for seq, seconds, day, event, id, data in found
+            LogLine(seq, seconds, day, event, id, json.loads(data))
+            for seq, seconds, day, event, id, data in rows
         ]
 
     def scrub(self) -> None:

@@ -48,12 +48,12 @@ def paraphrase(
             seed=seed,
             max_new_tokens=loop.paraphrase_max_tokens,
         )
-        found = between_brackets(reply)
-        if not found or not _is_text(found):
+        rewritten = between_brackets(reply)
+        if not rewritten or not _is_text(rewritten):
             continue
-        score = rouge1(original, words(found))
+        score = rouge1(original, words(rewritten))
         if loop.rouge1_lowest <= score <= loop.rouge1_highest:
-            return Paraphrase(found, seed, score, tries)
+            return Paraphrase(rewritten, seed, score, tries)
     return None
 
 

@@ -11,9 +11,10 @@ _APOSTROPHES = "'’"
 
 
 def words(text: str) -> list[str]:
+    """The words of a text in NFC and lower case, in order."""
     text = unicodedata.normalize("NFC", text).lower()
     kinds = [unicodedata.category(character)[0] for character in text]  # "L", "N" or another
-    found, start, length = [], 0, len(text)
+    result, start, length = [], 0, len(text)
     while start < length:
         if kinds[start] not in "LN":
             start += 1
@@ -25,6 +26,6 @@ def words(text: str) -> list[str]:
             end += 2
             while end < length and kinds[end] == "L":
                 end += 1
-        found.append(text[start:end])
+        result.append(text[start:end])
         start = end
-    return found
+    return result

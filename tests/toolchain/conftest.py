@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.tiny import tokenizer_of
 from toolchain.cli import app
+from toolchain.compile.bundle_export import export
 
 
 @dataclass(frozen=True)
@@ -86,3 +90,37 @@ def fp32(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         app.app([*export, str(folder / "tiny")], standalone_mode=False)
     said = json.loads(out.getvalue())
     return Exported(folder / "tiny", said, sorted(p.name for p in folder.iterdir()))
+
+
+def save_random_llama(folder: Path, seed: int) -> Path:
+    """A checkpoint of one layer with random weights and a byte-level tokenizer."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer_of(config.vocab_size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_llama(tmp_path_factory.mktemp("random-source"), 0)
+
+
+@pytest.fixture(scope="session")
+def random_bundle(random_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``random_source`` for Android, with 8-bit weights."""
+    out = tmp_path_factory.mktemp("random-bundle") / "b"
+    export(str(random_source), out, targets=("android",), quantize={"android": "8da8w"})
+    return out

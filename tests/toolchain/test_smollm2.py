@@ -18,22 +18,22 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from exporters.model.checkpoint import Checkpoint, load_checkpoint
+from runtime_py.bundle.adapter import to_runtime
 from runtime_py.bundle.adapter_state import AdapterState
-from runtime_py.bundle.adapter_tensors import to_runtime
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.flat_tensor import write_ptd
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft
-from runtime_py.engine.examples import IGNORED, Example
+from runtime_py.engine.examples import Example
 from runtime_py.engine.lm import ExecutorchLm
+from runtime_py.engine.stock_runner import StockRunner
 from runtime_py.engine.streaming import open_training
 from runtime_py.engine.trainer import Settings, train
+from runtime_py.loop.dialogue import Turn
 from toolchain.bench.training_engines import peft_model
-from toolchain.bench.training_speed import Request as TrainingRequest
 from toolchain.bench.training_speed import pick_sequence
-from toolchain.cli.chat import StockRunner
-from toolchain.compile.bundle_export import Request, export
-from toolchain.verify.autograd import TorchEngine
+from toolchain.compile.bundle_export import export
+from toolchain.verify.reference_engines import PeftEngine, peft_gradient
 
 SHARED = Path(__file__).parents[3] / "shared"
 GGUF = SHARED / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -64,7 +64,7 @@ def checkpoint() -> Checkpoint:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("smollm2") / "bundle"
-    export(Request(str(GGUF), out, ("android",), quantize={"android": "none"}), lambda step: None)
+    export(str(GGUF), out, targets=("android",), quantize={"android": "none"})
     return out
 
 
@@ -97,7 +97,7 @@ def _greedy(model: PreTrainedModel | PeftModel, checkpoint: Checkpoint, rendered
 
 def _replies(runner: StockRunner, prompts: list[str]) -> dict[str, str]:
     """Rendered prompt -> the stock runner's greedy reply."""
-    rendered = [runner.render([{"role": "user", "content": prompt}]) for prompt in prompts]
+    rendered = [runner.text.render([Turn("user", prompt)], reply=True) for prompt in prompts]
     return {text: runner.generate(text, REPLY, 0.0)[0] for text in rendered}
 
 
@@ -171,7 +171,7 @@ def test_one_program_with_two_adapters_equals_peft(
 @pytest.fixture(scope="module")
 def sequence(bundle: Path, manifest: Manifest) -> Example:
     """256 tokens of a real dialogue."""
-    return pick_sequence(TrainingRequest(bundle, data=DATA / "dolly.jsonl.gz"), manifest)
+    return pick_sequence(Bundle(bundle, manifest), data=DATA / "dolly.jsonl.gz")
 
 
 @pytest.fixture(scope="module")
@@ -191,22 +191,6 @@ def _state(peft: PeftModel, manifest: Manifest, folder: Path) -> AdapterState:
     return AdapterState.of(
         manifest.adapter.tensors, to_runtime(read_peft(folder), manifest.adapter.tensors)
     )
-
-
-def _gradients(
-    peft: PeftModel, manifest: Manifest, state: AdapterState, sequence: Example
-) -> tuple[float, dict[str, np.ndarray]]:
-    """Summed loss and gradients by plain autograd, in the model's own dtype."""
-    tokens, labels = torch.from_numpy(sequence.tokens), torch.from_numpy(sequence.labels)
-    peft.zero_grad()
-    logits = peft(tokens[None], use_cache=False).logits[0, :-1]
-    loss = torch.nn.functional.cross_entropy(
-        logits, labels[1:], ignore_index=IGNORED, reduction="sum"
-    )
-    loss.backward()
-    own = {name: p.grad for name, p in peft.named_parameters() if p.grad is not None}
-    names = {t.name: t.peft.replace(".weight", ".default.weight") for t in manifest.adapter.tensors}
-    return loss.item(), {n: own[names[n]].double().numpy() for n in state.layout.places}
 
 
 def _off(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
@@ -234,9 +218,11 @@ def test_gradients_are_exact(
     flat = state.layout.zeros()
     loss, count = engine.gradient(state, [sequence], flat)
     assert count == sequence.count
-    found = {n: v[0].astype(np.float64) for n, v in state.layout.views(flat).items()}
-    loss32, single = _gradients(trained, manifest, state, sequence)
-    loss64, double = _gradients(copy.deepcopy(trained).double(), manifest, state, sequence)
+    found = {n: v.astype(np.float64) for n, v in state.layout.views(flat).items()}
+    tensors = manifest.adapter.tensors
+    loss32, gradients = peft_gradient(trained, tensors, [sequence])
+    single = {n: g.astype(np.float64) for n, g in gradients.items()}
+    loss64, double = peft_gradient(copy.deepcopy(trained).double(), tensors, [sequence])
     record_property("off float32", _off(found, single))
     record_property("off float64", _off(found, double))
     record_property("float32 off float64", _off(single, double))
@@ -257,7 +243,7 @@ def test_twenty_steps(
     start = {n: v.copy() for n, v in states[0].tensors.items()}
     engines = (
         open_training(Bundle(bundle, manifest)),
-        TorchEngine(trained, manifest.adapter.tensors, optimizer),
+        PeftEngine(trained, manifest.adapter.tensors, optimizer),
     )
     losses = []
     for state, engine, name in zip(states, engines, "ab", strict=True):

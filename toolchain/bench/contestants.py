@@ -8,18 +8,16 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from exporters.executorch.lm_program import lower_lm
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.engine.native import silenced
 from runtime_py.loop.errors import BundleError
-from toolchain.bench.engines import BundleEngine, Engine, TorchEngine
+from toolchain.bench.engines import BundleEngine, GenerationEngine, TorchEngine
 from toolchain.bench.generation_report import ADAPTER_COST, BUNDLE, LLAMA, TORCH, WITHOUT
 from toolchain.bench.llama import FORMATS, LlamaEngine, import_llama, requantize
+from toolchain.compile.android import PREFILL_ANDROID
+from toolchain.compile.source import Source, as_in_bundle, find_source, float_model
 from toolchain.report.console import Stages
-from toolchain.verify.source import (
-    Source,
-    find_source,
-    lower_without_adapter,
-)
 
 
 class Contestants:
@@ -40,19 +38,19 @@ class Contestants:
     ) -> None:
         if llama is not None and not llama.is_file():
             raise BundleError(f"there is no file {llama}: give a GGUF with --llama.")
-        self._manifest, self._folder = bundle.manifest, folder
+        self._bundle, self._folder = bundle, folder
         self._files = bundle.android
         self.reasons: dict[str, str] = {}
         with Stages(f"bench {bundle.path.name}", quiet=quiet) as stages:
             stages("read the source")
-            found = find_source(bundle.manifest, source)
+            original = find_source(bundle.manifest, source)
             self._torch: PreTrainedModel | None = None
-            if isinstance(found, str):
-                self.reasons[TORCH] = found
+            if isinstance(original, str):
+                self.reasons[TORCH] = original
             else:
-                self._torch = found.checkpoint.hf_model()
-            self._llama = self._gguf(found, llama, stages)
-            self._without = self._program_without(found, adapter_cost, stages)
+                self._torch = original.checkpoint.hf_model()
+            self._llama = self._gguf(original, llama, stages)
+            self._without = self._program_without(original, adapter_cost, stages)
 
     def _gguf(
         self, source: Source | str, given: Path | None, stages: Callable[[str], None]
@@ -66,7 +64,7 @@ class Contestants:
             other = "the source is no GGUF file: name one of the same model with --llama"
             self.reasons[LLAMA] = source if isinstance(source, str) else other
             return None
-        quantize = self._files.target.quantize
+        quantize = self._files.quantize
         stages(f"llama.cpp: round {file.name} to {FORMATS[quantize][0]}")
         with silenced():
             return requantize(llama, file, quantize, self._folder)
@@ -81,31 +79,47 @@ class Contestants:
             self.reasons[ADAPTER_COST] = source
             return None
         stages("lower the model without LoRA")
-        return lower_without_adapter(self._manifest, source, self._folder / "without.pte")
+        return lower_without_adapter(self._bundle, source, self._folder / "without.pte")
 
     @contextmanager
-    def engines(self, threads: int) -> Iterator[dict[str, Engine]]:
+    def engines(self, threads: int) -> Iterator[dict[str, GenerationEngine]]:
         """All engines with so many threads, in the order of a round; they end with the context.
 
         PyTorch's number of threads is the caller's to set.
         """
-        quantize, made = self._files.target.quantize, dict[str, Engine]()
+        quantize, engines = self._files.quantize, dict[str, GenerationEngine]()
         with ExitStack() as ends:
-            ends.callback(made.clear)
+            ends.callback(engines.clear)
             with silenced():
-                made[BUNDLE] = BundleEngine(
+                engines[BUNDLE] = BundleEngine(
                     f"attune {quantize}", self._files.lm, self._files.adapter, threads
                 )
                 if self._without is not None:
-                    made[WITHOUT] = BundleEngine(
+                    engines[WITHOUT] = BundleEngine(
                         f"attune {quantize}, no adapter", self._without, None
                     )
             if self._torch is not None:
-                made[TORCH] = TorchEngine(self._torch)
+                engines[TORCH] = TorchEngine(self._torch)
             if self._llama is not None:
-                context = self._manifest.model.context
+                context = self._bundle.manifest.model.context
                 name = f"llama.cpp {FORMATS[quantize][0]}"
                 engine = LlamaEngine(self._llama, name, context, threads)
                 ends.callback(engine.close)
-                made[LLAMA] = engine
-            yield made
+                engines[LLAMA] = engine
+            yield engines
+
+
+def lower_without_adapter(bundle: Bundle, source: Source, out: Path) -> Path:
+    """Writes the bundle's ``lm.pte`` as it were without LoRA, for comparison."""
+    manifest = bundle.manifest
+    model = as_in_bundle(float_model(manifest, source, adapted=False), bundle, source)
+    eos = list(source.checkpoint.eos_ids)
+    lower_lm(
+        model,
+        out,
+        prefill_length=PREFILL_ANDROID,
+        embed_length=manifest.policy.embed_length,
+        bos_id=manifest.tokenizer.bos_id if manifest.tokenizer.bos_id is not None else eos[0],
+        eos_ids=eos,
+    )
+    return out

@@ -14,15 +14,16 @@ from runtime_py.bundle.bundle import open_bundle
 from runtime_py.engine.lm import ExecutorchLm
 from runtime_py.engine.native import silenced
 from runtime_py.loop.errors import BundleError
-from toolchain.bench import machine, rounds
+from toolchain.bench import machine
 from toolchain.bench.generation_report import BUNDLE, TORCH
 from toolchain.bench.generation_speed import text_ids
-from toolchain.verify.source import find_source
+from toolchain.bench.rounds import Timing, interleave, ratio
+from toolchain.compile.source import find_source
 
 TOKENS = 256
 
 
-class _Bundle:
+class _BundleEmbed:
     def __init__(self, name: str, program: Path, adapter: Path | None, threads: int) -> None:
         self.name = name
         self._lm = ExecutorchLm(program, adapter, threads)
@@ -31,7 +32,7 @@ class _Bundle:
         self._lm.embed(torch.tensor([list(tokens)]))
 
 
-class _Torch:
+class _TorchEmbed:
     """The mean over tokens of the last hidden states, and the entropy of their norms; no head."""
 
     name = "PyTorch eager fp32"
@@ -48,41 +49,43 @@ class _Torch:
 
 
 @dataclass(frozen=True)
-class Run:
+class EmbedRun:
     """Timings by engine, with so many threads."""
 
     threads: int
-    timings: dict[str, rounds.Timing]
+    timings: dict[str, Timing]
 
     @property
     def ratio_to_torch(self) -> float | None:
         if TORCH not in self.timings:
             return None
-        return rounds.ratio(self.timings[BUNDLE], self.timings[TORCH])
+        return ratio(self.timings[BUNDLE], self.timings[TORCH])
 
 
 @dataclass(frozen=True)
-class Report:
+class EmbedReport:
     """``reason``: why PyTorch's row is absent."""
 
     bundle: str
     quantize: str
     tokens: int
     names: dict[str, str]
-    runs: tuple[Run, ...]
+    runs: tuple[EmbedRun, ...]
     reason: str | None
 
 
-def bench(
+def bench_embed(
     bundle: Path,
-    tokens: int | None,
-    threads: Sequence[int],
-    source: str | None,
-    count: int,
-    told: Callable[[str], None],
-) -> Report:
-    """``tokens``: None for ``TOKENS``, or as many as the program reads. Raises ``BundleError`` and
-    ``ExportError`` for what cannot be run."""
+    *,
+    tokens: int | None = None,
+    threads: Sequence[int] = (1,),
+    source: str | None = None,
+    rounds: int = 5,
+    progress: Callable[[str], None] = lambda text: None,
+) -> EmbedReport:
+    """Measures the embedding of one dialogue, one run for each of ``threads``. ``tokens``: None for
+    ``TOKENS``, or as many as the program reads. Raises ``BundleError`` and ``ExportError`` for what
+    cannot be run."""
     opened = open_bundle(bundle)
     manifest, files = opened.manifest, opened.android
     tokens = tokens or min(TOKENS, manifest.policy.embed_length)
@@ -93,37 +96,37 @@ def bench(
         )
     if min(threads) < 1:
         raise BundleError(f"--threads {min(threads)} runs nothing: give at least 1.")
-    told("read the source")
-    found = find_source(manifest, source)
-    model = None if isinstance(found, str) else found.checkpoint.hf_model()
+    progress("read the source")
+    original = find_source(manifest, source)
+    model = None if isinstance(original, str) else original.checkpoint.hf_model()
     ids = text_ids(opened, tokens)
+
+    def measure(engine: _BundleEmbed | _TorchEmbed) -> float:
+        begin = time.perf_counter()
+        engine.embed(ids)
+        return time.perf_counter() - begin
+
     runs, names = [], {}
-    for own in dict.fromkeys(threads):
-        torch.set_num_threads(own)
+    for count in dict.fromkeys(threads):
+        torch.set_num_threads(count)
         with silenced():
             name = f"attune {files.quantize}"
-            engines: dict[str, _Bundle | _Torch] = {
-                BUNDLE: _Bundle(name, files.lm, files.adapter, own)
+            engines: dict[str, _BundleEmbed | _TorchEmbed] = {
+                BUNDLE: _BundleEmbed(name, files.lm, files.adapter, count)
             }
         if model is not None:
-            engines[TORCH] = _Torch(model)
+            engines[TORCH] = _TorchEmbed(model)
         names = {key: engine.name for key, engine in engines.items()}
 
-        def measure(engine: _Bundle | _Torch) -> float:
-            begin = time.perf_counter()
-            engine.embed(ids)
-            return time.perf_counter() - begin
+        def shown(name: str, count: int = count) -> None:
+            progress(f"{count} threads: {name}")
 
-        def telling(name: str, own: int = own) -> None:
-            told(f"{own} threads: {name}")
-
-        timings = rounds.interleave(engines, measure, count, tokens, telling)
-        runs.append(Run(own, timings))
-    reason = found if isinstance(found, str) else None
-    return Report(str(bundle), files.quantize, tokens, names, tuple(runs), reason)
+        runs.append(EmbedRun(count, interleave(engines, measure, rounds, tokens, shown)))
+    reason = original if isinstance(original, str) else None
+    return EmbedReport(str(bundle), files.quantize, tokens, names, tuple(runs), reason)
 
 
-def as_json(report: Report) -> dict:
+def as_json(report: EmbedReport) -> dict:
     return {
         "bundle": report.bundle,
         "quantize": report.quantize,

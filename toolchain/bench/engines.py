@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from runtime_py.engine.lm import ExecutorchLm
 
 
-class Engine(Protocol):
+class GenerationEngine(Protocol):
     """One model in one runtime, with a KV cache. Both calls end when the logits of the last token
     can be read."""
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from rich.markup import escape
 
 from toolchain.bench import machine
-from toolchain.bench.profile import Row
+from toolchain.bench.profile import ProfileRow
 from toolchain.bench.rounds import Timing, ratio
 from toolchain.report.console import megabytes, output
 from toolchain.report.tables import plain_table
@@ -20,7 +20,7 @@ TOP_ROWS = 15  # of a profile
 
 
 @dataclass(frozen=True)
-class Run:
+class GenerationRun:
     """Everything measured with one number of threads.
 
     ``timings`` by engine; ``bandwidth`` in bytes a second; ``neighbours``: cores that other
@@ -31,7 +31,7 @@ class Run:
     timings: Mapping[str, Timing]
     bandwidth: float
     neighbours: float | None
-    profile: Sequence[Row] = ()
+    profile: Sequence[ProfileRow] = ()
 
     def ratio_to(self, other: str) -> float | None:
         """How many times as fast the bundle is."""
@@ -62,12 +62,20 @@ class Setting:
     names: Mapping[str, str]
     reasons: Mapping[str, str]
 
-    def floor(self, run: Run) -> float:
+    def floor(self, run: GenerationRun) -> float:
         """Tokens a second at which decoding would read the weights at the memory's full speed."""
         return run.bandwidth / self.weight_bytes
 
 
-def _run_json(setting: Setting, run: Run) -> dict:
+@dataclass(frozen=True)
+class GenerationReport:
+    """``runs``: one for each number of threads."""
+
+    setting: Setting
+    runs: tuple[GenerationRun, ...]
+
+
+def _run_json(setting: Setting, run: GenerationRun) -> dict:
     value: dict = {
         "threads": run.threads,
         "tokens_per_second": run.timings[BUNDLE].median,
@@ -89,9 +97,10 @@ def _run_json(setting: Setting, run: Run) -> dict:
     return value
 
 
-def as_json(setting: Setting, runs: Sequence[Run]) -> dict:
+def as_json(report: GenerationReport) -> dict:
     """The first run's figures at the top; every run under ``runs``."""
-    every = [_run_json(setting, run) for run in runs]
+    setting = report.setting
+    every = [_run_json(setting, run) for run in report.runs]
     return {
         "benchmark": setting.what,
         "bundle": setting.bundle,
@@ -107,8 +116,9 @@ def as_json(setting: Setting, runs: Sequence[Run]) -> dict:
     }
 
 
-def show(setting: Setting, runs: Sequence[Run]) -> None:
+def show(report: GenerationReport) -> None:
     """Tables on standard output."""
+    setting = report.setting
     about = machine.describe()
     output.print(
         f"[bold]{setting.what}[/] of {escape(setting.bundle)} ({setting.quantize}): "
@@ -117,7 +127,7 @@ def show(setting: Setting, runs: Sequence[Run]) -> None:
     )
     heads = ("threads", "engine", "median tokens/s", "slowest … fastest", "bundle is")
     table = plain_table(heads, texts=["engine"])
-    for run in runs:
+    for run in report.runs:
         for key, timing in run.timings.items():
             times = run.ratio_to(key)
             table.add_row(
@@ -131,7 +141,7 @@ def show(setting: Setting, runs: Sequence[Run]) -> None:
     output.print(table)
     for key, reason in setting.reasons.items():
         output.print(f"[dim]no {key}: {escape(reason)}[/]")
-    for run in runs:
+    for run in report.runs:
         _show_limits(setting, run)
 
 
@@ -139,7 +149,7 @@ def _after(setting: Setting) -> str:
     return f" after a prompt of {setting.prompt_tokens}" if setting.what == "decode" else ""
 
 
-def _show_limits(setting: Setting, run: Run) -> None:
+def _show_limits(setting: Setting, run: GenerationRun) -> None:
     if run.adapter_cost is not None:
         output.print(f"{run.threads} threads: the adapter adds {run.adapter_cost:+.1%} of time")
     if setting.what == "decode":
@@ -158,7 +168,7 @@ def _show_limits(setting: Setting, run: Run) -> None:
         _show_profile(run)
 
 
-def _show_profile(run: Run) -> None:
+def _show_profile(run: GenerationRun) -> None:
     total = sum(row.milliseconds for row in run.profile)
     output.print(f"\nprofile of one token, {run.threads} threads: {total:.2f} ms with tracing on")
     heads = ("operator", "in", "calls", "ms", "share")

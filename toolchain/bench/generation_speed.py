@@ -1,90 +1,88 @@
-"""One benchmark from request to report."""
+"""``attune bench decode`` and ``attune bench prefill`` as a function."""
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerFast
 
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.loop.errors import BundleError
-from toolchain.bench import generation_report, machine, rounds
+from toolchain.bench import machine
 from toolchain.bench.contestants import Contestants
-from toolchain.bench.engines import Engine
-from toolchain.bench.profile import Row, profile_decode
+from toolchain.bench.engines import GenerationEngine
+from toolchain.bench.generation_report import GenerationReport, GenerationRun, Setting
+from toolchain.bench.profile import ProfileRow, profile_decode
+from toolchain.bench.rounds import Timing, decode, interleave, prefill
 from toolchain.compile.shipped_text import shipped_dialogues
-from toolchain.report.console import console, print_json
-from toolchain.verify.source import weight_bytes
+from toolchain.report.console import counted_progress
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a user asked for. ``tokens``: decoded after the prompt; 0 measures the prompt itself.
-    ``threads``: one run for each; none means all cores."""
+def bench_generation(
+    bundle: Path,
+    *,
+    prompt_tokens: int,
+    tokens: int,
+    threads: Sequence[int] = (),
+    source: str | None = None,
+    llama: Path | None = None,
+    rounds: int = 5,
+    adapter_cost: bool = False,
+    profile: bool = False,
+    quiet: bool = False,
+) -> GenerationReport:
+    """Measures decoding ``tokens`` tokens after a prompt, or the prompt itself where ``tokens`` is
+    0, beside the engines that can be had.
 
-    bundle: Path
-    prompt_tokens: int
-    tokens: int
-    threads: tuple[int, ...] = ()
-    source: str | None = None
-    llama: Path | None = None
-    rounds: int = 5
-    adapter_cost: bool = False
-    profile: bool = False
-    as_json: bool = False
-
-
-def bench(request: Request) -> None:
-    """Measures and prints. Raises ``BundleError`` and ``ExportError`` for what cannot be run."""
-    bundle = open_bundle(request.bundle)
-    manifest, files = bundle.manifest, bundle.android
-    needed = request.prompt_tokens + request.tokens
-    if needed > manifest.model.context:
+    ``threads``: one run for each; none means all cores. ``source``: the bundle's model, for
+    PyTorch's row; ``llama``: a GGUF for llama.cpp's. ``quiet``: no progress on the terminal.
+    Raises ``BundleError`` and ``ExportError`` for what cannot be run.
+    """
+    opened = open_bundle(bundle)
+    files, context = opened.android, opened.manifest.model.context
+    needed = prompt_tokens + tokens
+    if needed > context:
         raise BundleError(
-            f"{request.prompt_tokens} tokens of prompt and {request.tokens} decoded do not fit: "
-            f"the bundle has a context of {manifest.model.context} tokens."
+            f"{prompt_tokens} tokens of prompt and {tokens} decoded do not fit: the bundle has a "
+            f"context of {context} tokens."
         )
-    threads = tuple(dict.fromkeys(request.threads)) or (machine.usable_cores(),)
-    if min(threads) < 1:
-        raise BundleError(f"--threads {min(threads)} runs nothing: give at least 1.")
-    ids = text_ids(bundle, needed)
-    prompt, continuation = ids[: request.prompt_tokens], ids[request.prompt_tokens :]
+    counts = tuple(dict.fromkeys(threads)) or (machine.usable_cores(),)
+    if min(counts) < 1:
+        raise BundleError(f"--threads {min(counts)} runs nothing: give at least 1.")
+    ids = text_ids(opened, needed)
+    prompt, continuation = ids[:prompt_tokens], ids[prompt_tokens:]
     runs, names = [], {}
     with tempfile.TemporaryDirectory(prefix="attune-") as folder:
         contestants = Contestants(
-            bundle,
+            opened,
             Path(folder),
-            source=request.source,
-            llama=request.llama,
-            adapter_cost=request.adapter_cost,
-            quiet=request.as_json,
+            source=source,
+            llama=llama,
+            adapter_cost=adapter_cost,
+            quiet=quiet,
         )
-        for count in threads:
+        for count in counts:
             with contestants.engines(count) as engines:
                 names = {key: engine.name for key, engine in engines.items()}
-                measured = _measure(request, engines, prompt, continuation, count)
-            profile: list[Row] = []
-            if request.profile:
-                profile = profile_decode(files.lm, files.adapter, prompt, continuation, count)
-            runs.append(generation_report.Run(count, *measured, profile))
-    setting = generation_report.Setting(
-        what="decode" if request.tokens else "prefill",
-        bundle=str(request.bundle),
-        quantize=files.target.quantize,
-        prompt_tokens=request.prompt_tokens,
-        tokens=request.tokens or request.prompt_tokens,
-        rounds=request.rounds,
-        weight_bytes=weight_bytes(bundle),
+                measured = _measure(engines, prompt, continuation, count, rounds, quiet)
+            rows: list[ProfileRow] = []
+            if profile:
+                rows = profile_decode(files.lm, files.adapter, prompt, continuation, count)
+            runs.append(GenerationRun(count, *measured, rows))
+    setting = Setting(
+        what="decode" if tokens else "prefill",
+        bundle=str(bundle),
+        quantize=files.quantize,
+        prompt_tokens=prompt_tokens,
+        tokens=tokens or prompt_tokens,
+        rounds=rounds,
+        weight_bytes=weight_bytes(opened),
         names=names,
         reasons=contestants.reasons,
     )
-    if request.as_json:
-        print_json(generation_report.as_json(setting, runs))
-    else:
-        generation_report.show(setting, runs)
+    return GenerationReport(setting, tuple(runs))
 
 
 def text_ids(bundle: Bundle, count: int) -> list[int]:
@@ -97,31 +95,38 @@ def text_ids(bundle: Bundle, count: int) -> list[int]:
     return (ids * (count // len(ids) + 1))[:count]
 
 
+def weight_bytes(bundle: Bundle) -> int:
+    """Bytes of weights that decoding one token reads: program and adapter, less the token table
+    (of which it reads one row) where that is not the head as well."""
+    manifest, files = bundle.manifest, bundle.android
+    vocab, hidden = manifest.model.vocab, manifest.model.hidden
+    total = files.lm.stat().st_size + files.adapter.stat().st_size
+    if files.quantize != "none":
+        return total - vocab * (hidden + 4)  # int8 rows, each with a float32 scale
+    # A float32 program holds each of the model's parameters once; more than that is a second
+    # copy of a table that the checkpoint has only once.
+    copied = files.lm.stat().st_size - 4 * manifest.model.parameters
+    return total - 4 * vocab * hidden * (copied > 2 * vocab * hidden)
+
+
 def _measure(
-    request: Request,
-    engines: dict[str, Engine],
+    engines: Mapping[str, GenerationEngine],
     prompt: list[int],
     continuation: list[int],
     threads: int,
-) -> tuple[dict[str, rounds.Timing], float, float | None]:
+    rounds: int,
+    quiet: bool,
+) -> tuple[dict[str, Timing], float, float | None]:
     """-> timings, memory bandwidth in bytes a second, cores that other processes took."""
     bandwidth = machine.bandwidth(threads)  # also gives torch its threads
-    measure = rounds.decode(prompt, continuation) if continuation else rounds.prefill(prompt)
-    neighbours = machine.Neighbours()
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=request.as_json or not console.is_terminal,
-    ) as progress:
-        task = progress.add_task("", total=(request.rounds + 1) * len(engines))
+    measure = decode(prompt, continuation) if continuation else prefill(prompt)
+    others = machine.OtherProcesses()
+    with counted_progress(quiet) as bar:
+        task = bar.add_task("", total=(rounds + 1) * len(engines))
 
-        def told(name: str) -> None:
-            progress.update(task, advance=1, description=f"{threads} threads: {name}")
+        def progress(name: str) -> None:
+            bar.update(task, advance=1, description=f"{threads} threads: {name}")
 
-        timings = rounds.interleave(
-            engines, measure, request.rounds, len(continuation) or len(prompt), told
-        )
-    return timings, bandwidth, neighbours.cores()
+        counted = len(continuation) or len(prompt)
+        timings = interleave(engines, measure, rounds, counted, progress)
+    return timings, bandwidth, others.cores()

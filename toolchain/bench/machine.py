@@ -29,7 +29,7 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-class Neighbours:
+class OtherProcesses:
     """How much of the machine other processes took since this was made."""
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """How the memory of training grows with layers and tokens, on small random models.
 
 Programs are lowered here and run in children, whose peak above idle is measured as in
-``train_memory``.
+``toolchain.bench.peak_memory``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from exporters.model.spec import read_spec
 from exporters.model.transformer import build
 from runtime_py.bundle import manifest as m
+from runtime_py.bundle.adapter import to_runtime
 from runtime_py.bundle.adapter_state import AdapterState
-from runtime_py.bundle.adapter_tensors import to_runtime
 from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.engine.program_calls import ExecutorchPrograms
 from runtime_py.engine.streaming import StreamingEngine
+from toolchain.bench.peak_memory import STEPS, measure
 from toolchain.bench.training_engines import AttuneStepper, labelled
-from toolchain.bench.training_memory import STEPS, measure
 from toolchain.compile.adapter_layout import fresh, layout
 from toolchain.compile.training_part import lower_programs, training_spec, write_training
 
@@ -35,7 +35,7 @@ LAYERS, TOKENS = (4, 8, 16, 32), (64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
-class Row:
+class GrowthRow:
     """Bytes: the peak above an idle child, and its parts that are known: ``inputs`` kept of the
     layers, and ``adapter`` with gradient and moments; ``file``: the mapped weights."""
 
@@ -47,17 +47,17 @@ class Row:
     file: int
 
 
-def growth(told: Callable[[str], None] = lambda text: None) -> list[Row]:
+def bench_growth(progress: Callable[[str], None] = lambda text: None) -> list[GrowthRow]:
     """Layers at 256 tokens, then tokens at 8 layers; hidden size 256, float32 base weights."""
     cases = [(layers, 256) for layers in LAYERS] + [(8, tokens) for tokens in TOKENS]
     rows = []
     for layers, tokens in dict.fromkeys(cases):
-        told(f"{layers} layers, {tokens} tokens")
+        progress(f"{layers} layers, {tokens} tokens")
         rows.append(_row(layers, tokens))
     return rows
 
 
-def _row(layers: int, tokens: int) -> Row:
+def _row(layers: int, tokens: int) -> GrowthRow:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1024,
@@ -74,9 +74,9 @@ def _row(layers: int, tokens: int) -> Row:
     with tempfile.TemporaryDirectory(prefix="attune-") as name:
         folder = Path(name)
         (folder / "android").mkdir()
-        made = training_spec(model, MODULES, RANK, None)
-        training = write_training(folder, model, made, [tokens])
-        programs = lower_programs("android", folder, made, [tokens])
+        spec_of_programs = training_spec(model, MODULES, RANK, None)
+        training = write_training(folder, model, spec_of_programs, [tokens])
+        programs = lower_programs("android", folder, spec_of_programs, [tokens])
         tensors = layout(spec, MODULES, RANK)
         description = {
             "training": training.model_dump(mode="json"),
@@ -89,7 +89,7 @@ def _row(layers: int, tokens: int) -> Row:
         memory = measure([sys.executable, "-m", __name__, name], f"{layers} layers")
         state = _state(tensors, spec_layers=layers)
         file = (folder / training.weights).stat().st_size
-    return Row(
+    return GrowthRow(
         layers, tokens, memory.peak, 4 * HIDDEN * tokens * layers, 4 * state.parameters.nbytes, file
     )
 

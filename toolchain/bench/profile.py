@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from executorch.devtools import Inspector
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (llama::* kernels)
-from executorch.extension.pybindings import portable_lib
 from executorch.kernels import quantized  # noqa: F401  (quantized_decomposed::* kernels)
 
-from runtime_py.engine.native import silenced
+from runtime_py.engine.native import load_module, set_threads
 
 _NUMBER = re.compile(r" #\d+$")  # XNNPACK counts the operators of one kind in a delegate
 _KERNEL = "native_call_"  # before the names of most kernels
@@ -26,7 +25,7 @@ AROUND = "program: dispatch, memory and inputs"
 
 
 @dataclass(frozen=True)
-class Event:
+class TraceEvent:
     """One entry of the trace: its milliseconds in each of several equal calls."""
 
     name: str
@@ -35,7 +34,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Row:
+class ProfileRow:
     """All operators of one kind in one call: how many, their time, their share of the call's."""
 
     operator: str
@@ -50,7 +49,7 @@ def _faster_half(milliseconds: Sequence[float]) -> list[int]:
     return order[: (len(order) + 1) // 2]
 
 
-def group(events: Iterable[Event]) -> list[Row]:
+def group(events: Iterable[TraceEvent]) -> list[ProfileRow]:
     """Rows by falling time, whose shares add up to 1.
 
     Of the calls the faster half counts. Its mean, not its median: XNNPACK's times are differences
@@ -81,16 +80,15 @@ def group(events: Iterable[Event]) -> list[Row]:
     rows.append((WITHIN, "XNNPACK", calls, max(0.0, delegates - inside)))
     rows.append((AROUND, "", 1, max(0.0, whole - delegates - kernels)))
     total = sum(row[3] for row in rows) or 1.0
-    return sorted((Row(*row, row[3] / total) for row in rows), key=lambda r: -r.milliseconds)
+    return sorted((ProfileRow(*row, row[3] / total) for row in rows), key=lambda r: -r.milliseconds)
 
 
 def profile_decode(
     program: Path, adapter: Path, prompt: Sequence[int], continuation: Sequence[int], threads: int
-) -> list[Row]:
+) -> list[ProfileRow]:
     """Decodes ``continuation`` after ``prompt`` with tracing on, which itself costs some time."""
-    with silenced():
-        portable_lib._unsafe_reset_threadpool(threads)
-        module = portable_lib._load_for_executorch(str(program), str(adapter), enable_etdump=True)
+    set_threads(threads)
+    module = load_module(program, adapter, trace=True)
     for position, token in enumerate([*prompt, *continuation]):
         module.run_method("forward", (torch.tensor([[token]]), torch.tensor([position])))
     with tempfile.TemporaryDirectory(prefix="attune-") as folder:
@@ -100,7 +98,9 @@ def profile_decode(
             warnings.simplefilter("ignore")
             blocks = Inspector(etdump_path=str(trace)).event_blocks
     events = [
-        Event(event.name, tuple(event.perf_data.raw[len(prompt) :]), bool(event.is_delegated_op))
+        TraceEvent(
+            event.name, tuple(event.perf_data.raw[len(prompt) :]), bool(event.is_delegated_op)
+        )
         for block in blocks
         if block.name == "Execute"
         for event in block.events

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from toolchain.bench.engines import Engine
+from toolchain.bench.engines import GenerationEngine
 
-Measurement = Callable[[Engine], float]  # -> seconds
+Measurement = Callable[[GenerationEngine], float]  # -> seconds
 
 
 class Named(Protocol):
@@ -45,7 +45,7 @@ class Timing:
 def decode(prompt: Sequence[int], continuation: Sequence[int]) -> Measurement:
     """Seconds of reading ``continuation`` one token a call, after ``prompt``."""
 
-    def measure(engine: Engine) -> float:
+    def measure(engine: GenerationEngine) -> float:
         engine.prefill(prompt)
         begin = time.perf_counter()
         for token in continuation:
@@ -58,7 +58,7 @@ def decode(prompt: Sequence[int], continuation: Sequence[int]) -> Measurement:
 def prefill(prompt: Sequence[int]) -> Measurement:
     """Seconds of reading ``prompt``."""
 
-    def measure(engine: Engine) -> float:
+    def measure(engine: GenerationEngine) -> float:
         begin = time.perf_counter()
         engine.prefill(prompt)
         return time.perf_counter() - begin

@@ -18,13 +18,13 @@ from runtime_py.loop.personalizer import Personalizer
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import Embedding
 from runtime_py.loop.schedule import Moment
-from toolchain.compile.shipped_text import shipped_dialogues
+from toolchain.compile.shipped_text import as_dialogue, shipped_dialogues
 
 COUNTED = 400  # dialogues after the buffer is full
 
 
 @dataclass(frozen=True)
-class Row:
+class SelectionRow:
     """Of ``bins`` full bins: milliseconds of one ``observe`` with its transaction, and how many of
     the dialogues entered the buffer."""
 
@@ -54,6 +54,17 @@ class _Vectors:
         pass
 
 
+@dataclass(frozen=True)
+class _NoBundle:
+    """The length of vectors, and an adapter that nothing reads."""
+
+    hidden: int
+    adapter_file: Path
+
+    def as_peft(self, file: Path, folder: Path) -> None:
+        raise NotImplementedError
+
+
 class _NoTuner:
     def run(
         self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
@@ -61,36 +72,38 @@ class _NoTuner:
         raise NotImplementedError
 
 
-def bench(
-    bins: Sequence[int], hidden: int, selection: str, told: Callable[[str], None]
-) -> list[Row]:
+def bench_selection(
+    bins: Sequence[int],
+    *,
+    hidden: int,
+    selection: str = "paper",
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[SelectionRow]:
     """Real dialogues that ship with attune, again and again, with random vectors of ``hidden``
     numbers."""
     texts = shipped_dialogues("perplexity")
     rows = []
     for count in bins:
-        told(f"fill {count:,} bins")
+        progress(f"fill {count:,} bins")
         policy = LoopPolicy(selection=selection, bins=count)
         with tempfile.TemporaryDirectory(prefix="attune-") as folder:
-            adapter = Path(folder) / "adapter"
-            adapter.mkdir()
-            (adapter / "adapter_model.safetensors").write_bytes(b"")
+            adapter = Path(folder) / "adapter.ptd"
+            adapter.write_bytes(b"")
             with Personalizer(
                 Path(folder) / "state", policy, read_lexicons(), _Vectors(hidden), _NoTuner(),
-                lambda: Moment(0.0, 0), adapter, hidden,
+                lambda: Moment(0.0, 0), _NoBundle(hidden, adapter),
             ) as app:  # fmt: skip
                 seconds, kept = [], 0
                 for number in range(count + COUNTED):
-                    turns = texts[number % len(texts)]
-                    dialogue = Dialogue(
-                        str(number), tuple(Turn(t["role"], t["content"]) for t in turns)
-                    )
+                    dialogue = as_dialogue(str(number), texts[number % len(texts)])
                     if number == count:
-                        told(f"observe with {count:,} bins full")
+                        progress(f"observe with {count:,} bins full")
                     begin = time.perf_counter()
                     decision = app.observe(dialogue)
                     if number >= count:
                         seconds.append(time.perf_counter() - begin)
                         kept += decision.bin is not None
-        rows.append(Row(count, 1e3 * statistics.median(seconds), 1e3 * max(seconds), kept, COUNTED))
+        rows.append(
+            SelectionRow(count, 1e3 * statistics.median(seconds), 1e3 * max(seconds), kept, COUNTED)
+        )
     return rows

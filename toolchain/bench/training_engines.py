@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from exporters.model.transformer import Transformer
+from runtime_py.bundle.adapter import to_runtime
 from runtime_py.bundle.adapter_state import AdapterState
-from runtime_py.bundle.adapter_tensors import to_runtime
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft
-from runtime_py.engine.examples import IGNORED, Example
-from runtime_py.engine.native import silenced
+from runtime_py.engine.examples import Example
+from runtime_py.engine.native import load_module, silenced
 from runtime_py.engine.streaming import StreamingEngine, open_training, step_numbers
 
 RATE, DECAY, CLIP = 3e-4, 0.01, 1.0
@@ -58,12 +58,12 @@ class AttuneStepper:
 
 def peft_model(model: PreTrainedModel, manifest: Manifest) -> nn.Module:
     """LoRA of the bundle's rank and targets around ``model``, changed in place; no dropout."""
-    own = manifest.adapter
+    adapter = manifest.adapter
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=own.rank,
-        lora_alpha=own.alpha,  # type: ignore[arg-type]
-        target_modules=list(own.targets),
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        target_modules=list(adapter.targets),
         lora_dropout=0.0,
     )
     return get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -135,11 +135,9 @@ class KernelStepper:
             program = torch.export.export(joint, (tokens, labels), strict=False)
             program = _export_forward_backward(program)
             path.write_bytes(to_edge(program).to_executorch().buffer)
-        from executorch.extension.pybindings import portable_lib
         from executorch.kernels import quantized  # noqa: F401
 
-        with silenced():
-            self._module = portable_lib._load_for_executorch(str(path))
+        self._module = load_module(path)
 
     def step(self) -> float:
         with silenced():
@@ -147,8 +145,7 @@ class KernelStepper:
 
 
 def labelled(tokens: Tensor, labels: Tensor) -> Example:
-    """A benchmark's sequence; labels are ``IGNORED`` where the assistant does not speak."""
-    assert (labels != IGNORED).any()
+    """A benchmark's sequence: int64 [n] both; a label is ``IGNORED`` where none is learned."""
     return Example("benchmark", tokens.numpy(), labels.numpy())
 
 

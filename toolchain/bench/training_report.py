@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from rich.markup import escape
 
+from runtime_py.bundle.bundle import Bundle
+from runtime_py.engine.examples import Example
 from toolchain.bench import machine
-from toolchain.bench.rounds import ratio
-from toolchain.bench.training_speed import (
-    CHECKPOINTING,
-    HIGH,
-    KERNELS_FOUR,
-    KERNELS_ONE,
-    LOW,
-    TORCH,
-    Report,
-    Run,
-)
+from toolchain.bench.peak_memory import PeakMemory
+from toolchain.bench.rounds import Timing, ratio
 from toolchain.report.console import megabytes, output
 from toolchain.report.tables import plain_table
 
+LOW, HIGH, TORCH, CHECKPOINTING = "low", "high", "torch", "torch_checkpointing"
+KERNELS_ONE, KERNELS_FOUR = "executorch_kernels_1", "executorch_kernels_4"
 _MB = 1e6
 NAMES = {
     LOW: "attune, low",
@@ -28,10 +26,39 @@ NAMES = {
 }
 
 
-def kernel_seconds(report: Report, run: Run) -> float | None:
+@dataclass(frozen=True)
+class TrainingRun:
+    """One number of threads. ``timings`` by contestant; ``peak`` in FLOP/s, of the better of torch
+    and XNNPACK; ``flops`` of a step of low and of high; ``losses`` before the first update;
+    ``neighbours``: cores that others took."""
+
+    threads: int
+    timings: Mapping[str, Timing]
+    peak: float
+    flops: Mapping[str, float]
+    losses: Mapping[str, float]
+    neighbours: float | None
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """``memory`` by contestant; ``programs_bytes`` of the file of programs; ``lowering_seconds`` of
+    CPU time; ``reasons``: for each contestant that is absent, why."""
+
+    bundle: Bundle
+    rounds: int
+    sequence: Example
+    runs: tuple[TrainingRun, ...]
+    memory: Mapping[str, PeakMemory]
+    programs_bytes: int
+    lowering_seconds: float | None
+    reasons: Mapping[str, str]
+
+
+def kernel_seconds(report: TrainingReport, run: TrainingRun) -> float | None:
     """A whole step in ExecuTorch's kernels, extrapolated from one layer and four:
     t₁ + (layers − 1)(t₄ − t₁) / 3."""
-    if KERNELS_ONE not in run.timings or report.bundle.manifest.training is None:
+    if KERNELS_ONE not in run.timings:
         return None
     one, four = (min(run.timings[key].seconds) for key in (KERNELS_ONE, KERNELS_FOUR))
     layers = len(report.bundle.training.layers)
@@ -39,19 +66,19 @@ def kernel_seconds(report: Report, run: Run) -> float | None:
     return four if layers <= 4 else one + (layers - 1) * (four - one) / 3
 
 
-def _mode(report: Report, run: Run, key: str) -> dict:
-    own = run.timings[key]
+def _mode(report: TrainingReport, run: TrainingRun, key: str) -> dict:
+    timing = run.timings[key]
     kernels = kernel_seconds(report, run)
-    best = min(own.seconds)
+    best = min(timing.seconds)
 
     def to(other: str) -> float | None:
-        return ratio(own, run.timings[other]) if other in run.timings else None
+        return ratio(timing, run.timings[other]) if other in run.timings else None
 
     def memory(which: str) -> float | None:
         return report.memory[which].peak / _MB if which in report.memory else None
 
     return {
-        **own.as_json(),
+        **timing.as_json(),
         "ratio_to_torch": to(TORCH),
         "ratio_to_torch_checkpointing": to(CHECKPOINTING),
         "ratio_to_executorch_kernels": kernels / best if kernels else None,
@@ -66,7 +93,7 @@ def _mode(report: Report, run: Run, key: str) -> dict:
     }
 
 
-def as_json(report: Report) -> dict:
+def as_json(report: TrainingReport) -> dict:
     """``low`` and ``high`` are those of the first number of threads; ``runs`` has all."""
     runs = [
         {
@@ -80,12 +107,12 @@ def as_json(report: Report) -> dict:
         for run in report.runs
     ]
     return {
-        "bundle": str(report.request.bundle),
+        "bundle": str(report.bundle.path),
         "tokens": len(report.sequence.tokens),
         "labels": report.sequence.count,
         "dialogue": report.sequence.id,
         "precision": report.bundle.training.precision,
-        "rounds": report.request.rounds,
+        "rounds": report.rounds,
         "machine": machine.describe(),
         LOW: runs[0][LOW],
         HIGH: runs[0][HIGH],
@@ -94,11 +121,11 @@ def as_json(report: Report) -> dict:
     }
 
 
-def show(report: Report) -> None:
+def show(report: TrainingReport) -> None:
     output.print(
-        f"[bold]{escape(str(report.request.bundle))}[/]  a step of {len(report.sequence.tokens)} "
+        f"[bold]{escape(str(report.bundle.path))}[/]  a step of {len(report.sequence.tokens)} "
         f"tokens, {report.sequence.count} of them labels, base weights "
-        f"{report.bundle.training.precision}; {report.request.rounds} interleaved rounds"
+        f"{report.bundle.training.precision}; {report.rounds} interleaved rounds"
     )
     for run in report.runs:
         threads = f"{run.threads} threads"
@@ -107,9 +134,9 @@ def show(report: Report) -> None:
         for key, name in NAMES.items():
             if key not in run.timings:
                 continue
-            own = key in (LOW, HIGH)
+            ours = key in (LOW, HIGH)
             speed = ratio(run.timings[key], run.timings[TORCH]) if TORCH in run.timings else None
-            share = run.flops[key] / min(run.timings[key].seconds) / run.peak if own else None
+            share = run.flops[key] / min(run.timings[key].seconds) / run.peak if ours else None
             memory = report.memory.get(key)
             table.add_row(
                 name,

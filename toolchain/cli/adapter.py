@@ -9,10 +9,11 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from runtime_py.bundle.adapter_tensors import load_adapter, to_runtime
+from runtime_py.bundle.adapter import load_adapter, to_runtime
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.bundle.peft_adapter import write_peft
 from runtime_py.loop.errors import AdapterError
+from toolchain.cli.options import AdapterPath, Json
 from toolchain.report.console import megabytes, output, print_json
 
 app = typer.Typer(help="Show and convert LoRA adapters.", no_args_is_help=True)
@@ -20,8 +21,8 @@ app = typer.Typer(help="Show and convert LoRA adapters.", no_args_is_help=True)
 
 @app.command()
 def show(
-    path: Annotated[Path, typer.Argument(help="A PEFT folder or a .ptd file.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    path: AdapterPath,
+    as_json: Json = False,
 ) -> None:
     """Show an adapter's rank, targets, sizes and how far it is from doing nothing.
 
@@ -74,12 +75,12 @@ def show(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A PEFT folder or a .ptd file.")],
+    source: AdapterPath,
     out: Annotated[Path, typer.Argument(help="A .ptd file to write, or a new PEFT folder.")],
     bundle: Annotated[
         Path | None, typer.Option(help="The bundle that a .ptd is for: it knows the layout.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Convert between PEFT's folder and the runtime's file, without loss.
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from toolchain.cli.options import AndroidBundle, Json, KeepMb
+from toolchain.defaults import KEEP_MB
+
+if TYPE_CHECKING:  # PyTorch is loaded only once a command runs
+    from toolchain.bench.generation_report import GenerationReport
 
 app = typer.Typer(
     help="Measure a bundle's speed beside PyTorch and llama.cpp.", no_args_is_help=True
 )
 
-_Bundle = Annotated[Path, typer.Argument(help="A bundle with an Android part.")]
 _Threads = Annotated[
     list[int] | None,
     typer.Option(help="Threads of every engine; may be given several times. Default: all cores."),
@@ -25,12 +30,11 @@ _Llama = Annotated[
     typer.Option(help="A GGUF for llama.cpp, rounded to the bundle's bits. Default: the source."),
 ]
 _Rounds = Annotated[int, typer.Option(help="Interleaved rounds; the median counts.", min=1)]
-_Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
 @app.command()
 def decode(
-    bundle: _Bundle,
+    bundle: AndroidBundle,
     threads: _Threads = None,
     tokens: Annotated[int, typer.Option(help="Tokens to decode.", min=1)] = 64,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens before them.", min=1)] = 32,
@@ -43,33 +47,32 @@ def decode(
     profile: Annotated[
         bool, typer.Option("--profile", help="Show where a token's time goes, by operator.")
     ] = False,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure decoding: one token a call, as a reply is written.
 
     Example: [bold]attune bench decode out/tiny --threads 1 --threads 2[/]
     """
-    from toolchain.bench.generation_speed import Request, bench
+    from toolchain.bench.generation_speed import bench_generation
 
-    bench(
-        Request(
-            bundle=bundle,
-            prompt_tokens=prompt_tokens,
-            tokens=tokens,
-            threads=tuple(threads or ()),
-            source=source,
-            llama=llama,
-            rounds=rounds,
-            adapter_cost=adapter_cost,
-            profile=profile,
-            as_json=as_json,
-        )
+    report = bench_generation(
+        bundle,
+        prompt_tokens=prompt_tokens,
+        tokens=tokens,
+        threads=tuple(threads or ()),
+        source=source,
+        llama=llama,
+        rounds=rounds,
+        adapter_cost=adapter_cost,
+        profile=profile,
+        quiet=as_json,
     )
+    _print_generation(report, as_json)
 
 
 @app.command()
 def prefill(
-    bundle: _Bundle,
+    bundle: AndroidBundle,
     threads: _Threads = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=2)] = 256,
     source: _SourceOption = None,
@@ -78,32 +81,41 @@ def prefill(
     adapter_cost: Annotated[
         bool, typer.Option("--adapter-cost", help="Export the model without LoRA, and compare.")
     ] = False,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure reading a prompt.
 
     Example: [bold]attune bench prefill out/tiny --prompt-tokens 256[/]
     """
-    from toolchain.bench.generation_speed import Request, bench
+    from toolchain.bench.generation_speed import bench_generation
 
-    bench(
-        Request(
-            bundle=bundle,
-            prompt_tokens=prompt_tokens,
-            tokens=0,
-            threads=tuple(threads or ()),
-            source=source,
-            llama=llama,
-            rounds=rounds,
-            adapter_cost=adapter_cost,
-            as_json=as_json,
-        )
+    report = bench_generation(
+        bundle,
+        prompt_tokens=prompt_tokens,
+        tokens=0,
+        threads=tuple(threads or ()),
+        source=source,
+        llama=llama,
+        rounds=rounds,
+        adapter_cost=adapter_cost,
+        quiet=as_json,
     )
+    _print_generation(report, as_json)
+
+
+def _print_generation(report: GenerationReport, as_json: bool) -> None:
+    from toolchain.bench import generation_report
+    from toolchain.report.console import print_json
+
+    if as_json:
+        print_json(generation_report.as_json(report))
+    else:
+        generation_report.show(report)
 
 
 @app.command()
 def embed(
-    bundle: _Bundle,
+    bundle: AndroidBundle,
     threads: _Threads = None,
     tokens: Annotated[
         int | None,
@@ -111,7 +123,7 @@ def embed(
     ] = None,
     source: _SourceOption = None,
     rounds: _Rounds = 5,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure the embedding of a dialogue, which selection waits for.
 
@@ -119,22 +131,27 @@ def embed(
     """
     from rich.table import Table
 
-    from toolchain.bench import embed_speed as run
+    from toolchain.bench import embed_speed
     from toolchain.bench.machine import usable_cores
     from toolchain.report.console import Stages, output, print_json
 
     with Stages(f"bench {bundle.name}", quiet=as_json) as stages:
-        report = run.bench(
-            bundle, tokens, tuple(threads or (usable_cores(),)), source, rounds, stages
+        report = embed_speed.bench_embed(
+            bundle,
+            tokens=tokens,
+            threads=tuple(threads or (usable_cores(),)),
+            source=source,
+            rounds=rounds,
+            progress=stages,
         )
     if as_json:
-        print_json(run.as_json(report))
+        print_json(embed_speed.as_json(report))
         return
     table = Table("threads", "engine", "tokens/s", "bundle is", box=None, pad_edge=False)
-    for own in report.runs:
-        for key, timing in own.timings.items():
-            times = "" if key == "bundle" else f"{own.ratio_to_torch:.2f} × as fast"
-            table.add_row(str(own.threads), report.names[key], f"{timing.median:,.0f}", times)
+    for run in report.runs:
+        for key, timing in run.timings.items():
+            times = "" if key == "bundle" else f"{run.ratio_to_torch:.2f} × as fast"
+            table.add_row(str(run.threads), report.names[key], f"{timing.median:,.0f}", times)
     output.print(table)
     if report.reason:
         output.print(f"PyTorch: {report.reason}")
@@ -142,7 +159,7 @@ def embed(
 
 @app.command()
 def train(
-    bundle: _Bundle,
+    bundle: AndroidBundle,
     threads: _Threads = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the sequence.", min=32)] = 256,
     source: _SourceOption = None,
@@ -150,32 +167,32 @@ def train(
         Path | None, typer.Option(help="Dialogues to take the sequence from. Default: attune's.")
     ] = None,
     rounds: _Rounds = 5,
-    keep_mb: Annotated[float, typer.Option(help="Budget of --memory high, in MB.", min=0)] = 160.0,
+    keep_mb: KeepMb = KEEP_MB,
     memory: Annotated[bool, typer.Option(help="Measure memory, in children.")] = True,
     kernels: Annotated[bool, typer.Option(help="Measure ExecuTorch's own kernels.")] = True,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure a training step in both memory modes, beside PyTorch with PEFT.
 
     Example: [bold]attune bench train out/tiny --threads 1 --threads 2[/]
     """
     from toolchain.bench import training_report
-    from toolchain.bench.training_speed import Request, bench
+    from toolchain.bench.training_speed import bench_training
     from toolchain.report.console import Stages, print_json
 
-    request = Request(
-        bundle=bundle,
-        tokens=tokens,
-        threads=tuple(threads or (1,)),
-        rounds=rounds,
-        keep_mb=keep_mb,
-        source=source,
-        data=data,
-        memory=memory,
-        kernels=kernels,
-    )
     with Stages(f"bench {bundle.name}", quiet=True) as stages:
-        report = bench(request, stages)
+        report = bench_training(
+            bundle,
+            tokens=tokens,
+            threads=tuple(threads or (1,)),
+            rounds=rounds,
+            keep_mb=keep_mb,
+            source=source,
+            data=data,
+            memory=memory,
+            kernels=kernels,
+            progress=stages,
+        )
     if as_json:
         print_json(training_report.as_json(report))
     else:
@@ -183,7 +200,7 @@ def train(
 
 
 @app.command()
-def growth(as_json: _Json = False) -> None:
+def growth(as_json: Json = False) -> None:
     """Measure how training's memory grows with layers and tokens, on small random models.
 
     Example: [bold]attune bench growth[/]
@@ -192,11 +209,11 @@ def growth(as_json: _Json = False) -> None:
 
     from rich.table import Table
 
-    from toolchain.bench.memory_growth import growth as run
+    from toolchain.bench.memory_growth import bench_growth
     from toolchain.report.console import Stages, megabytes, output, print_json
 
     with Stages("bench growth", quiet=as_json) as stages:
-        rows = run(stages)
+        rows = bench_growth(stages)
     if as_json:
         print_json({"rows": [asdict(row) for row in rows]})
         return
@@ -215,7 +232,7 @@ def selection(
     ] = None,
     hidden: Annotated[int, typer.Option(help="Numbers of a pooled vector.", min=1)] = 576,
     policy: Annotated[str, typer.Option(help="The selection policy.")] = "paper",
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure what selection takes beyond the embedding, with the store's transaction.
 
@@ -225,11 +242,13 @@ def selection(
 
     from rich.table import Table
 
-    from toolchain.bench.selection_cost import bench as run
+    from toolchain.bench.selection_cost import bench_selection
     from toolchain.report.console import Stages, output, print_json
 
     with Stages("bench selection", quiet=as_json) as stages:
-        rows = run(tuple(bins or (128, 10_000)), hidden, policy, stages)
+        rows = bench_selection(
+            tuple(bins or (128, 10_000)), hidden=hidden, selection=policy, progress=stages
+        )
     if as_json:
         print_json({"policy": policy, "hidden": hidden, "rows": [asdict(row) for row in rows]})
         return

@@ -2,102 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from runtime_py.bundle.bundle import Bundle, open_bundle
+from runtime_py.bundle.bundle import open_bundle
 from runtime_py.bundle.manifest import Manifest
-from runtime_py.engine.native import silenced
+from runtime_py.engine.stock_runner import StockRunner
+from runtime_py.loop.dialogue import Turn
 from runtime_py.loop.errors import BundleError
+from toolchain.cli.options import AndroidBundle, Json
 from toolchain.report.console import console, print_json
 
 
-class StockRunner:
-    """A bundle's ``lm.pte`` in ExecuTorch's own ``TextLLMRunner``, unchanged."""
-
-    def __init__(self, bundle: Bundle, adapter: Path | None = None) -> None:
-        android, manifest = bundle.android, bundle.manifest
-        # Importing registers the kernels that the runner looks up, and says so.
-        with silenced():
-            from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
-            from executorch.extension.llm.runner import TextLLMRunner
-            from executorch.kernels import quantized  # noqa: F401
-        from transformers import PreTrainedTokenizerFast
-
-        self.manifest = manifest
-        file = bundle.path / manifest.tokenizer.file
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
-        special = {
-            "bos_token": manifest.tokenizer.bos_id,
-            "eos_token": manifest.tokenizer.eos_ids[0],
-        }
-        for name, index in special.items():  # chat templates write them out
-            if index is not None:
-                setattr(self.tokenizer, name, self.tokenizer.convert_ids_to_tokens(index))
-        self.template = (bundle.path / manifest.tokenizer.chat_template).read_text(encoding="utf-8")
-        data = adapter or android.adapter
-        with silenced():
-            self._runner = TextLLMRunner(str(android.lm), str(file), str(data))
-
-    def render(self, messages: list[dict]) -> str:
-        """The prompt that the chat template makes of a conversation, ready for a reply."""
-        text = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
-        )
-        assert isinstance(text, str)
-        return text
-
-    def tokens(self, text: str) -> int:
-        """How many tokens ``text`` (already rendered) has."""
-        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def generate(
-        self,
-        prompt: str,
-        count: int,
-        temperature: float,
-        stream: bool = False,
-    ) -> tuple[str, dict]:
-        """Text after ``prompt`` (already rendered), and the runner's own statistics. ``stream``
-        prints each piece as it comes. Raises ``BundleError`` for a prompt that leaves no room."""
-        from executorch.extension.llm.runner import GenerationConfig
-
-        context = self.manifest.model.context
-        if (length := self.tokens(prompt)) >= context:
-            raise BundleError(
-                f"the prompt has {length} tokens, and the bundle's context ends at {context}: give "
-                f"a shorter one, or export with a larger --context."
-            )
-        self._runner.reset()
-        pieces: list[str] = []
-        statistics: dict = {}
-        stops = {self.tokenizer.convert_ids_to_tokens(i) for i in self.manifest.tokenizer.eos_ids}
-
-        def token(piece: str) -> None:
-            if piece not in stops:
-                pieces.append(piece)
-                if stream:
-                    terminal.write(piece)
-                    terminal.flush()
-
-        def stats(values: Any) -> None:
-            statistics.update(json.loads(values.to_json_string()))
-
-        config = GenerationConfig(echo=False, max_new_tokens=count, temperature=temperature)
-        with silenced() as terminal:
-            self._runner.generate(prompt, config, token, stats)
-        return "".join(pieces), statistics
-
-
 def chat(
-    bundle: Annotated[Path, typer.Argument(help="A bundle with an Android part.")],
+    bundle: AndroidBundle,
     prompt: Annotated[
         str | None, typer.Option(help="Answer this one message and end; else a conversation.")
     ] = None,
@@ -106,7 +30,7 @@ def chat(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens a reply.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Talk to the Android part on this machine, in the stock runner, streaming.
 
@@ -129,7 +53,7 @@ def _runtime_adapter(manifest: Manifest, adapter: Path | None) -> Iterator[Path 
     if adapter is None:
         yield None
         return
-    from runtime_py.bundle.adapter_tensors import load_adapter, to_runtime
+    from runtime_py.bundle.adapter import load_adapter, to_runtime
     from runtime_py.bundle.flat_tensor import write_ptd
 
     with tempfile.TemporaryDirectory(prefix="attune-") as folder:
@@ -139,7 +63,7 @@ def _runtime_adapter(manifest: Manifest, adapter: Path | None) -> Iterator[Path 
 
 
 def _once(runner: StockRunner, prompt: str, count: int, temperature: float, as_json: bool) -> None:
-    rendered = runner.render([{"role": "user", "content": prompt}])
+    rendered = runner.text.render([Turn("user", prompt)], reply=True)
     reply, statistics = runner.generate(rendered, count, temperature, stream=not as_json)
     if as_json:
         print_json({"prompt": prompt, "rendered": rendered, "reply": reply, "stats": statistics})
@@ -151,33 +75,43 @@ def _converse(runner: StockRunner, manifest: Manifest, count: int, temperature: 
     console.print(
         f"[bold]{manifest.model.name}[/] in ExecuTorch's stock runner. Ctrl-D ends, /new forgets."
     )
-    messages: list[dict] = []
-    while True:
-        try:
-            said = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            console.print()
-            return
-        if said == "/new":
-            messages = []
+    turns: list[Turn] = []
+    while (line := _ask()) is not None:
+        if line == "/new":
+            turns = []
+        if line in ("", "/new"):
             continue
-        if not said:
-            continue
-        messages.append({"role": "user", "content": said})
-        rendered = runner.render(messages)
-        while len(messages) > 1 and runner.tokens(rendered) + count > manifest.model.context:
-            messages = messages[2:]
-            rendered = runner.render(messages)
+        turns = _fitting(runner, [*turns, Turn("user", line)], count)
         try:
-            reply, statistics = runner.generate(rendered, count, temperature, stream=True)
+            prompt = runner.text.render(turns, reply=True)
+            reply, statistics = runner.generate(prompt, count, temperature, stream=True)
         except BundleError as error:  # this message alone is too long: the conversation goes on
             console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-            messages.pop()
+            turns.pop()
             continue
         print(flush=True)
-        messages.append({"role": "assistant", "content": reply})
+        turns.append(Turn("assistant", reply))
         if rate := _rate(statistics):
             console.print(f"[dim]{rate:.0f} tokens/s[/]")
+
+
+def _ask() -> str | None:
+    """The next line that is typed; None where there is no more."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        console.print()
+        return None
+
+
+def _fitting(runner: StockRunner, turns: list[Turn], count: int) -> list[Turn]:
+    """``turns`` without the first exchanges, so that a reply of ``count`` tokens has room."""
+    while len(turns) > 1:
+        rendered = runner.text.render(turns, reply=True)
+        if len(runner.text.encode(rendered)) + count <= runner.context:
+            break
+        turns = turns[2:]
+    return turns
 
 
 def _rate(statistics: dict) -> float | None:

@@ -13,6 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from runtime_py.bundle.bundle import open_bundle
+from runtime_py.loop.dialogue import Turn
+from toolchain.cli.options import Json
+from toolchain.defaults import BUILTIN
 from toolchain.report.console import Stages, console, print_json
 
 if TYPE_CHECKING:
@@ -26,15 +29,15 @@ def demo(
     out: Annotated[
         Path | None, typer.Option(help="Keep the bundle here; else it is made and removed.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Export the built-in model for both targets, prove it, and let it learn on a short stream.
 
     Example: [bold]attune demo --out out/tiny[/]
     """
-    from toolchain.cli.chat import StockRunner
-    from toolchain.cli.export import summary
-    from toolchain.compile.bundle_export import Request, export, peak_memory
+    from runtime_py.engine.stock_runner import StockRunner
+    from toolchain.cli.export import peak_memory, summary
+    from toolchain.compile import bundle_export
     from toolchain.simulate.short_life import run_short_loop
     from toolchain.verify.parity import ladder, parity_report
 
@@ -42,16 +45,15 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="attune-demo-") as folder:
         bundle = out or Path(folder) / "tiny"
         with Stages("demo", quiet=as_json) as stages:
-            export(Request("tiny", bundle, ("android", "ios")), stages)
+            bundle_export.export(BUILTIN, bundle, progress=stages)
             stages("check every file of the bundle")
             opened = open_bundle(bundle)
             exported = time.monotonic() - start
             stages("generate a reply")
             runner = StockRunner(opened)
-            reply, statistics = runner.generate(
-                runner.render([{"role": "user", "content": PROMPT}]), count=40, temperature=0.0
-            )
-            proof = ladder.climb(ladder.Request(bundle, quick=True), stages)
+            rendered = runner.text.render([Turn("user", PROMPT)], reply=True)
+            reply, statistics = runner.generate(rendered, count=40, temperature=0.0)
+            proof = ladder.climb(bundle, quick=True, progress=stages)
             stages("the loop: observe, ask, fine-tune")
             loop = run_short_loop(opened, Path(folder) / "loop")
         if as_json:

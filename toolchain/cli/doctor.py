@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import platform
 import sys
-from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from toolchain.cli.options import Json
 from toolchain.compile.tested_versions import installed_version, tested_versions
 from toolchain.report.console import output, print_json
 
@@ -16,7 +16,7 @@ PINNED = ("torch", "executorch", "coremltools", "transformers", "peft", "torchao
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check the installed versions against the combination that was tested.
 

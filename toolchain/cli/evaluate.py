@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.loop.errors import BundleError
-from toolchain.report.console import console, output, print_json
+from toolchain.report.console import counted_progress, output, print_json
 
 if TYPE_CHECKING:  # PyTorch is loaded only once the command runs
     from toolchain.verify.evaluation import Evaluation
@@ -21,7 +20,7 @@ if TYPE_CHECKING:  # PyTorch is loaded only once the command runs
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="A bundle with an Android part.")],
     data: Annotated[
-        Path, typer.Option(help="Dialogues: .jsonl or .jsonl.gz with turns in each row.")
+        Path, typer.Option(help="Dialogues: .jsonl or .jsonl.gz with id and turns in each row.")
     ],
     dialogues: Annotated[int, typer.Option(help="The first so many of them.", min=1)] = 200,
     longest: Annotated[int, typer.Option(help="Tokens of a dialogue at most.", min=8)] = 512,
@@ -40,36 +39,29 @@ def evaluate(
     Example: [bold]attune evaluate out/tiny --data dialogues.jsonl --dialogues 20[/]
     """
     from toolchain.bench.machine import usable_cores
+    from toolchain.compile.source import find_source
     from toolchain.verify import evaluation
-    from toolchain.verify.source import find_source
 
     opened = open_bundle(bundle)
     opened.android  # noqa: B018 - a bundle without one is told now
-    rows = evaluation.read_dialogues(data, dialogues)
-    found = find_source(opened.manifest, source)
-    if isinstance(found, str):
-        raise BundleError(f"{bundle} cannot be compared with PyTorch: {found}.")
-    texts = evaluation.texts_of(opened.manifest, found, rows, longest)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=as_json or not console.is_terminal,
-    ) as progress:
-        task = progress.add_task("", total=None)
+    chosen = evaluation.read_dialogues(data, dialogues)
+    original = find_source(opened.manifest, source)
+    if isinstance(original, str):
+        raise BundleError(f"{bundle} cannot be compared with PyTorch: {original}.")
+    texts = evaluation.texts_of(opened.manifest, original, chosen, longest)
+    with counted_progress(as_json) as bar:
+        task = bar.add_task("", total=1)
 
         def stage(name: str, tokens: int) -> None:
-            progress.reset(task, total=tokens or None, description=name)
+            bar.reset(task, total=tokens or 1, description=name)
 
         result = evaluation.evaluate(
             opened,
-            found,
+            original,
             texts,
             threads=threads or usable_cores(),
             stage=stage,
-            progress=lambda tokens: progress.advance(task, tokens),
+            progress=lambda tokens: bar.advance(task, tokens),
         )
     if as_json:
         print_json({"bundle": str(bundle), "data": str(data)} | result.as_json())

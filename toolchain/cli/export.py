@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
+import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from runtime_py.bundle.manifest import Manifest
+from exporters.errors import ExportError
+from runtime_py.bundle.manifest import Manifest, Policy
 from toolchain.cli.inspect import describe
+from toolchain.cli.options import Json
+from toolchain.defaults import BUILTIN, PRECISIONS, TARGETS, TRAIN_LENGTHS, TRAIN_WEIGHTS
 from toolchain.report.console import Stages, console, megabytes, print_json
 
+_FRESH = Policy()
 
-def _split(value: str | None) -> tuple[str, ...] | None:
+
+def _parts(value: str | None) -> tuple[str, ...] | None:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if value else None
 
 
-def _quantize(values: list[str], targets: tuple[str, ...]) -> dict[str, str | None]:
-    """``8da4w`` goes to the target that knows it; ``ios=none`` names its target."""
-    from exporters.errors import ExportError
-    from toolchain.compile.precision import SCHEMES
+def _known(targets: Sequence[str]) -> str:
+    """The precisions of some targets, for a person."""
+    return "; ".join(f"{target}: {', '.join(PRECISIONS[target])}" for target in targets)
 
-    chosen: dict[str, str | None] = {}
+
+def _precisions(values: Sequence[str], targets: Sequence[str]) -> dict[str, str]:
+    """``8da4w`` goes to the target that knows it; ``ios=none`` names its target."""
+    chosen: dict[str, str] = {}
     for value in values:
-        target, _, scheme = value.rpartition("=")
-        fitting = [t for t in targets if scheme in SCHEMES[t] and target in ("", t)]
+        target, _, precision = value.rpartition("=")
+        fitting = [t for t in targets if precision in PRECISIONS[t] and target in ("", t)]
         if not fitting:
-            known = "; ".join(f"{t}: {', '.join(SCHEMES[t])}" for t in targets)
-            raise ExportError(f"--quantize {value} fits no target of this export; known: {known}.")
-        chosen |= dict.fromkeys(fitting, scheme)
+            raise ExportError(
+                f"--quantize {value} fits no target of this export; known: {_known(targets)}."
+            )
+        chosen |= dict.fromkeys(fitting, precision)
     return chosen
 
 
 def _lengths(value: str) -> tuple[int, ...]:
-    from exporters.errors import ExportError
-
-    parts = _split(value) or ()
+    parts = _parts(value) or ()
     if not parts or not all(part.isdigit() for part in parts):
         raise ExportError(
             f"--train-lengths {value!r} is not a list of numbers: give such as 256,512."
@@ -47,11 +55,13 @@ def _lengths(value: str) -> tuple[int, ...]:
 
 def export(
     model: Annotated[
-        str, typer.Argument(help="[bold]tiny[/] (built in), a hub id, a folder, or a .gguf file.")
+        str,
+        typer.Argument(help=f"[bold]{BUILTIN}[/] (built in), a hub id, a folder, or a .gguf file."),
     ],
     out: Annotated[Path, typer.Option(help="The bundle to write: a new folder.")],
     target: Annotated[
-        list[str] | None, typer.Option(help="android or ios; may be given twice. Default: both.")
+        list[str] | None,
+        typer.Option(help=f"{' or '.join(TARGETS)}; may be given twice. Default: both."),
     ] = None,
     adapter: Annotated[
         Path | None, typer.Option(help="A PEFT LoRA folder; without it a fresh adapter.")
@@ -62,14 +72,18 @@ def export(
     quantize: Annotated[
         list[str] | None,
         typer.Option(
-            help="android: 8da8w, 8da4w, none; ios: int8, int4, fp16, none; TARGET=… where both "
-            "know it. Default: the smallest whose perplexity stays within 3 % of float32."
+            help=f"{_known(TARGETS)}; TARGET=… where both know it. Default: the smallest whose "
+            "perplexity stays within 3 % of float32."
         ),
     ] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Rank of a fresh adapter (8).")] = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="Its α (16).")] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help=f"Rank of a fresh adapter ({_FRESH.lora_rank}).")
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help=f"Its α ({_FRESH.lora_alpha:g}).")
+    ] = None,
     lora_targets: Annotated[
-        str | None, typer.Option(help="Its modules, by comma (q_proj,k_proj,v_proj).")
+        str | None, typer.Option(help=f"Its modules, by comma ({','.join(_FRESH.lora_targets)}).")
     ] = None,
     chat_template: Annotated[
         Path | None, typer.Option(help="A Jinja file in place of the model's own.")
@@ -77,50 +91,54 @@ def export(
     train_weights: Annotated[
         str | None,
         typer.Option(
-            help="fp32, int8 or int4: the base weights of training. Default: those that lm has."
+            help=f"{', '.join(TRAIN_WEIGHTS[:-1])} or {TRAIN_WEIGHTS[-1]}: the base weights of "
+            "training. Default: those that lm has."
         ),
     ] = None,
     train_lengths: Annotated[
         str, typer.Option(help="Tokens of the training programs, by comma.")
-    ] = "256",
+    ] = ",".join(map(str, TRAIN_LENGTHS)),
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compile a model and its LoRA adapter into one bundle for Android and iOS.
 
     Example: [bold]attune export tiny --out out/tiny[/]
     """
-    from toolchain.compile.bundle_export import Request, peak_memory
-    from toolchain.compile.bundle_export import export as run
+    from toolchain.compile import bundle_export
 
-    targets = tuple(dict.fromkeys(target or ["android", "ios"]))
-    known = tuple(t for t in targets if t in ("android", "ios"))
-    request = Request(
-        model=model,
-        out=out,
-        targets=targets,
-        adapter=adapter,
-        context=context,
-        quantize=_quantize(quantize or [], known),
-        rank=lora_rank,
-        alpha=lora_alpha,
-        modules=_split(lora_targets),
-        chat_template=chat_template,
-        train_weights=train_weights,
-        train_lengths=_lengths(train_lengths),
-        force=force,
-    )
+    targets = tuple(dict.fromkeys(target or TARGETS))
     start = time.monotonic()
     with Stages(f"export {Path(model).name}", quiet=as_json) as stages:
-        manifest = run(request, stages)
-    seconds = time.monotonic() - start
+        manifest = bundle_export.export(
+            model,
+            out,
+            targets=targets,
+            adapter=adapter,
+            context=context,
+            quantize=_precisions(quantize or [], [t for t in targets if t in TARGETS]),
+            rank=lora_rank,
+            alpha=lora_alpha,
+            modules=_parts(lora_targets),
+            chat_template=chat_template,
+            train_weights=train_weights,
+            train_lengths=_lengths(train_lengths),
+            force=force,
+            progress=stages,
+        )
+    seconds, peak = time.monotonic() - start, peak_memory()
     if as_json:
-        extra = {"seconds": seconds, "stages": stages.seconds, "peak_memory_bytes": peak_memory()}
+        extra = {"seconds": seconds, "stages": stages.seconds, "peak_memory_bytes": peak}
         print_json(describe(manifest) | {"bundle": str(out)} | extra)
     else:
-        summary(manifest, out, seconds, peak_memory())
+        summary(manifest, out, seconds, peak)
         talk = f", [bold]attune chat {out}[/]" if manifest.android else ""
         console.print(f"next: [bold]attune inspect {out}[/]{talk}")
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def summary(manifest: Manifest, out: Path, seconds: float, peak: int) -> None:

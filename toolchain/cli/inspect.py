@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.table import Table
 
 from runtime_py.bundle.bundle import open_bundle
-from runtime_py.bundle.manifest import Manifest, Target, Tensor
+from runtime_py.bundle.manifest import Manifest, PlatformTarget, Tensor
+from toolchain.cli.options import AnyBundle, Json
 from toolchain.report.console import megabytes, output, print_json
 
 
 def inspect(
-    bundle: Annotated[Path, typer.Argument(help="A bundle that attune export wrote.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    bundle: AnyBundle,
+    as_json: Json = False,
 ) -> None:
     """Show a bundle's programs, signatures, sizes, delegation, adapter and hashes.
 
@@ -71,7 +70,7 @@ def _show(bundle: Path, manifest: Manifest) -> None:
     output.print(f"{len(manifest.files)} files, {megabytes(total)}, all as exported")
 
 
-def _show_target(name: str, target: Target) -> None:
+def _show_target(name: str, target: PlatformTarget) -> None:
     chosen = "chosen by perplexity" if target.chosen_by == "perplexity" else "as asked"
     output.print(f"\n[bold]{name}[/]  {target.quantize} ({chosen})")
     if target.measured:

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
+from toolchain.cli.options import AnyBundle, Json, SourceModel
 from toolchain.report.console import Stages, console, print_json
 
 
 def parity(
-    bundle: Annotated[Path, typer.Argument(help="A bundle that attune export wrote.")],
+    bundle: AnyBundle,
     rung: Annotated[
         list[str] | None,
         typer.Option(
@@ -20,9 +21,7 @@ def parity(
             "executorch, arm64, coreml, decisions."
         ),
     ] = None,
-    source: Annotated[
-        str | None, typer.Option(help="The model it was made from: folder, .gguf or hub id.")
-    ] = None,
+    source: SourceModel = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter inputs.")] = False,
     cpu: Annotated[
         str, typer.Option(help="The processor that QEMU emulates for the arm64 rung.")
@@ -33,7 +32,7 @@ def parity(
     every: Annotated[
         bool, typer.Option("--all", help="Show every check, not only each program's worst.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Prove that a bundle computes what PyTorch computes, rung by rung.
 
@@ -44,23 +43,29 @@ def parity(
     from runtime_py.loop.errors import BundleError
     from toolchain.verify.parity import ladder, parity_report
 
-    request = ladder.Request(bundle, tuple(rung or ()), source, quick, cpu)
     with Stages(f"parity {bundle.name}", quiet=as_json) as stages:
-        found = ladder.climb(request, stages)
+        report = ladder.climb(
+            bundle,
+            rungs=tuple(rung or ()),
+            source=source,
+            quick=quick,
+            cpu=cpu,
+            progress=stages,
+        )
     if html is not None:
         from toolchain.verify.parity.parity_page import write_page
 
         try:
-            write_page(found, html)
+            write_page(report, html)
         except OSError as error:
             raise BundleError(
                 f"{html} cannot be written ({error.strerror}): choose another --html."
             ) from error
     if as_json:
-        print_json(parity_report.as_json(found))
+        print_json(parity_report.as_json(report))
     else:
-        parity_report.show(found, every)
+        parity_report.show(report, every)
         if html is not None:
             console.print(f"{html} has the details")
-    if found.failed:
+    if report.failed:
         raise typer.Exit(1)

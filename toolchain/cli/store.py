@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from toolchain.cli.options import Json
 from toolchain.report.console import output, print_json
 
 app = typer.Typer(help="Look after the loop's store.", no_args_is_help=True)
@@ -23,7 +24,7 @@ def _group() -> None:
 def recover(
     path: Annotated[Path, typer.Argument(help="The damaged loop.sqlite; it is only read.")],
     out: Annotated[Path, typer.Argument(help="Where the new store is written.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write what can still be read of a damaged store into a new one.
 

@@ -14,20 +14,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.numpy import save
-from torch import nn
 
 from exporters.coreml.functions import Embed
-from exporters.executorch.lm_program import adapter_tensors
-from exporters.model.transformer import Transformer, plain_attention
+from exporters.model.lora_tensors import set_adapter
+from exporters.model.transformer import Transformer
 from exporters.training.programs import TrainingSpec
 from exporters.training.weights_file import as_stored
 from runtime_py.bundle.adapter_state import FlatLayout
-from runtime_py.bundle.manifest import AdapterTensor, Training
-from runtime_py.engine.examples import IGNORED
-from runtime_py.engine.self_test import FOLDER, FORMAT, JSON, TENSORS, Loop, effect, policy_of
+from runtime_py.bundle.manifest import AdapterTensor
+from runtime_py.engine.examples import IGNORED, Example
+from runtime_py.engine.self_test import (
+    FOLDER,
+    FORMAT,
+    JSON,
+    TENSORS,
+    StorelessSelection,
+    effect,
+    policy_of,
+)
 from runtime_py.loop.lexicons import read_lexicons
 from runtime_py.loop.protocols import Embedding
 from runtime_py.loop.words import words
+from toolchain.compile.autograd import autograd_gradient
 from toolchain.compile.tolerances import TABLE, Tolerance, of_logits, of_pooled
 
 PROMPT, DECODED = 33, 4  # tokens of a case
@@ -40,82 +48,101 @@ _PLACES = 256  # tokens of the training case at most
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
+class GoldenReference:
     """One target: its precision, and the transformer with its programs' weights."""
 
     quantize: str
     model: Transformer
 
 
+@dataclass(frozen=True, eq=False)
+class GoldenTraining:
+    """``model``: the one that the weights file was written from; ``lengths``: in tokens."""
+
+    model: Transformer
+    spec: TrainingSpec
+    lengths: Sequence[int]
+
+
 def write_golden(
     folder: Path,
+    *,
     texts: Sequence[torch.Tensor],
     dialogues: Mapping[str, tuple[str, list[int]]],
     eos: int,
-    arrays: Mapping[str, np.ndarray],
+    adapter: Mapping[str, np.ndarray],
     layout: Sequence[AdapterTensor],
     embed_length: int,
-    references: Mapping[str, Reference],
-    training: Training | None,
-    spec: TrainingSpec | None,
+    references: Mapping[str, GoldenReference],
+    training: GoldenTraining,
 ) -> None:
     """Writes ``golden/`` into the bundle ``folder``.
 
-    ``texts``: real dialogues as tokens [1, S] each, ``dialogues``: text and
-    tokens of some by id; ``arrays``: the bundle's adapter by the
-    programs' names; ``references``: by target; ``spec``: of the training programs, whose weights
-    file was written from the first reference. The models' adapters are what they were afterwards.
+    ``texts``: real dialogues as tokens [1, S] each; ``dialogues``: text and tokens of some by id;
+    ``eos``: a token that ends a reply; ``adapter``: the bundle's, by the programs' names, which
+    ``layout`` has; ``embed_length``: tokens that ``embed`` reads at most; ``references``: by
+    target. The models' adapters are afterwards what they were.
     """
     (folder / FOLDER).mkdir()
-    initial = {t.name: np.asarray(arrays[t.name], np.float32) for t in layout}
+    initial = {t.name: np.asarray(adapter[t.name], np.float32) for t in layout}
     adapters = {"initial": initial, "effect": effect(initial)}
-    models = [reference.model for reference in references.values()]
-    context = models[0].spec.context
-    cases = _cases(texts, eos, min(context, embed_length), models[0].spec.vocab)
+    spec = training.model.spec
+    cases = _cases(texts, eos, min(spec.context, embed_length), spec.vocab)
     tensors: dict[str, np.ndarray] = {}
     targets: dict[str, dict] = {}
     for target, reference in references.items():
-        for adapter, values in adapters.items():
-            _set(reference.model, values)
-            for case in cases:
-                rows = _logits(reference.model, case["tokens"])[case["prompt"] - 1 :]
-                ids = _chosen(rows)
-                place = f"{target}.{case['name']}.{adapter}"
-                # The runtime reads float32 and int8 only; token ids are exact in float32.
-                tensors[f"{place}.ids"] = ids.astype(np.float32)
-                tensors[f"{place}.logits"] = np.take_along_axis(rows, ids, axis=1)
-        entropies = {}
-        for case in cases:
-            pooled, entropy = _embedding(reference.model, case["tokens"])
-            tensors[f"{target}.{case['name']}.pooled"] = pooled
-            entropies[case["name"]] = entropy
-        _set(reference.model, initial)
-        targets[target] = {
-            "quantize": reference.quantize,
-            "tolerances": _tolerances(target, reference.quantize),
-            "entropy": entropies,
-        }
-    said = {
+        targets[target], values = _target(target, reference, cases, adapters)
+        set_adapter(reference.model, initial)
+        tensors |= values
+    decisions = {
+        target: _decisions(reference, dialogues, embed_length)
+        for target, reference in references.items()
+    }
+    case, values = _training(training, texts, layout, adapters["effect"])
+    tensors |= values
+    golden = {
         "format": FORMAT,
         "adapters": list(adapters),
         "cases": cases,
         "targets": targets,
-        "training": None,
-        "decisions": {
-            target: _decisions(reference, dialogues, embed_length)
-            for target, reference in references.items()
-        },
+        "training": case,
+        "decisions": decisions,
     }
-    if training is not None and spec is not None:
-        said["training"], more = _training(
-            as_stored(models[0], spec), texts, training, layout, adapters["effect"]
-        )
-        tensors |= more
-    text = json.dumps(said, indent=1, ensure_ascii=False)
+    text = json.dumps(golden, indent=1, ensure_ascii=False)
     (folder / FOLDER / JSON).write_text(text + "\n", encoding="utf-8")
     # Not the library's save_file, whose error for a full disk is no OSError.
     arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     (folder / FOLDER / TENSORS).write_bytes(save(arrays))
+
+
+def _target(
+    target: str,
+    reference: GoldenReference,
+    cases: Sequence[dict],
+    adapters: Mapping[str, Mapping[str, np.ndarray]],
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """A target's section, and the tensors of its cases."""
+    tensors: dict[str, np.ndarray] = {}
+    for adapter, values in adapters.items():
+        set_adapter(reference.model, values)
+        for case in cases:
+            rows = _logits(reference.model, case["tokens"])[case["prompt"] - 1 :]
+            ids = _chosen(rows)
+            place = f"{target}.{case['name']}.{adapter}"
+            # The runtime reads float32 and int8 only; token ids are exact in float32.
+            tensors[f"{place}.ids"] = ids.astype(np.float32)
+            tensors[f"{place}.logits"] = np.take_along_axis(rows, ids, axis=1)
+    entropies = {}
+    for case in cases:
+        pooled, entropy = _embedding(reference.model, case["tokens"])
+        tensors[f"{target}.{case['name']}.pooled"] = pooled
+        entropies[case["name"]] = entropy
+    section = {
+        "quantize": reference.quantize,
+        "tolerances": _tolerances(target, reference.quantize),
+        "entropy": entropies,
+    }
+    return section, tensors
 
 
 def stream(
@@ -164,11 +191,6 @@ def _bound(tolerance: Tolerance) -> dict:
     return {"most": tolerance.max_rel, "least": tolerance.likeness}
 
 
-def _set(model: Transformer, values: Mapping[str, np.ndarray]) -> None:
-    for name, tensor in adapter_tensors(model).items():
-        tensor.copy_(torch.from_numpy(np.ascontiguousarray(values[name])))
-
-
 @torch.no_grad()
 def _logits(model: Transformer, tokens: Sequence[int]) -> np.ndarray:
     return model(torch.tensor([list(tokens)]))[0].numpy()
@@ -191,12 +213,12 @@ def _embedding(model: Transformer, tokens: Sequence[int]) -> tuple[np.ndarray, f
 
 
 def _decisions(
-    reference: Reference, stream: Mapping[str, tuple[str, list[int]]], embed_length: int
+    reference: GoldenReference, stream: Mapping[str, tuple[str, list[int]]], embed_length: int
 ) -> dict:
     """What selection does with a stream of real dialogues. Those whose scores are too close to a
     stored set's for the precision to tell are left out, so every choice is one to agree on."""
-    own = {"selection": "paper", "bins": _BINS, "seed": 0}
-    loop = Loop(policy_of(own), read_lexicons(), reference.model.spec.hidden)
+    policy = {"selection": "paper", "bins": _BINS, "seed": 0}
+    loop = StorelessSelection(policy_of(policy), read_lexicons(), reference.model.spec.hidden)
     dialogues, expected = [], []
     for name, (text, ids) in stream.items():
         tokens = ids[:embed_length]
@@ -211,13 +233,12 @@ def _decisions(
         dialogues.append({"id": name, "text": text, "tokens": tokens})
         if len(dialogues) == _STREAM:
             break
-    return {**own, "most": _CLOSE[1], "dialogues": dialogues, "expected": expected}
+    return {**policy, "most": _CLOSE[1], "dialogues": dialogues, "expected": expected}
 
 
 def _training(
-    model: Transformer,
+    training: GoldenTraining,
     texts: Sequence[torch.Tensor],
-    training: Training,
     layout: Sequence[AdapterTensor],
     values: Mapping[str, np.ndarray],
 ) -> tuple[dict, dict[str, np.ndarray]]:
@@ -226,31 +247,22 @@ def _training(
     text = max(texts, key=lambda t: min(t.shape[1], longest))[0, :longest]
     labels = text.clone()
     labels[: max(1, len(text) // 4)] = IGNORED
-    _set(model, values)
-    own = {n: t for n, t in adapter_tensors(model).items() if ".lora_" in n}
-    for tensor in own.values():
-        tensor.requires_grad_()
-    attends = [plain_attention(model.spec, layer) for layer in model.spec.layers]
-    with torch.enable_grad():
-        hidden = model.hidden(text[None], torch.arange(len(text)), attends)
-        loss = nn.functional.cross_entropy(
-            model.logits(hidden)[0, :-1], labels[1:], ignore_index=IGNORED, reduction="sum"
-        )
-        grads = torch.autograd.grad(loss, list(own.values()))
+    example = Example("golden", text.numpy(), labels.numpy())
+    model = as_stored(training.model, training.spec)
+    loss, grads = autograd_gradient(model, values, [example])
     flat = FlatLayout.of(layout)
     gradient = flat.zeros()
     views = flat.views(gradient)
-    for name, grad in zip(own, grads, strict=True):
-        views[name][...] = grad.numpy()
+    for name, grad in grads.items():
+        views[name][...] = grad
     line = gradient.reshape(-1)
     used = sum(int(np.prod(shape)) for _, shape in flat.places.values())
     places = np.linspace(0, used - 1, GRADIENTS).astype(np.int64)
-    count = int((labels[1:] != IGNORED).sum())
-    said = {
+    case = {
         "case": "dialogue",
         "tokens": text.tolist(),
         "labels": labels.tolist(),
-        "loss": loss.item() / count,
+        "loss": loss / example.count,
         "gradient_norm": float(np.linalg.norm(line.astype(np.float64))),
         "tolerances": {
             "loss": _bound(TABLE["float32, loss"]),
@@ -259,7 +271,7 @@ def _training(
     }
     # Exact in float32 up to 2²⁴; larger adapters take places that are.
     exact = np.unique(places.astype(np.float32).astype(np.int64).clip(0, used - 1))
-    return said, {
+    return case, {
         "training.places": exact.astype(np.float32),
         "training.gradient": line[exact],
     }

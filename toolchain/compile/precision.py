@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from exporters.coreml.compression import plan, stored_values
 from exporters.model.quantize import Scheme, quantized, share
 from exporters.model.transformer import Transformer
-from runtime_py.bundle.manifest import Precision
+from runtime_py.bundle.manifest import MeasuredPrecision
 from toolchain.compile.shipped_text import perplexity
+from toolchain.defaults import PRECISIONS
 
 WORST_RATIO = 1.03  # of the perplexity of float32 on attune's text
 
@@ -20,17 +22,16 @@ ANDROID: dict[str, Scheme | None] = {
     "8da8w": Scheme(bits=8, head_bits=8),
     "none": None,
 }
-IOS = ("int4", "int8", "fp16", "none")
-SCHEMES: dict[str, Sequence[str]] = {"android": tuple(ANDROID), "ios": IOS}  # smallest first
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A precision, what was measured on the way to it, the model to lower, and the one in PyTorch
-    with the weights that the lowered one has."""
+@dataclass(frozen=True, eq=False)
+class ChosenPrecision:
+    """``quantize``: its name; ``measured``: what was tried on the way to it. ``model``: the one to
+    lower; ``simulated``: in PyTorch, with the weights that the lowered one has."""
 
     quantize: str
-    measured: tuple[Precision, ...]
+    chosen_by: Literal["perplexity", "user"]
+    measured: tuple[MeasuredPrecision, ...]
     model: Transformer
     simulated: Transformer
 
@@ -56,19 +57,20 @@ def rounded_for_coreml(model: Transformer, quantize: str) -> Transformer:
     return result
 
 
-class Measure:
-    """Tries precisions on one model; float32 is measured once."""
+class PrecisionChooser:
+    """Tries precisions on one float32 model, which is itself measured once. ``texts``: attune's
+    "calibration" and "perplexity" dialogues, as tokens [1, S] each."""
 
     def __init__(self, model: Transformer, texts: Mapping[str, Sequence[Tensor]]) -> None:
         self.model = model
         self.texts = texts
         self._float: float | None = None
 
-    def _rate(self, name: str, model: Transformer) -> Precision:
+    def _rate(self, name: str, model: Transformer) -> MeasuredPrecision:
         if self._float is None:
             self._float = perplexity(self.model, self.texts["perplexity"])
         value = self._float if name == "none" else perplexity(model, self.texts["perplexity"])
-        return Precision(quantize=name, perplexity=value, ratio_to_fp32=value / self._float)
+        return MeasuredPrecision(quantize=name, perplexity=value, ratio_to_fp32=value / self._float)
 
     def _with(self, target: str, name: str) -> tuple[Transformer, Transformer]:
         """The model to lower, and one in PyTorch with the weights it will have."""
@@ -80,12 +82,15 @@ class Measure:
             return model, model
         return self.model, rounded_for_coreml(self.model, name)
 
-    def choose(self, target: str, asked: str | None) -> Choice:
-        """``asked``, or the smallest whose perplexity is at most ``WORST_RATIO`` × float32's."""
-        measured: list[Precision] = []
-        for name in [asked] if asked else SCHEMES[target]:
+    def choose(self, target: str, requested: str | None) -> ChosenPrecision:
+        """``requested``, or the smallest whose perplexity is at most ``WORST_RATIO`` × float32's.
+        ``target``: "android" or "ios"."""
+        measured: list[MeasuredPrecision] = []
+        for name in [requested] if requested else PRECISIONS[target]:
             lowered, simulated = self._with(target, name)
             measured.append(self._rate(name, simulated))
-            if asked or measured[-1].ratio_to_fp32 <= WORST_RATIO:
+            if requested or measured[-1].ratio_to_fp32 <= WORST_RATIO:
                 break
-        return Choice(name, (*measured, self._rate("none", self.model)), lowered, simulated)
+        measured.append(self._rate("none", self.model))
+        by: Literal["perplexity", "user"] = "user" if requested else "perplexity"
+        return ChosenPrecision(name, by, tuple(measured), lowered, simulated)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from runtime_py.loop.dialogue import Dialogue, Turn
+
 LONGEST = 512  # tokens of a dialogue that are used
 
 
@@ -19,6 +21,11 @@ def shipped_dialogues(split: str) -> list[list[dict]]:
     text = files("toolchain.compile").joinpath("data/text.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     return [row["turns"] for row in rows if row["split"] == split]
+
+
+def as_dialogue(id: str, turns: Sequence[dict]) -> Dialogue:
+    """A shipped dialogue as the loop takes one."""
+    return Dialogue(id, tuple(Turn(turn["role"], turn["content"]) for turn in turns))
 
 
 def tokenize(

@@ -1,4 +1,4 @@
-"""A bundle's training part: made and proven at export, opened again as an engine."""
+"""A bundle's training part: its weights file, its programs, and the proof of both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from exporters.coreml.training_package import lower_training as lower_coreml
 from exporters.errors import ExportError
-from exporters.executorch.lm_program import adapter_tensors
 from exporters.executorch.training_program import lower_training as lower_executorch
 from exporters.model.transformer import Transformer
 from exporters.signature import ProgramSignature
@@ -32,12 +31,11 @@ from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.engine.examples import IGNORED, Example
 from runtime_py.engine.program_calls import ExecutorchPrograms
 from runtime_py.engine.streaming import StreamingEngine
+from toolchain.compile.autograd import autograd_gradient
 
 WEIGHTS = "training/base.safetensors"
 PROGRAMS = {"android": "android/training.pte", "ios": "ios/training.mlpackage"}
 POSITIONS = 64  # of one head call: its logits are what takes memory there
-LENGTHS = (256,)
-WEIGHT_CHOICES = ("fp32", "int8", "int4")
 # Of the value, and of each tensor's largest. Through 30 layers PyTorch's own float32 gradients are
 # off those of float64 by 5e-4, ours by 2e-4; a wrong formula, scale or mask is off by a tenth.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-2
@@ -107,10 +105,10 @@ def lower_programs(
     files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
     size = sum(file.stat().st_size for file in files)
     return tuple(
-        manifest_program(own, PROGRAMS[target], size).model_copy(
-            update={"flops": flops.get(own.name)}
+        manifest_program(signature, PROGRAMS[target], size).model_copy(
+            update={"flops": flops.get(signature.name)}
         )
-        for own in signatures
+        for signature in signatures
     )
 
 
@@ -171,10 +169,10 @@ def prove(
     engine = StreamingEngine(ExecutorchPrograms(folder, programs), weights, training)
     gradient = state.layout.zeros()
     loss, count = engine.gradient(state, [example], gradient)
-    expected, grads = _autograd(as_stored(model, spec), tokens, labels, values)
-    found = state.layout.views(gradient)
+    expected, grads = autograd_gradient(as_stored(model, spec), values, [example])
+    streamed = state.layout.views(gradient)
     off = {
-        name: float(np.abs(found[name] - grad).max() / max(np.abs(grad).max(), 1e-30))
+        name: float(np.abs(streamed[name] - grad).max() / max(np.abs(grad).max(), 1e-30))
         for name, grad in grads.items()
     }
     name = max(off, key=lambda key: off[key])
@@ -184,24 +182,6 @@ def prove(
             f"loss {loss / count:.6f} instead of {expected / count:.6f} a label, gradient of "
             f"{name} off by {off[name]:.2g} of its range."
         )
-
-
-def _autograd(
-    model: Transformer, tokens: Tensor, labels: Tensor, values: Mapping[str, np.ndarray]
-) -> tuple[float, dict[str, np.ndarray]]:
-    """Summed loss, and the gradient of each LoRA tensor by its name in the programs."""
-    own = adapter_tensors(model)
-    for name, tensor in own.items():
-        tensor.copy_(torch.from_numpy(values[name]))
-        tensor.requires_grad_(".lora_" in name)
-    with torch.enable_grad():
-        logits = model(tokens[None])[0, :-1]
-        loss = nn.functional.cross_entropy(
-            logits, labels[1:], ignore_index=IGNORED, reduction="sum"
-        )
-        trained = {name: tensor for name, tensor in own.items() if tensor.requires_grad}
-        grads = torch.autograd.grad(loss, list(trained.values()))
-    return loss.item(), {n: g.numpy() for n, g in zip(trained, grads, strict=True)}
 
 
 def lengths_within(lengths: Sequence[int], context: int) -> tuple[int, ...]:

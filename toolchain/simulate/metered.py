@@ -17,9 +17,9 @@ from pydantic import TypeAdapter
 from safetensors import safe_open
 
 from runtime_py.bundle.bundle import Bundle
-from runtime_py.engine.job_runner import TrainingCall
 from runtime_py.engine.phone_engine import LmCall
 from runtime_py.engine.run_state import FILE
+from runtime_py.engine.streamed_tuner import TrainingCall
 from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.files import write_bytes
 from runtime_py.loop.protocols import Embedding, Engine, FineTuneJob, FineTuner, FineTuneResult

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from runtime_py.bundle.manifest import Manifest
-from runtime_py.loop.log import Event
+from runtime_py.loop.log import LogLine
 from runtime_py.loop.personalizer import STORE
 from runtime_py.loop.status import lost
 from runtime_py.loop.store import open_store
@@ -80,7 +80,7 @@ def _latest(events: Sequence[PhoneEvent], kind: type[Placed]) -> dict[int, Place
     return {event.place: event for event in events if isinstance(event, kind)}
 
 
-def _scored(line: Event) -> ScoredDialogue:
+def _scored(line: LogLine) -> ScoredDialogue:
     data = line.data
     return ScoredDialogue(
         data["number"], line.event == "kept", data["domain"], data["eoe"], data["dss"], data["idd"]
@@ -105,7 +105,7 @@ def _blocks(names: tuple[str, ...], kept: list[bool]) -> tuple[StreamBlock, ...]
     return tuple(blocks)
 
 
-def _tunings(log: list[Event], nights: list[NightEnded]) -> tuple[TuningOutcome, ...]:
+def _tunings(log: list[LogLine], nights: list[NightEnded]) -> tuple[TuningOutcome, ...]:
     losses = {event.job: event.losses for event in nights if event.job}
     tunings, place = [], 0
     for line in log:
@@ -150,7 +150,7 @@ def _night(device: Device, event: NightEnded) -> NightOutcome:
 
 
 def _examples(
-    plan: LifePlan, log: list[Event], stored: set[str], pairs: list[tuple[Any, ...]]
+    plan: LifePlan, log: list[LogLine], stored: set[str], pairs: list[tuple[Any, ...]]
 ) -> tuple[TextExample, ...]:
     """The newest of each kind."""
     refused = [str(line.id) for line in log if line.event == "refused"][-EXAMPLES:]
@@ -172,7 +172,7 @@ def _examples(
     return tuple(examples)
 
 
-def _occupancy(log: list[Event]) -> Occupancy:
+def _occupancy(log: list[LogLine]) -> Occupancy:
     """How many sets of each domain are stored after every observed one."""
     bins: dict[int, str] = {}
     states: list[dict[str, int]] = []

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime_py.bundle.bundle import Bundle
-from runtime_py.engine.job_runner import StreamedFineTuner, TrainingCall, peft_writer
 from runtime_py.engine.phone_engine import LmCall, PhoneEngine
+from runtime_py.engine.streamed_tuner import StreamedFineTuner, TrainingCall
 from runtime_py.loop.lexicons import BUILTIN, Lexicons, read_lexicons
 from runtime_py.loop.personalizer import Personalizer
 from runtime_py.loop.policy import LoopPolicy
@@ -52,7 +52,7 @@ def load_programs(
         threads=threads,
         before=engine.release,
         available_mb=available_mb,
-        told=on_training_call,
+        on_call=on_training_call,
     )
     return LoopPrograms(engine, tuner)
 
@@ -76,9 +76,7 @@ def open_loop(
         engine=engine,
         tuner=tuner,
         clock=clock,
-        bundle_adapter=bundle.peft,
-        hidden=bundle.hidden,
-        as_peft=peft_writer(bundle.manifest),
+        bundle=bundle,
     )
 
 

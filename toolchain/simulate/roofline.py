@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 
 from runtime_py.bundle.bundle import Bundle
-from runtime_py.engine.job_runner import TrainingCall
 from runtime_py.engine.phone_engine import LmCall
+from runtime_py.engine.streamed_tuner import TrainingCall
 from runtime_py.loop.errors import BundleError
 from toolchain.simulate.device import Compute
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from runtime_py.engine.job_runner import RESERVE
+from runtime_py.engine.streamed_tuner import RESERVE
 from runtime_py.loop.errors import LoopError
 from toolchain.simulate.events import (
     AppOpened,

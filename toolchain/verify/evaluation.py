@@ -1,38 +1,35 @@
 """A bundle's ``lm.pte`` against PyTorch with the very same weights, on dialogues.
 
-Every single operator of the two agrees to float32's last bits. But where activations are rounded to
-int8, a difference in the last bit turns some roundings the other way, each a step of 1/255 of the
-token's range, and what comes after sees another input. So the two drift apart as far as PyTorch
-drifts from itself when its token embeddings change in the last bit: that is the *noise floor*, and
-what is left of ExecuTorch's difference beside it would be an error.
+Every single operator of the two agrees to float32's last bits. Where activations are rounded to
+int8 the two drift apart nevertheless, as far as PyTorch drifts from itself when its token
+embeddings change in the last bit (``toolchain.verify.noise``): that is the *noise floor*, and what
+is left of ExecuTorch's difference beside it would be an error.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from exporters.model.lora_tensors import set_adapter
 from exporters.model.transformer import Transformer
 from runtime_py.bundle.bundle import Bundle
+from runtime_py.bundle.flat_tensor import read_ptd
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.engine.lm import ExecutorchLm
 from runtime_py.engine.native import silenced
+from runtime_py.loop.dialogue import Dialogue
 from runtime_py.loop.errors import BundleError
+from runtime_py.loop.stream import read_stream
 from toolchain.compile.shipped_text import perplexity, shared_prefix, tokenize
-from toolchain.verify.source import (
-    Source,
-    as_in_bundle,
-    float_model,
-    load_adapter,
-)
+from toolchain.compile.source import Source, as_in_bundle, float_model
+from toolchain.verify.noise import PERTURBATION, perturbed
 
-PERTURBATION = 1e-7  # relative, of each embedding channel: one bit of float32
 TRIALS = 3  # perturbed models
 WORST_RATIO = 0.01  # of perplexity, between the program and PyTorch
 
@@ -94,59 +91,21 @@ class Evaluation:
         }
 
 
-def read_dialogues(path: Path, count: int) -> list[list[dict]]:
-    """The first ``count`` dialogues of a .jsonl or .jsonl.gz file with ``turns`` in each row.
+def read_dialogues(path: Path, count: int) -> list[Dialogue]:
+    """The first ``count`` dialogues of a .jsonl or .jsonl.gz stream.
 
-    Raises ``BundleError`` where the file is something else.
+    Raises ``LoopError`` for a line that is no dialogue, and ``BundleError`` where there is none.
     """
-    if not path.is_file():
-        raise BundleError(f"there is no file {path}: give a .jsonl or .jsonl.gz with --data.")
-    opened = gzip.open if path.suffix == ".gz" else open
-    dialogues: list[list[dict]] = []
-    try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if len(dialogues) == count:
-                    break
-                dialogues.append(_turns(json.loads(line), f"{path}, line {number}"))
-    except (UnicodeDecodeError, json.JSONDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise BundleError(f"{path} is not JSON Lines of dialogues ({error}).") from error
+    dialogues = [record.dialogue for record in islice(read_stream(path), count)]
     if not dialogues:
-        raise BundleError(f"{path} has no dialogues.")
+        raise BundleError(f"{path} has no dialogue: give one JSON object a line.")
     return dialogues
-
-
-def _turns(row: object, where: str) -> list[dict]:
-    turns = row.get("turns") if isinstance(row, dict) else None
-    if not isinstance(turns, list) or not all(
-        isinstance(t, dict) and isinstance(t.get("content"), str) and "role" in t for t in turns
-    ):
-        raise BundleError(f'{where}: expected an object with "turns" of "role" and "content".')
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-
-
-class _Perturbed(nn.Module):
-    """A token table whose rows come back changed in their last bit."""
-
-    def __init__(self, table: nn.Module, seed: int) -> None:
-        super().__init__()
-        self.table = table
-        self.random = torch.Generator().manual_seed(seed)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.table(tokens)  # [1, S, hidden]
-        noise = torch.randn(x.shape, generator=self.random, dtype=torch.float64)
-        return (x.double() * (1.0 + PERTURBATION * noise)).float()
 
 
 def perturbed_logits(model: Transformer, tokens: Tensor, seed: int) -> Tensor:
     """Logits [1, S, V] with float32 noise of one bit on the token embeddings."""
-    table = model.table
-    model.table = _Perturbed(table, seed)
-    try:
+    with perturbed(model, seed):
         return model(tokens)
-    finally:
-        model.table = table
 
 
 def difference(found: Tensor, expected: Tensor) -> Difference:
@@ -179,7 +138,7 @@ class _Watched:
 
 
 def texts_of(
-    manifest: Manifest, source: Source, dialogues: Sequence[list[dict]], longest: int
+    manifest: Manifest, source: Source, dialogues: Sequence[Dialogue], longest: int
 ) -> list[Tensor]:
     """Rendered and tokenized as the bundle does it; cut to its context.
 
@@ -187,7 +146,8 @@ def texts_of(
     """
     checkpoint = source.checkpoint
     longest = min(longest, manifest.model.context)
-    texts = tokenize(checkpoint.tokenizer, checkpoint.chat_template, dialogues, longest)
+    turns = [[asdict(turn) for turn in dialogue.turns] for dialogue in dialogues]
+    texts = tokenize(checkpoint.tokenizer, checkpoint.chat_template, turns, longest)
     if not texts or shared_prefix(texts) == max(text.shape[1] for text in texts):
         raise BundleError(
             "perplexity does not count what all dialogues begin with, and here nothing else is "
@@ -214,8 +174,8 @@ def evaluate(
     total = sum(text.shape[1] for text in texts)
     stage("quantize in PyTorch", 0)
     plain = float_model(manifest, source)
-    load_adapter(plain, files.adapter)
-    model = as_in_bundle(plain, manifest, source)
+    set_adapter(plain, read_ptd(files.adapter))
+    model = as_in_bundle(plain, bundle, source)
     first = texts[0]
     stage("PyTorch, the same weights", total)
     expected = model(first)

@@ -31,14 +31,13 @@ from tests import tiny
 from tests.exporters.training.training_kit import (
     Kit,
     MilPrograms,
-    autograd,
     check_gradient,
     example_of,
     make_kit,
 )
 from toolchain.compile.precision import ANDROID
 from toolchain.compile.training_part import EagerPrograms, lower_programs, training_spec
-from toolchain.verify.autograd import TorchEngine
+from toolchain.verify.reference_engines import PeftEngine, peft_gradient
 
 KINDS = list(tiny.ARCHITECTURES)
 
@@ -289,7 +288,7 @@ def test_coreml_computes_what_peft_computes(kind: str, tmp_path: Path) -> None:
     optimizer = Optimizer(beta1=BETA1, beta2=BETA2, epsilon=EPS)
     norm = engine.update(found, gradient, numbers)
     assert norm > numbers.clip
-    reference = TorchEngine(kit.peft, kit.tensors, optimizer)
+    reference = PeftEngine(kit.peft, kit.tensors, optimizer)
     assert norm == pytest.approx(reference.update(expected, gradient, numbers), rel=1e-5)
     for name in ("parameters", "mean", "square"):
         want = torch.from_numpy(getattr(expected, name))
@@ -396,4 +395,4 @@ def test_autograd_is_not_what_is_tested(tmp_path: Path) -> None:
     programs = EagerPrograms(training_programs(kit.spec, [32]))
     with pytest.raises(AssertionError):
         check_gradient(kit, kit.engine(programs), example_of(), 1e-4)
-    assert autograd(kit, example_of())[0] > 0
+    assert peft_gradient(kit.peft, kit.tensors, [example_of()])[0] > 0

@@ -31,7 +31,7 @@ from runtime_py.loop.errors import DiskFull, TrainingError
 from tests import tiny
 from tests.exporters.training.training_kit import Kit, example_of, make_kit
 from toolchain.compile.training_part import EagerPrograms
-from toolchain.verify.autograd import TorchEngine
+from toolchain.verify.reference_engines import PeftEngine
 
 OPTIMIZER = m.Optimizer(beta1=0.9, beta2=0.999, epsilon=1e-8)
 
@@ -58,7 +58,7 @@ def test_twenty_steps_are_those_of_torch_and_peft(kit: Kit, engine, tmp_path: Pa
     examples = sequences(8)
     streamed, reference = kit.state(), kit.state()
     found = train(engine, streamed, examples, own, OPTIMIZER, tmp_path / "a")
-    torch_engine = TorchEngine(kit.peft, kit.tensors, OPTIMIZER)
+    torch_engine = PeftEngine(kit.peft, kit.tensors, OPTIMIZER)
     expected = train(torch_engine, reference, examples, own, OPTIMIZER, tmp_path / "b")
     assert found is not None
     assert expected is not None

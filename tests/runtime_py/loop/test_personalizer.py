@@ -23,9 +23,9 @@ from tests.runtime_py.loop.toy import (
     LEXICONS,
     NIGHT,
     Clock,
+    ToyBundle,
     ToyEngine,
     ToyTuner,
-    bundle_adapter,
     dialogue,
     open_toy,
     small_policy,
@@ -275,7 +275,7 @@ def test_rollback(tmp_path: Path) -> None:
         assert report.adapter == 3
         assert app.rollback() == 1  # that is what 3 was trained from
         assert app.rollback() == 0
-        assert engine.adapter.parent == tmp_path / "bundle_adapter"
+        assert engine.adapter == tmp_path / "bundle" / "adapter.safetensors"
 
 
 def test_rollback_abandons_an_unfinished_job(tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_a_changed_policy_is_noted_and_a_smaller_one_refused(tmp_path: Path) -> 
 def test_misfits_are_told(tmp_path: Path) -> None:
     with open_toy(tmp_path) as app:
         live(app, 0, 20)
-    bundle = bundle_adapter(tmp_path)
+    bundle = tmp_path / "bundle"
 
     def reopen(lexicons: Lexicons = LEXICONS, hidden: int = HIDDEN, bundle: Path = bundle) -> None:
         Personalizer(
@@ -386,8 +386,7 @@ def test_misfits_are_told(tmp_path: Path) -> None:
             engine=ToyEngine(),
             tuner=ToyTuner(),
             clock=Clock(),
-            bundle_adapter=bundle,
-            hidden=hidden,
+            bundle=ToyBundle(bundle, hidden),
         ).close()
 
     other = make_lexicons({"x": ["y"]})

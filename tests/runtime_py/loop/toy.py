@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from runtime_py.loop.dialogue import Dialogue, Turn
+from runtime_py.loop.files import replacing
 from runtime_py.loop.lexicons import make_lexicons
 from runtime_py.loop.metrics import entropy_of_norms
 from runtime_py.loop.personalizer import Personalizer
@@ -113,11 +116,27 @@ def dialogue(number: int, seed: int = 0, exchanges: int = 1) -> Dialogue:
     return Dialogue(f"d{number}", tuple(turns))
 
 
-def bundle_adapter(folder: Path) -> Path:
-    bundle = folder / "bundle_adapter"
-    bundle.mkdir(parents=True, exist_ok=True)
-    (bundle / "adapter_config.json").write_text("{}")
-    (bundle / "adapter_model.safetensors").write_text("zero")
+@dataclass(frozen=True)
+class ToyBundle:
+    folder: Path
+    hidden: int = HIDDEN
+
+    @property
+    def adapter_file(self) -> Path:
+        return self.folder / "adapter.safetensors"
+
+    def as_peft(self, file: Path, folder: Path) -> None:
+        with replacing(folder) as beside:
+            beside.mkdir()
+            (beside / "adapter_config.json").write_text("{}")
+            shutil.copyfile(file, beside / "adapter_model.safetensors")
+
+
+def toy_bundle(folder: Path) -> ToyBundle:
+    """A bundle in ``folder``, which is made."""
+    bundle = ToyBundle(folder / "bundle")
+    bundle.folder.mkdir(parents=True, exist_ok=True)
+    bundle.adapter_file.write_text("zero")
     return bundle
 
 
@@ -143,6 +162,5 @@ def open_toy(
         engine=engine or ToyEngine(),
         tuner=tuner or ToyTuner(),
         clock=clock or Clock(),
-        bundle_adapter=bundle_adapter(folder),
-        hidden=HIDDEN,
+        bundle=toy_bundle(folder),
     )

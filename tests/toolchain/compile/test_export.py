@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import shutil
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +26,16 @@ from runtime_py.bundle.bundle import open_bundle
 from runtime_py.bundle.manifest import CHECKSUM, MANIFEST, Manifest
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.lm import ExecutorchLm
+from runtime_py.engine.stock_runner import StockRunner
+from runtime_py.loop.dialogue import Turn
 from runtime_py.loop.errors import BundleError
 from tests import tiny
 from tests.toolchain.conftest import Attune, Exported, command
-from toolchain.cli.chat import StockRunner
-from toolchain.compile.bundle_export import Request, builtin_folder
-from toolchain.compile.precision import SCHEMES, WORST_RATIO
+from toolchain import defaults
+from toolchain.compile import bundle_export
+from toolchain.compile.export_input import builtin_folder
+from toolchain.compile.export_job import Progress
+from toolchain.compile.precision import ANDROID, WORST_RATIO
 
 PROMPTS = ["I am looking for a restaurant in San Jose.", "Hi! How are you?", "Where is it — 7?"]
 COUNT = 24  # tokens of a reply
@@ -208,7 +215,7 @@ def test_the_smallest_precision_that_is_near_float32_was_chosen(both: Exported) 
         assert target is not None
         assert target.chosen_by == "perplexity"
         tried = {row.quantize: row for row in target.measured}
-        order = SCHEMES[name]
+        order = defaults.PRECISIONS[name]
         for smaller in order[: order.index(target.quantize)]:
             assert tried[smaller].ratio_to_fp32 > WORST_RATIO
         assert tried[target.quantize].ratio_to_fp32 <= WORST_RATIO
@@ -273,7 +280,7 @@ def runner(fp32: Exported) -> StockRunner:
 def test_the_stock_runner_says_what_transformers_says(
     prompt: str, runner: StockRunner, reference: PreTrainedModel, tokenizer
 ) -> None:
-    rendered = runner.render([{"role": "user", "content": prompt}])
+    rendered = runner.text.render([Turn("user", prompt)], reply=True)
     turn = [{"role": "user", "content": prompt}]
     assert rendered == tokenizer.apply_chat_template(
         turn, tokenize=False, add_generation_prompt=True
@@ -295,7 +302,7 @@ def test_a_reply_ends_where_the_model_ends_it(
             break
     else:
         pytest.skip("this model never ends")
-    rendered = runner.render([{"role": "user", "content": prompt}])
+    rendered = runner.text.render([Turn("user", prompt)], reply=True)
     assert runner.generate(rendered, 120, 0.0)[0] == expected
 
 
@@ -315,9 +322,9 @@ def test_chat_prints_the_reply(fp32: Exported, attune: Attune, reference, tokeni
 @torch.no_grad()
 def test_the_longest_prompt(runner: StockRunner, reference: PreTrainedModel, tokenizer) -> None:
     """Room for one token is enough; without it, the runner is not asked."""
-    context = runner.manifest.model.context
+    context = runner.context
     text = " the" * (context - 1)
-    assert runner.tokens(text) == context - 1
+    assert len(runner.text.encode(text)) == context - 1
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     following = reference(ids).logits[0, -1].argmax()
     assert runner.generate(text, 5, 0.0)[0] == tokenizer.decode(following)
@@ -411,50 +418,77 @@ def test_export_with_an_adapter_a_context_and_a_template(attune: Attune, tmp_pat
     assert tiny.relative(lm.prefill(tokens), expected) < 1e-4
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The arguments of an export."""
+
+    model: str
+    out: Path
+    options: dict[str, Any]
+
+
 @pytest.fixture
-def instant_export(monkeypatch: pytest.MonkeyPatch, fp32: Exported) -> list[Request]:
+def instant_export(monkeypatch: pytest.MonkeyPatch, fp32: Exported) -> list[Asked]:
     """``export`` as a copy of a bundle made before; what was asked for is kept."""
-    asked: list[Request] = []
+    asked: list[Asked] = []
 
-    def copy(request: Request, progress) -> Manifest:
-        asked.append(request)
+    def copy(model: str, out: Path, *, progress: Progress, **options: Any) -> Manifest:
+        asked.append(Asked(model, out, options))
         progress("copy")
-        shutil.copytree(fp32.bundle, request.out)
-        return open_bundle(request.out).manifest
+        shutil.copytree(fp32.bundle, out)
+        return open_bundle(out).manifest
 
-    monkeypatch.setattr("toolchain.compile.bundle_export.export", copy)
+    monkeypatch.setattr(bundle_export, "export", copy)
     return asked
 
 
+def defaults_of(function: Callable) -> dict[str, Any]:
+    """Its keyword-only arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
 def test_options_reach_the_export(
-    instant_export: list[Request], attune: Attune, tmp_path: Path
+    attune: Attune, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    common = ("export", "some/model", "--out", tmp_path / "a", "--json")
+    plain = defaults_of(bundle_export.export) | {"quantize": {}}
+    del plain["progress"]
+    asked: list[Asked] = request.getfixturevalue("instant_export")
+    out = tmp_path / "a"
+    common = ("export", "some/model", "--out", out, "--json")
     attune(
         *common,
         *("--target", "ios", "--target", "android", "--quantize", "int4", "--quantize", "8da8w"),
         *("--lora-rank", 3, "--lora-alpha", 5.5, "--lora-targets", "q_proj, o_proj"),
     ).json()
-    plain = Request("some/model", tmp_path / "a", ("android", "ios"), quantize={})
-    assert instant_export.pop() == replace(
-        plain,
-        targets=("ios", "android"),
-        quantize={"ios": "int4", "android": "8da8w"},
-        rank=3,
-        alpha=5.5,
-        modules=("q_proj", "o_proj"),
-    )
-    shutil.rmtree(tmp_path / "a")
+    changed = {
+        "targets": ("ios", "android"),
+        "quantize": {"ios": "int4", "android": "8da8w"},
+        "rank": 3,
+        "alpha": 5.5,
+        "modules": ("q_proj", "o_proj"),
+    }
+    assert asked.pop() == Asked("some/model", out, plain | changed)
+    shutil.rmtree(out)
     attune(*common).json()
-    assert instant_export.pop() == plain
-    shutil.rmtree(tmp_path / "a")
+    assert asked.pop() == Asked("some/model", out, plain)
+    shutil.rmtree(out)
     attune(*common, "--quantize", "none", "--quantize", "ios=fp16").json()
-    assert instant_export.pop().quantize == {"android": "none", "ios": "fp16"}
+    assert asked.pop().options["quantize"] == {"android": "none", "ios": "fp16"}
+    shutil.rmtree(out)
+    attune(*common, "--train-lengths", "64,512", "--train-weights", "int8", "--context", 99).json()
+    changed = {"train_lengths": (64, 512), "train_weights": "int8", "context": 99}
+    assert asked.pop().options == plain | changed
 
 
-def test_demo(instant_export: list[Request], attune: Attune, tmp_path: Path) -> None:
+def test_precisions_that_are_offered_are_known() -> None:
+    assert tuple(ANDROID) == defaults.PRECISIONS["android"]
+    assert defaults.PRECISIONS.keys() == set(defaults.TARGETS)
+
+
+def test_demo(instant_export: list[Asked], attune: Attune, tmp_path: Path) -> None:
     value = attune("demo", "--json", "--out", tmp_path / "kept").json()
-    assert instant_export[0].targets == ("android", "ios")
+    assert instant_export[0] == Asked(defaults.BUILTIN, tmp_path / "kept", {})
     assert value["reply"].strip()
     assert value["bundle_bytes"] == sum(
         f.bytes for f in open_bundle(tmp_path / "kept").manifest.files
@@ -470,27 +504,52 @@ def test_force_replaces_a_bundle(
     fp32: Exported, monkeypatch: pytest.MonkeyPatch, attune: Attune, tmp_path: Path
 ) -> None:
     """The new one whole in the place of the old; where it fails, the old one as it was."""
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "old.txt").write_text("old")
+    out = tmp_path / "b"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
 
-    def fill(folder: Path, request: Request, progress) -> Manifest:
-        assert (request.out / "old.txt").exists()
+    def prepare(folder: Path, *arguments: object) -> Path:
+        assert (out / "old.txt").exists()
+        (folder / "half").write_text("x")
+        return folder
+
+    def compile_nothing(folder: Path, *arguments: object) -> Path:
+        return folder
+
+    def finish(folder: Path, results: object) -> Manifest:
+        (folder / "half").unlink()
         shutil.copytree(fp32.bundle, folder, dirs_exist_ok=True)
         return open_bundle(folder).manifest
 
-    def fail(folder: Path, request: Request, progress) -> Manifest:
-        (folder / "half").write_text("x")
+    def fail(folder: Path, results: object) -> Manifest:
         raise OSError(28, "No space left on device")
 
-    export = ("export", "tiny", "--out", tmp_path / "b", "--force", "--json")
-    monkeypatch.setattr("toolchain.compile.bundle_export._fill", fail)
+    export = ("export", "tiny", "--out", out, "--force", "--json")
+    monkeypatch.setattr(bundle_export, "prepare", prepare)
+    monkeypatch.setattr(bundle_export, "_compile", compile_nothing)
+    monkeypatch.setattr(bundle_export, "_finish", fail)
     assert attune(*export).code == 2
     assert [p.name for p in tmp_path.rglob("*")] == ["b", "old.txt"]
-    monkeypatch.setattr("toolchain.compile.bundle_export._fill", fill)
+    monkeypatch.setattr(bundle_export, "_finish", finish)
     attune(*export).json()
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
-    assert not (tmp_path / "b" / "old.txt").exists()
-    open_bundle(tmp_path / "b")
+    assert not (out / "old.txt").exists()
+    open_bundle(out)
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_force_replaces_nothing_but_a_folder(kind: str, attune: Attune, tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "b", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if kind == "file":
+        out.write_text("mine")
+    else:
+        out.symlink_to(elsewhere)
+    result = attune("export", "tiny", "--out", out, "--force")
+    assert result.code == 2
+    assert "is no folder" in result.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "elsewhere"]
+    assert list(elsewhere.iterdir()) == []
 
 
 # The rest of the command line

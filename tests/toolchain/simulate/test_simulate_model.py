@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from runtime_py.bundle.bundle import open_bundle
-from runtime_py.engine.job_runner import TrainingCall
 from runtime_py.engine.phone_engine import LmCall
+from runtime_py.engine.streamed_tuner import TrainingCall
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.policy import LoopPolicy
 from tests.toolchain.conftest import Exported

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from runtime_py.bundle import manifest as m
 from runtime_py.bundle.bundle import Bundle, open_bundle
+from runtime_py.engine.base_weights import BaseWeights
 from tests.toolchain.conftest import Exported, attune, both, fp32  # noqa: F401  (fixtures)
 from toolchain.verify.parity import ladder
 from toolchain.verify.parity.context import Context
@@ -23,10 +25,7 @@ Change = Callable[[m.Manifest], m.Manifest]
 @pytest.fixture(scope="session")
 def models(both: Exported) -> Models:  # noqa: F811
     """Of the built-in model, with what takes seconds done: reading and quantizing."""
-    request = ladder.Request(both.bundle)
-    context = ladder.open_context(request, open_bundle(both.bundle), both.bundle)
-    found = context.source
-    assert found.eager is not None
+    found = ladder.open_context(open_bundle(both.bundle), both.bundle).source
     assert found.android is not None
     assert found.stored is not None
     return found
@@ -52,8 +51,8 @@ class Faulty:
 
     def context(self, models: Models | None = None, change: Change | None = None) -> Context:
         manifest = signed(self.bundle, change or (lambda manifest: manifest))
-        request = ladder.Request(self.bundle, quick=True)
-        context = ladder.open_context(request, Bundle(self.bundle, manifest), self.scratch)
+        bundle = Bundle(self.bundle, manifest)
+        context = ladder.open_context(bundle, self.scratch, quick=True)
         found = models or self.models
         return replace(context, models=found)
 
@@ -71,8 +70,21 @@ def faulty(both: Exported, models: Models, tmp_path: Path) -> Faulty:  # noqa: F
 
 def own_models(clean: Models) -> Models:
     """A copy whose parts may be replaced."""
-    copy = Models(clean.bundle, clean.manifest, clean.source, clean.initial)
-    for name in ("eager", "captured", "android", "ios", "training_spec", "stored"):
+    copy = Models(clean.bundle, clean.source, clean.initial, clean.eager, clean.as_read)
+    for name in ("captured", "android", "ios", "training_spec", "stored"):
         if name in clean.__dict__:
             copy.__dict__[name] = clean.__dict__[name]
     return copy
+
+
+def rewrite(file: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """One tensor of the weights file, changed where it lies."""
+    weights = BaseWeights(file)
+    old = np.array(weights[name])
+    dtype, shape, offset = weights._entries[name]
+    new = np.ascontiguousarray(change(old), dtype)
+    assert new.shape == shape
+    assert (new != old).any()
+    with file.open("r+b") as out:
+        out.seek(offset)
+        out.write(new.tobytes())

@@ -15,8 +15,9 @@ from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
 
-from exporters.executorch.lm_program import adapter_tensors, lower_lm
-from exporters.executorch.pieces import edge_config
+from exporters.executorch.lm_program import lower_lm
+from exporters.executorch.patches import edge_config
+from exporters.model.lora_tensors import adapter_tensors
 from exporters.model.quantize import Scheme, quantized
 from exporters.model.spec import read_spec
 from exporters.model.transformer import build
@@ -31,7 +32,7 @@ from toolchain.verify.arm64.emulate import (
     Arm64Program,
     Call,
     FileSlice,
-    Result,
+    OutputOf,
     RunError,
     refuse_cpu,
 )
@@ -271,9 +272,9 @@ def test_inputs_from_a_file_and_from_an_earlier_call(
     with pytest.raises(
         RunError, match=r"input 0 of forward is float32 2x4; it must be float32 and"
     ):
-        chained.run_sequence([Call("forward", (x, w)), Call("forward", (Result(0, 0), w))])
+        chained.run_sequence([Call("forward", (x, w)), Call("forward", (OutputOf(0, 0), w))])
     with pytest.raises(RunError, match="output 2 of call 0, which there is not"):
-        chained.run_sequence([Call("forward", (x, w)), Call("forward", (Result(0, 2), w))])
+        chained.run_sequence([Call("forward", (x, w)), Call("forward", (OutputOf(0, 2), w))])
     with pytest.raises(RunError, match=r"3x4 from byte 60 on, is not within .*, which has 104"):
         chained.call("forward", (x, FileSlice(weights, 60, "float32", (3, 4))))
 

@@ -17,7 +17,7 @@ from runtime_py.loop.errors import BundleError
 from tests import tiny
 from tests.toolchain.conftest import Exported
 from tests.toolchain.verify.conftest import Faulty, signed
-from toolchain.compile.bundle_export import Request, export
+from toolchain.compile.bundle_export import export
 from toolchain.compile.tolerances import TABLE, of_adapter
 from toolchain.verify.arm64 import build
 from toolchain.verify.arm64.emulate import Call, RunError
@@ -34,7 +34,7 @@ NUMBERS = {"program", "case", "max_abs", "max_rel", "tolerance"}
 
 @pytest.fixture(scope="module")
 def climbed(both: Exported) -> Report:
-    return ladder.climb(ladder.Request(both.bundle, quick=True))
+    return ladder.climb(both.bundle, quick=True)
 
 
 def by_name(found: Report) -> dict[str, Rung]:
@@ -118,18 +118,18 @@ def test_another_schema_version(faulty: Faulty, attune) -> None:
     path.write_text(json.dumps(said | {"schema_version": 99}), encoding="utf-8")
     (faulty.bundle / m.CHECKSUM).write_text(m.sha256(path) + "\n", encoding="ascii")
     with pytest.raises(BundleError, match="schema version 99"):
-        ladder.climb(ladder.Request(faulty.bundle))
+        ladder.climb(faulty.bundle)
 
 
 def test_an_unknown_rung(both: Exported) -> None:
     with pytest.raises(BundleError, match="no --rung attic; known: eager"):
-        ladder.climb(ladder.Request(both.bundle, rungs=("attic",)))
+        ladder.climb(both.bundle, rungs=("attic",))
 
 
 def test_a_source_that_is_gone(both: Exported) -> None:
     """The golden vectors stand in for it; without them nothing is claimed."""
     rungs = ("eager", "captured", "quantized", "executorch", "coreml", "decisions")
-    found = ladder.climb(ladder.Request(both.bundle, rungs, source="/no/such/model", quick=True))
+    found = ladder.climb(both.bundle, rungs=rungs, source="/no/such/model", quick=True)
     own = by_name(found)
     for name in rungs[:3]:
         assert own[name].status == "not run"
@@ -141,8 +141,8 @@ def test_a_source_that_is_gone(both: Exported) -> None:
 def test_no_source_and_no_golden_vectors(faulty: Faulty) -> None:
     shutil.rmtree(faulty.bundle / FOLDER)
     signed(faulty.bundle)
-    request = ladder.Request(faulty.bundle, ("executorch",), source="/no/such/model", quick=True)
-    rung = by_name(ladder.climb(request))["executorch"]
+    report = ladder.climb(faulty.bundle, rungs=("executorch",), source="/no/such/model", quick=True)
+    rung = by_name(report)["executorch"]
     assert rung.status == "not run"
     assert "no golden vectors" in rung.reason
 
@@ -154,8 +154,8 @@ def test_qemu_is_missing(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_processor_that_qemu_computes_wrongly(both: Exported) -> None:
-    request = ladder.Request(both.bundle, ("eager", "arm64"), quick=True, cpu="max")
-    context = ladder.open_context(request, open_bundle(both.bundle), both.bundle)
+    bundle = open_bundle(both.bundle)
+    context = ladder.open_context(bundle, both.bundle, quick=True, cpu="max")
     rung = ladder.run_rung("arm64", context)
     assert rung.status == "not run"
     assert "wrongly" in rung.reason
@@ -251,18 +251,15 @@ CLEAN = [
 def test_no_false_alarm_on_clean_exports(tmp_path: Path, kind: str, precision: str) -> None:
     source = tiny.save_checkpoint(tmp_path / "source", kind, max_position_embeddings=128)
     export(
-        Request(
-            model=str(source),
-            out=tmp_path / "bundle",
-            targets=("android",),
-            quantize={"android": precision},
-            context=96,
-            train_lengths=(48,),
-        ),
-        lambda stage: None,
+        str(source),
+        tmp_path / "bundle",
+        targets=("android",),
+        quantize={"android": precision},
+        context=96,
+        train_lengths=(48,),
     )
     rungs = ("eager", "captured", "quantized", "executorch", "decisions")
-    found = ladder.climb(ladder.Request(tmp_path / "bundle", rungs, source=str(source)))
+    found = ladder.climb(tmp_path / "bundle", rungs=rungs, source=str(source))
     own = by_name(found)
     for name in rungs:
         assert own[name].status == "passed", own[name].reason

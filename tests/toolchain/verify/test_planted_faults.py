@@ -27,7 +27,7 @@ from runtime_py.bundle import manifest as m
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.loop.errors import BundleError
-from tests.toolchain.verify.conftest import Faulty, own_models, signed
+from tests.toolchain.verify.conftest import Faulty, own_models, rewrite, signed
 from toolchain.compile.training_part import manifest_program
 from toolchain.verify.arm64.emulate import Call
 from toolchain.verify.parity import executorch_rungs
@@ -50,19 +50,6 @@ def caught(rung: Rung, *words: str, layer: int | None = None) -> None:
 
 
 # What a file of the bundle holds
-
-
-def rewrite(file: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """One tensor of the weights file, changed where it lies."""
-    weights = BaseWeights(file)
-    old = np.array(weights[name])
-    dtype, shape, offset = weights._entries[name]
-    new = np.ascontiguousarray(change(old), dtype)
-    assert new.shape == shape
-    assert (new != old).any()
-    with file.open("r+b") as out:
-        out.seek(offset)
-        out.write(new.tobytes())
 
 
 def test_a_transposed_weight(faulty: Faulty) -> None:
@@ -125,7 +112,7 @@ def test_swapped_q_and_k_lora(faulty: Faulty) -> None:
 
 
 def read_ptd(faulty: Faulty, name: str) -> np.ndarray:
-    tensor = next(t for t in faulty.models.manifest.adapter.tensors if t.name == name)
+    tensor = next(t for t in faulty.models.bundle.manifest.adapter.tensors if t.name == name)
     assert tensor.offset is not None
     data = (faulty.bundle / "android/adapter.ptd").read_bytes()
     count = int(np.prod(tensor.shape))
@@ -133,7 +120,7 @@ def read_ptd(faulty: Faulty, name: str) -> np.ndarray:
 
 
 def change_ptd(faulty: Faulty, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    tensor = next(t for t in faulty.models.manifest.adapter.tensors if t.name == name)
+    tensor = next(t for t in faulty.models.bundle.manifest.adapter.tensors if t.name == name)
     assert tensor.offset is not None
     new = change(read_ptd(faulty, name)).astype("<f4")
     with (faulty.bundle / "android/adapter.ptd").open("r+b") as file:
@@ -157,7 +144,7 @@ def with_captured(clean: Models, change: Callable[[ModelSpec], ModelSpec]) -> Mo
     """The models of an export that read the config wrongly."""
     models = own_models(clean)
     spec = change(clean.captured.spec)
-    adapter = clean.manifest.adapter
+    adapter = clean.bundle.manifest.adapter
     models.__dict__["captured"] = build(
         spec, clean.source.checkpoint.state, adapter.targets, adapter.rank
     )
@@ -233,8 +220,8 @@ def test_adamw_without_bias_correction(faulty: Faulty, monkeypatch: pytest.Monke
 def test_an_epsilon_that_is_off_in_a_lowered_block(faulty: Faulty) -> None:
     spec = faulty.models.training_spec
     wrong = replace(spec, model=replace(spec.model, norm_eps=1e-2))
-    assert faulty.models.manifest.training is not None
-    length = max(faulty.models.manifest.training.lengths)
+    assert faulty.models.bundle.manifest.training is not None
+    length = max(faulty.models.bundle.manifest.training.lengths)
     change = relowered(faulty, block_programs(wrong, length)[:1], "android/block.pte")
     caught(faulty.climb("executorch", change=change), "block_forward", "norm before it", layer=0)
 

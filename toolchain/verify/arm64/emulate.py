@@ -42,14 +42,14 @@ class FileSlice:
 
 
 @dataclass(frozen=True)
-class Result:
+class OutputOf:
     """An input that is the output ``index`` of the sequence's ``call``, both counted from 0."""
 
     call: int
     index: int
 
 
-Input = np.ndarray | FileSlice | Result
+Input = np.ndarray | FileSlice | OutputOf
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _write_request(folder: Path, files: list[tuple[str, str]], calls: Sequence[C
         for call in calls:
             records.append(("call", call.method))
             for value in call.inputs:
-                if isinstance(value, Result):
+                if isinstance(value, OutputOf):
                     records.append(("result", str(value.call), str(value.index)))
                     continue
                 if isinstance(value, np.ndarray):

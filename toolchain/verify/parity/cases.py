@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from runtime_py.bundle.adapter_tensors import to_runtime
+from runtime_py.bundle.adapter import read_values, to_runtime
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.examples import IGNORED, Example, example
-from runtime_py.engine.job_runner import read_values
-from runtime_py.loop.dialogue import Dialogue, Turn
+from runtime_py.loop.dialogue import Dialogue
 from runtime_py.loop.errors import TrainingError
 from toolchain.compile.proofs import with_effect
-from toolchain.compile.shipped_text import shipped_dialogues
+from toolchain.compile.shipped_text import as_dialogue, shipped_dialogues
 
 DECODED = 32  # tokens that are decoded one by one after a prompt
 PROMPT = 65  # of a real dialogue: one more than a chunk of Core ML's prefill
@@ -41,12 +39,9 @@ class Case:
 
 def dialogues(count: int) -> list[Dialogue]:
     """Of those that ship with attune: real ones, of different lengths."""
-    found = shipped_dialogues("perplexity")
-    step = max(1, len(found) // count)
-    return [
-        Dialogue(f"shipped-{i}", tuple(Turn(t["role"], t["content"]) for t in found[i * step]))
-        for i in range(count)
-    ]
+    every = shipped_dialogues("perplexity")
+    step = max(1, len(every) // count)
+    return [as_dialogue(f"shipped-{i}", every[i * step]) for i in range(count)]
 
 
 def _short(text: str) -> str:
@@ -87,13 +82,22 @@ def cases(manifest: Manifest, text: ChatText, quick: bool = False) -> list[Case]
 
 def adapters(bundle: Bundle) -> dict[str, dict[str, np.ndarray]]:
     """The bundle's own adapter, and one that has an effect: the programs' tensors by name."""
-    own = bundle.manifest.adapter
-    if own.runtime is not None:
-        values = read_values(bundle.path / own.runtime, own.tensors)
+    section, peft = bundle.manifest.adapter, read_peft(bundle.peft)
+    if section.runtime is not None:
+        values = read_values(bundle.path / section.runtime, section.tensors)
     else:
-        values = to_runtime(read_peft(bundle.peft), own.tensors)
-    initial = {tensor.name: values[tensor.name] for tensor in own.tensors}
-    return {INITIAL: initial, EFFECT: with_effect(initial)}
+        values = to_runtime(peft, section.tensors)
+    initial = {tensor.name: values[tensor.name] for tensor in section.tensors}
+    effect = with_effect(initial)
+    for name, value in effect.items():
+        module, part = name.rsplit(".", 1)
+        rank = peft.rank_of(f"model.{module}")
+        # Beyond a module's own rank there is padding, which PEFT's module has no place for.
+        if part == "lora_A":
+            value[:, rank:] = 0.0
+        elif part != "scale":
+            value[:, :, rank:] = 0.0
+    return {INITIAL: initial, EFFECT: effect}
 
 
 def examples(bundle: Bundle, text: ChatText, quick: bool = False) -> list[Example]:
@@ -117,7 +121,3 @@ def examples(bundle: Bundle, text: ChatText, quick: bool = False) -> list[Exampl
     word = np.full(min(24, longest), shortest.tokens[len(shortest.tokens) // 2], np.int64)
     again = Example("one token repeated", word, np.concatenate([[IGNORED], word[1:]]))
     return [full] if quick else [shortest, full, single, again]
-
-
-def text_of(text: ChatText, tokens: Sequence[int] | np.ndarray) -> str:
-    return _short(str(text.tokenizer.decode(list(map(int, tokens)))))

@@ -7,28 +7,23 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from exporters.executorch.lm_program import adapter_tensors
+from exporters.model.lora_tensors import set_adapter
 from exporters.model.transformer import Transformer
 from exporters.training.programs import TrainingSpec, training_programs
 from exporters.training.weights_file import write_weights
-from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.engine.base_weights import BaseWeights
-from runtime_py.engine.examples import IGNORED, Example
-from runtime_py.engine.streaming import StepNumbers
+from runtime_py.engine.examples import Example
+from runtime_py.loop.errors import BundleError
 from toolchain.compile.training_part import EagerPrograms
 from toolchain.verify.arm64.emulate import CPU
-from toolchain.verify.autograd import TorchEngine
 from toolchain.verify.parity.cases import EFFECT, INITIAL, Case
 from toolchain.verify.parity.lm_checks import Said
-from toolchain.verify.parity.models import Models, Values, embedding_of, logits_of, set_adapter
+from toolchain.verify.parity.models import Models, Values, embedding_of, logits_of
 from toolchain.verify.parity.recording import Recorded
+from toolchain.verify.reference_engines import PeftEngine
 
 
 @dataclass(eq=False)
@@ -45,7 +40,7 @@ class Context:
     scratch: Path
     quick: bool = False
     cpu: str = CPU
-    told: Callable[[str], None] = lambda stage: None
+    progress: Callable[[str], None] = lambda stage: None
     eager: Said | None = None
     ios: Said | None = None
     executorch: Said | None = None
@@ -53,7 +48,9 @@ class Context:
 
     @property
     def source(self) -> Models:
-        assert not isinstance(self.models, str)
+        """Raises ``BundleError`` where the source is not there."""
+        if isinstance(self.models, str):
+            raise BundleError(f"the model's source is needed: {self.models}")
         return self.models
 
     @property
@@ -89,9 +86,10 @@ class Context:
     def weights(self) -> BaseWeights:
         return BaseWeights(self.bundle.training_weights)
 
-    def torch_engine(self) -> TorchEngine:
+    def peft_engine(self) -> PeftEngine:
+        """Training by Hugging Face and PEFT themselves."""
         tensors = self.bundle.manifest.adapter.tensors
-        return TorchEngine(self.source.eager, tensors, self.bundle.training.optimizer)
+        return PeftEngine(self.source.eager, tensors, self.bundle.training.optimizer)
 
     @cached_property
     def android(self) -> Said:
@@ -111,46 +109,3 @@ def said_by(
         tokens = case.tokens[: manifest.policy.embed_length]
         said.pooled[case.name], said.entropy[case.name] = embedding_of(model, tokens)
     return said
-
-
-class AutogradEngine:
-    """Training by autograd over the whole of our transformer; AdamW is PyTorch's."""
-
-    capacity = 0
-
-    def __init__(self, model: Transformer, updates: TorchEngine) -> None:
-        self._model, self._updates = model, updates
-
-    def _own(self, state: AdapterState) -> dict[str, Tensor]:
-        set_adapter(self._model, state.tensors)
-        return adapter_tensors(self._model)
-
-    def _loss(self, example: Example) -> Tensor:
-        logits = self._model(torch.from_numpy(example.tokens)[None])[0, :-1]
-        labels = torch.from_numpy(example.labels)[1:]
-        return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-
-    @torch.no_grad()
-    def loss(self, state: AdapterState, examples: Sequence[Example]) -> tuple[float, int]:
-        self._own(state)
-        total = sum(float(self._loss(example)) for example in examples)
-        return total, sum(example.count for example in examples)
-
-    def gradient(
-        self, state: AdapterState, examples: Sequence[Example], into: np.ndarray
-    ) -> tuple[float, int]:
-        own = self._own(state)
-        trained = {name: tensor for name, tensor in own.items() if ".lora_" in name}
-        for tensor in trained.values():
-            tensor.requires_grad_()
-        with torch.enable_grad():
-            loss = torch.stack([self._loss(example) for example in examples]).sum()
-            grads = torch.autograd.grad(loss, list(trained.values()))
-        views = state.layout.views(into)
-        for (name, tensor), grad in zip(trained.items(), grads, strict=True):
-            tensor.requires_grad_(False)
-            views[name] += grad.numpy()
-        return float(loss.detach()), sum(example.count for example in examples)
-
-    def update(self, state: AdapterState, gradient: np.ndarray, numbers: StepNumbers) -> float:
-        return self._updates.update(state, gradient, numbers)

@@ -16,6 +16,7 @@ from torch import Tensor
 from exporters.coreml.half import for_half
 from exporters.coreml.training_package import coreml_name
 from exporters.errors import ExportError
+from exporters.model.lora_tensors import set_adapter
 from runtime_py.bundle.manifest import Program
 from toolchain.compile.tolerances import (
     FLOAT16_ABOVE,
@@ -31,7 +32,7 @@ from toolchain.verify.parity import probes, training_checks
 from toolchain.verify.parity.cases import EFFECT, Case
 from toolchain.verify.parity.context import Context, said_by
 from toolchain.verify.parity.lm_checks import Said, compared
-from toolchain.verify.parity.models import Values, logits_of, set_adapter
+from toolchain.verify.parity.models import Values, logits_of
 from toolchain.verify.parity.recording import Recorded
 from toolchain.verify.parity.verdict import Check, Found, Rung, compare, not_run, rung, stated
 
@@ -108,7 +109,7 @@ def coreml(context: Context) -> Rung:
     found: Found | None = None
     layers: list[tuple[str, float]] = []
     try:
-        context.told("coreml: prefill, decode, embed")
+        context.progress("coreml: prefill, decode, embed")
         lm = CoreMlLm(context)
         expected = context.ios
         if expected is None:
@@ -121,7 +122,7 @@ def coreml(context: Context) -> Rung:
         if any(not check.passed for check in own):
             found = place or _named(own)
         if context.bundle.manifest.training is not None:
-            context.told("coreml: training programs")
+            context.progress("coreml: training programs")
             more, where = _training(context)
             checks += more
             found = found or where

@@ -17,12 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from exporters.model.lora_tensors import set_adapter
 from exporters.model.transformer import Transformer
+from runtime_py.bundle.adapter import read_values, write_values
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.examples import fit
-from runtime_py.engine.job_runner import StreamedFineTuner, read_values, runtime_file, write_values
 from runtime_py.engine.phone_engine import PhoneEngine
+from runtime_py.engine.streamed_tuner import StreamedFineTuner
 from runtime_py.engine.streaming import StreamingEngine
 from runtime_py.engine.trainer import Settings, evaluate, train
 from runtime_py.loop.dialogue import Dialogue, Turn
@@ -35,7 +37,7 @@ from runtime_py.loop.schedule import Conditions, Moment
 from toolchain.compile.tolerances import TABLE, of_logits
 from toolchain.verify.parity.cases import dialogues
 from toolchain.verify.parity.context import Context
-from toolchain.verify.parity.models import embedding_of, logits_of, set_adapter
+from toolchain.verify.parity.models import embedding_of, logits_of
 from toolchain.verify.parity.verdict import Check, Rung, compare, not_run, rung, stated
 
 STREAM, QUICK_STREAM = 24, 10
@@ -57,7 +59,7 @@ class TorchPhone:
         self._adapter = context.bundle.android.adapter
 
     def use_adapter(self, file: Path) -> None:
-        self._adapter = runtime_file(self._context.bundle, file)
+        self._adapter = file
 
     def embed(self, dialogue: Dialogue) -> Embedding:
         text, manifest = self._context.text, self._context.bundle.manifest
@@ -103,12 +105,12 @@ class TorchTuner:
         longest = min(job.max_sequence_tokens, max(context.bundle.training.lengths))
         examples = fit(job.training, context.text, longest).examples
         held_out = fit(job.held_out, context.text, longest).examples
-        parent = runtime_file(context.bundle, job.parent)
         tensors = manifest.adapter.tensors
         if not examples or not held_out:  # as the phone does: nothing to learn from, or to judge by
-            write_values(folder / "adapter.ptd", parent, tensors, read_values(parent, tensors))
+            values = read_values(job.parent, tensors)
+            write_values(folder / "adapter.ptd", job.parent, tensors, values)
             return FineTuneResult(folder / "adapter.ptd", math.nan, math.nan, (), 0.0)
-        state = AdapterState.of(tensors, read_values(parent, tensors))
+        state = AdapterState.of(tensors, read_values(job.parent, tensors))
         settings = Settings(
             epochs=job.epochs, batch=job.batch, learning_rate=job.learning_rate, seed=job.seed
         )
@@ -119,12 +121,12 @@ class TorchTuner:
         if done is None:
             return None
         after = evaluate(engine, state, held_out)
-        write_values(folder / "adapter.ptd", parent, tensors, state.tensors)
+        write_values(folder / "adapter.ptd", job.parent, tensors, state.tensors)
         return FineTuneResult(folder / "adapter.ptd", before, after, done.losses, done.seconds)
 
 
 @dataclass(frozen=True, eq=False)
-class Life:
+class LoopOutcome:
     """What a loop did. ``adapter``: the trained one's values; ``reply``: greedy, with it."""
 
     decisions: tuple[Decision, ...]
@@ -138,7 +140,7 @@ class Life:
 
 def live(
     context: Context, name: str, engine: Engine, tuner: FineTuner, stream: Sequence[Dialogue]
-) -> Life:
+) -> LoopOutcome:
     """The stream from first to last, every question answered, and one night of fine-tuning."""
     policy = LoopPolicy(
         bins=BINS,
@@ -155,11 +157,10 @@ def live(
     )
     folder = context.scratch / name
     folder.mkdir()
-    bundle = context.bundle.peft
     ticks = iter(range(1, 1 << 30))
     with Personalizer(
         folder, policy, read_lexicons(), engine, tuner,
-        lambda: Moment(float(next(ticks)), 0), bundle, context.bundle.manifest.model.hidden,
+        lambda: Moment(float(next(ticks)), 0), context.bundle,
     ) as loop:  # fmt: skip
         decisions = [loop.observe(dialogue) for dialogue in stream]
         prompt = stream[0].turns[:1]
@@ -170,7 +171,7 @@ def live(
         trained = sorted(folder.rglob("*.ptd"))
         tensors = context.bundle.manifest.adapter.tensors
         adapter = read_values(trained[-1], tensors) if trained else {}
-        return Life(
+        return LoopOutcome(
             decisions=tuple(decisions),
             losses=report.losses,
             held_out=(_number(report.heldout_loss_before), _number(report.heldout_loss_after)),
@@ -192,18 +193,18 @@ def decisions(context: Context) -> Rung:
     if manifest.android is None or manifest.training is None:
         return not_run("decisions", "the bundle has no Android part to run the loop with.")
     stream = dialogues(QUICK_STREAM if context.quick else STREAM)
-    context.told("decisions: PyTorch")
+    context.progress("decisions: PyTorch")
     torch.set_grad_enabled(True)
     reference = TorchPhone(context, context.source.android)
     expected = live(context, "pytorch", reference, TorchTuner(context), stream)
-    context.told("decisions: ExecuTorch")
+    context.progress("decisions: ExecuTorch")
     found = phone_life(context, "executorch", stream)
     checks = same_life(found, expected, manifest.android.quantize)
     checks += _reply(context, reference, found, expected, stream)
     return rung("decisions", "PyTorch with the same weights", checks)
 
 
-def phone_life(context: Context, name: str, stream: Sequence[Dialogue]) -> Life:
+def phone_life(context: Context, name: str, stream: Sequence[Dialogue]) -> LoopOutcome:
     """The loop as a phone runs it."""
     engine = PhoneEngine(context.bundle)
     text = ChatText(context.bundle)
@@ -211,7 +212,7 @@ def phone_life(context: Context, name: str, stream: Sequence[Dialogue]) -> Life:
     return live(context, name, engine, tuner, stream)
 
 
-def same_life(found: Life, expected: Life, quantize: str) -> list[Check]:
+def same_life(found: LoopOutcome, expected: LoopOutcome, quantize: str) -> list[Check]:
     """Scores within the precision, the same choices but for ties, the same training."""
     allowed = _SCORES[quantize]
     checks: list[Check] = []
@@ -259,7 +260,7 @@ def _first_split(found: Sequence[Decision], expected: Sequence[Decision]) -> int
 
 
 def _choices(
-    found: Life, expected: Life, split: int | None, scores: np.ndarray, allowed: float
+    found: LoopOutcome, expected: LoopOutcome, split: int | None, scores: np.ndarray, allowed: float
 ) -> Check:
     name = "kept and replaced sets"
     case = f"{len(expected.decisions)} dialogues"
@@ -278,7 +279,11 @@ def _choices(
 
 
 def _reply(
-    context: Context, reference: TorchPhone, found: Life, expected: Life, stream: Sequence[Dialogue]
+    context: Context,
+    reference: TorchPhone,
+    found: LoopOutcome,
+    expected: LoopOutcome,
+    stream: Sequence[Dialogue],
 ) -> list[Check]:
     """Greedy text with the bundle's adapter. Where it parts, PyTorch's two likeliest tokens must be
     closer than the precision tells apart."""

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
+from exporters.model.lora_tensors import set_adapter
+from runtime_py.bundle.adapter import write_values
 from runtime_py.bundle.manifest import Program
-from runtime_py.engine.job_runner import write_values
 from toolchain.compile.tolerances import of_adapter, of_logits, of_pooled, same_program
 from toolchain.verify.arm64 import build
 from toolchain.verify.arm64.emulate import Arm64Program, Call, RunError, refuse_cpu
 from toolchain.verify.parity import lm_checks, probes, training_checks
 from toolchain.verify.parity.cases import EFFECT, Case
 from toolchain.verify.parity.context import Context
-from toolchain.verify.parity.models import set_adapter
 from toolchain.verify.parity.native_child import run_calls
 from toolchain.verify.parity.recording import Recorded
 from toolchain.verify.parity.verdict import Check, Found, Rung, not_run, rung, stated
@@ -65,7 +65,7 @@ def executorch(context: Context) -> Rung:
     found: Found | None = None
     layers: list[tuple[str, float]] = []
     try:
-        context.told("executorch: lm.pte")
+        context.progress("executorch: lm.pte")
         said = lm_checks.run(
             context.bundle, _here, context.cases, context.adapters,
             context.scratch,
@@ -75,7 +75,7 @@ def executorch(context: Context) -> Rung:
         bounds = of_logits(quantize), of_pooled(quantize), of_adapter(quantize)
         own = lm_checks.compared(said, context.android, context.cases, *bounds)
         checks += own
-        context.told("executorch: layer by layer")
+        context.progress("executorch: layer by layer")
         layers = _layers(context)
         if any(not check.passed for check in own):
             found = _place(own, layers, context)
@@ -134,7 +134,7 @@ def _replayed(context: Context) -> tuple[list[Check], Found | None]:
     runs = [(example, adapter, False) for example, adapter in context.trained]
     runs.append((*context.trained[0], True))
     for example, adapter, keep in runs:
-        context.told(f"executorch: training on {example.id}")
+        context.progress(f"executorch: training on {example.id}")
         values = context.adapters[adapter]
         calls = training_checks.record(
             context.bundle, context.programs, context.weights, values, example, keep
@@ -178,7 +178,7 @@ def arm64(context: Context) -> Rung:
     checks: list[Check] = []
     found: Found | None = None
     try:
-        context.told("arm64: lm.pte")
+        context.progress("arm64: lm.pte")
         said = lm_checks.run(
             context.bundle, there, cases, adapters, context.scratch,
             steps=_ARM_STEPS, constants=False,
@@ -187,7 +187,7 @@ def arm64(context: Context) -> Rung:
         checks += lm_checks.compared(
             said, context.executorch, cases, same, same, of_adapter(quantize)
         )
-        context.told("arm64: training programs")
+        context.progress("arm64: training programs")
         signatures = _training(context)
         files = {name: context.bundle.path / p.file for name, p in signatures.items()}
         outputs = training_checks.again(context.replayed, there, files)

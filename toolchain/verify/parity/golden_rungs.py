@@ -111,7 +111,7 @@ def without_source(name: str, context: Context) -> Rung:
     if golden is None:
         return not_run(name, "the bundle has no golden vectors, and its source is not there.")
     target = "ios" if name == "coreml" else "android"
-    if target not in golden.said["targets"]:
+    if target not in golden.document["targets"]:
         return not_run(name, f"the bundle has no part for {target}.")
     try:
         if name == "arm64":

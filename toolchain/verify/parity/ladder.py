@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,8 @@ from exporters.errors import ExportError
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.loop.errors import BundleError
+from toolchain.compile.source import find_source
+from toolchain.defaults import BUILTIN
 from toolchain.verify.arm64.emulate import CPU
 from toolchain.verify.parity import (
     coreml_rung,
@@ -24,9 +26,8 @@ from toolchain.verify.parity import (
 )
 from toolchain.verify.parity.cases import INITIAL, adapters, cases, examples
 from toolchain.verify.parity.context import Context
-from toolchain.verify.parity.models import Models
+from toolchain.verify.parity.models import Models, open_models
 from toolchain.verify.parity.verdict import NOT_ASKED, RUNGS, Report, Rung, not_run
-from toolchain.verify.source import find_source
 
 _NEED_SOURCE = ("eager", "captured", "quantized")
 _RUN: dict[str, Callable[[Context], Rung]] = {
@@ -40,28 +41,34 @@ _RUN: dict[str, Callable[[Context], Rung]] = {
 }
 
 
-@dataclass(frozen=True)
-class Request:
-    """``rungs``: those asked for, all where empty; the others are not run, and say so."""
+def climb(
+    folder: Path,
+    *,
+    rungs: Sequence[str] = (),
+    source: str | None = None,
+    quick: bool = False,
+    cpu: str = CPU,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Report:
+    """All rungs of the bundle ``folder``, or those asked for: the others are not run, and say so.
 
-    bundle: Path
-    rungs: tuple[str, ...] = ()
-    source: str | None = None
-    quick: bool = False
-    cpu: str = CPU
-
-
-def climb(request: Request, told: Callable[[str], None] = lambda stage: None) -> Report:
-    """Raises ``BundleError`` for a bundle that cannot be opened, or options that make no sense."""
-    if unknown := sorted(set(request.rungs) - set(RUNGS)):
+    ``source``: the model that it was made from; ``quick``: fewer and shorter inputs; ``cpu``: what
+    QEMU emulates. Raises ``BundleError`` for a bundle that cannot be opened, or options that make
+    no sense.
+    """
+    if unknown := sorted(set(rungs) - set(RUNGS)):
         raise BundleError(f"no --rung {', '.join(unknown)}; known: {', '.join(RUNGS)}.")
     begun = time.monotonic()
-    bundle = open_bundle(request.bundle)
+    bundle = open_bundle(folder)
     manifest = bundle.manifest
     with tempfile.TemporaryDirectory(prefix="attune-parity-") as scratch:
-        context = open_context(request, bundle, Path(scratch))
-        context.told = told
-        rungs = [_run(name, request, context) for name in RUNGS]
+        context = open_context(bundle, Path(scratch), source=source, quick=quick, cpu=cpu)
+        context.progress = progress
+        wanted = _needed(rungs or RUNGS)
+        results = [
+            run_rung(name, context) if name in wanted else not_run(name, NOT_ASKED)
+            for name in RUNGS
+        ]
         texts = {case.name: case.text for case in context.cases}
     precisions = {
         name: target.quantize
@@ -69,61 +76,62 @@ def climb(request: Request, told: Callable[[str], None] = lambda stage: None) ->
         if target is not None
     }
     return Report(
-        bundle=str(request.bundle),
+        bundle=str(folder),
         model=manifest.model.name,
         precisions=precisions,
-        rungs=tuple(rungs),
+        rungs=tuple(results),
         texts=texts,
         seconds=time.monotonic() - begun,
     )
 
 
-def open_context(request: Request, bundle: Bundle, scratch: Path) -> Context:
+def open_context(
+    bundle: Bundle,
+    scratch: Path,
+    *,
+    source: str | None = None,
+    quick: bool = False,
+    cpu: str = CPU,
+) -> Context:
+    """What all rungs share; ``scratch``: a folder for files that they make."""
     text = ChatText(bundle)
     values = adapters(bundle)
     return Context(
         bundle=bundle,
         text=text,
-        models=_models(request, bundle, values[INITIAL]),
-        cases=cases(bundle.manifest, text, request.quick),
-        examples=examples(bundle, text, request.quick) if bundle.manifest.training else (),
+        models=_models(bundle, source, values[INITIAL]),
+        cases=cases(bundle.manifest, text, quick),
+        examples=examples(bundle, text, quick) if bundle.manifest.training else (),
         adapters=values,
         scratch=scratch,
-        quick=request.quick,
-        cpu=request.cpu,
+        quick=quick,
+        cpu=cpu,
     )
 
 
-def _models(request: Request, bundle: Bundle, initial: dict[str, np.ndarray]) -> Models | str:
+def _models(bundle: Bundle, source: str | None, initial: dict[str, np.ndarray]) -> Models | str:
     """The models in PyTorch, or why there are none. A ``--source`` that is another model than the
     bundle's is the user's mistake, and raises."""
     if (
-        request.source is not None
-        and not Path(request.source).exists()
-        and ("/" not in request.source or request.source.startswith(("/", ".")))
-        and request.source != "tiny"
+        source is not None
+        and not Path(source).exists()
+        and ("/" not in source or source.startswith(("/", ".")))
+        and source != BUILTIN
     ):
-        return f"the source {request.source} is no longer there."
+        return f"the source {source} is no longer there."
     try:
-        found = find_source(bundle.manifest, request.source)
+        original = find_source(bundle.manifest, source)
     except ExportError as error:
         return f"the source cannot be read: {error}"
-    if isinstance(found, str):
-        return found
-    models = Models(bundle, found, initial)
-    assert models.as_read
-    return models
-
-
-def _run(name: str, request: Request, context: Context) -> Rung:
-    if request.rungs and name not in _needed(request.rungs):
-        return not_run(name, NOT_ASKED)
-    return run_rung(name, context)
+    if isinstance(original, str):
+        return original
+    return open_models(bundle, original, initial)
 
 
 def run_rung(name: str, context: Context) -> Rung:
+    """One rung; where there is no source, by the golden vectors or not at all."""
     begun = time.monotonic()
-    context.told(name)
+    context.progress(name)
     if not isinstance(context.models, str):
         rung = _RUN[name](context)
     elif name in _NEED_SOURCE:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime_py.bundle.adapter import write_values
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Manifest
-from runtime_py.engine.job_runner import write_values
-from toolchain.compile.bundle_export import PREFILL_ANDROID
+from toolchain.compile.android import PREFILL_ANDROID
 from toolchain.compile.tolerances import ADAPTER_RATIO, TABLE, Tolerance
 from toolchain.verify.arm64.emulate import Call
 from toolchain.verify.parity.cases import EFFECT, INITIAL, Case

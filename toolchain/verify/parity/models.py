@@ -10,42 +10,34 @@ from functools import cached_property
 import numpy as np
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from exporters.coreml.functions import Embed
-from exporters.executorch.lm_program import adapter_tensors
-from exporters.model.transformer import Transformer
+from exporters.model.lora_tensors import set_adapter
+from exporters.model.transformer import Transformer, plain_attention
 from exporters.training.programs import TrainingSpec
 from exporters.training.weights_file import as_stored
 from runtime_py.bundle.bundle import Bundle
-from runtime_py.bundle.manifest import Manifest
 from toolchain.compile.precision import rounded_for_coreml
+from toolchain.compile.source import Source, as_in_bundle, float_model
 from toolchain.compile.training_part import training_spec
-from toolchain.verify.source import Source, as_in_bundle, float_model
+from toolchain.verify.peft_module import peft_values
 
 Values = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """Each is made when it is first asked for; ``as_read`` must be the first."""
+    """``open_models`` makes one. ``initial``: the bundle's adapter as its programs are given it;
+    ``eager``: Hugging Face's float32 module with the bundle's PEFT folder as PEFT itself reads it;
+    ``as_read``: the adapter that PEFT read, by the programs' names. The others are made when they
+    are first asked for."""
 
     bundle: Bundle
     source: Source
     initial: Values
-
-    @cached_property
-    def eager(self) -> PeftModel:
-        """Float32, with the bundle's PEFT folder as PEFT itself reads it."""
-        model = self.source.checkpoint.hf_model()
-        folder = str(self.bundle.peft)
-        return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
-
-    @cached_property
-    def as_read(self) -> dict[str, np.ndarray]:
-        """The adapter that PEFT read, before any other was set: by the programs' names."""
-        return peft_values(self.eager, self.bundle.manifest)
+    eager: PeftModel
+    as_read: Values
 
     @cached_property
     def captured(self) -> Transformer:
@@ -56,7 +48,7 @@ class Models:
     def android(self) -> Transformer:
         """With the weights of ``lm.pte``. Calibration reads its text with the bundle's adapter."""
         set_adapter(self.captured, self.initial)
-        return as_in_bundle(self.captured, self.bundle.manifest, self.source)
+        return as_in_bundle(self.captured, self.bundle, self.source)
 
     @cached_property
     def ios(self) -> Transformer:
@@ -66,67 +58,33 @@ class Models:
     @cached_property
     def training_spec(self) -> TrainingSpec:
         """What the bundle's training programs were made for."""
-        own = self.bundle.training
-        adapter = self.bundle.manifest.adapter
-        spec = training_spec(self._simulated, adapter.targets, adapter.rank, None)
-        return replace(spec, blocks=own.precision, head=own.head_precision, positions=own.positions)
+        section, adapter = self.bundle.training, self.bundle.manifest.adapter
+        spec = training_spec(self.simulated, adapter.targets, adapter.rank, None)
+        return replace(
+            spec,
+            blocks=section.precision,
+            head=section.head_precision,
+            positions=section.positions,
+        )
 
     @property
-    def _simulated(self) -> Transformer:
+    def simulated(self) -> Transformer:
+        """The one that the training file was written from."""
         return self.android if self.bundle.manifest.android is not None else self.ios
 
     @cached_property
     def stored(self) -> Transformer:
         """Float32 arithmetic with the weights of the training file, as the source gives them."""
-        return as_stored(self._simulated, self.training_spec)
-
-    @property
-    def simulated(self) -> Transformer:
-        """The one that the training file was written from."""
-        return self._simulated
+        return as_stored(self.simulated, self.training_spec)
 
 
-def set_adapter(model: Transformer, values: Values) -> None:
-    for name, tensor in adapter_tensors(model).items():
-        tensor.copy_(torch.from_numpy(np.ascontiguousarray(values[name])))
-
-
-@torch.no_grad()
-def set_peft_adapter(model: PeftModel, manifest: Manifest, values: Values) -> None:
-    """The same values in PEFT's module, its scales included."""
-    for tensor, place in _peft_places(model, manifest):
-        place.copy_(torch.from_numpy(values[tensor][0]))
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            name = f"{path.removeprefix('base_model.model.model.')}.scale"
-            module.scaling["default"] = float(values[name].item())
-
-
-def peft_values(model: PeftModel, manifest: Manifest) -> dict[str, np.ndarray]:
-    """What PEFT read, by the programs' names; scales included."""
-    found = {
-        name: place.detach().numpy()[None].copy() for name, place in _peft_places(model, manifest)
-    }
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            name = f"{path.removeprefix('base_model.model.model.')}.scale"
-            found[name] = np.full((1, 1, 1), module.scaling["default"], np.float32)
-    return found
-
-
-def _peft_places(model: PeftModel, manifest: Manifest) -> list[tuple[str, torch.Tensor]]:
-    parameters = dict(model.named_parameters())
-    places = []
-    for tensor in manifest.adapter.tensors:
-        if tensor.name.endswith(".scale"):
-            continue
-        # The name in the programs is the module's own, whatever the manifest says of PEFT's.
-        base, part = tensor.name.rsplit(".", 1)
-        kind = "lora_A" if part == "lora_A" else "lora_B"
-        whole = parameters[f"base_model.model.model.{base}.{kind}.default.weight"]
-        rows = slice(*tensor.rows) if kind == "lora_B" else slice(None)
-        places.append((tensor.name, whole.data[rows]))
-    return places
+def open_models(bundle: Bundle, source: Source, initial: Values) -> Models:
+    """Reads source and adapter as Hugging Face and PEFT do, before any other adapter is set."""
+    model = source.checkpoint.hf_model()
+    folder = str(bundle.peft)
+    eager = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
+    as_read = peft_values(eager, bundle.manifest.adapter.tensors)
+    return Models(bundle, source, initial, eager, as_read)
 
 
 @torch.no_grad()
@@ -134,14 +92,9 @@ def logits_of(model: Transformer, tokens: np.ndarray, first: int) -> np.ndarray:
     """After each token from index ``first`` on: [n, vocab]."""
     ids = torch.from_numpy(tokens)[None]
     positions = torch.arange(ids.shape[1])
-    hidden = model.hidden(ids, positions, plain(model))
+    attends = [plain_attention(model.spec, layer) for layer in model.spec.layers]
+    hidden = model.hidden(ids, positions, attends)
     return model.logits(hidden[:, first:])[0].numpy()
-
-
-def plain(model: Transformer) -> list:
-    from exporters.model.transformer import plain_attention
-
-    return [plain_attention(model.spec, layer) for layer in model.spec.layers]
 
 
 @torch.no_grad()
@@ -169,6 +122,7 @@ def eager_embedding(model: PeftModel, tokens: np.ndarray) -> tuple[np.ndarray, n
 
 @torch.no_grad()
 def eager_logits(model: nn.Module, tokens: np.ndarray, first: int) -> np.ndarray:
+    """Hugging Face's, after each token from index ``first`` on: [n, vocab]."""
     return (
         model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0, first:].numpy()
     )

@@ -23,14 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from toolchain.verify.arm64.emulate import Call, FileSlice, Result, RunError
+from runtime_py.engine.native import load_module, set_threads
+from toolchain.verify.arm64.emulate import Call, FileSlice, OutputOf, RunError
 
 TIMEOUT_S = 1200.0
 _DEBUG_BYTES = 512 * 1024 * 1024
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class Instruction:
     """One instruction of a method as it ran: its operator, and the tensors that it took and gave
     (those of a delegate: all of its inputs, then its outputs)."""
 
@@ -39,11 +40,11 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Ran:
+class CallResults:
     """``outputs`` of each call; ``steps`` of the one call where it was watched."""
 
     outputs: list[list[np.ndarray]]
-    steps: tuple[Step, ...] = ()
+    steps: tuple[Instruction, ...] = ()
 
 
 def run_calls(
@@ -52,7 +53,7 @@ def run_calls(
     calls: Sequence[Call],
     watch: bool = False,
     timeout: float = TIMEOUT_S,
-) -> Ran:
+) -> CallResults:
     """All calls in one process, so a cache lasts from call to call. Raises ``RunError``.
 
     ``watch``: also what every instruction gave; then there is one call only.
@@ -132,7 +133,7 @@ def _write(
         for call in calls:
             inputs: list[dict] = []
             for value in call.inputs:
-                if isinstance(value, Result):
+                if isinstance(value, OutputOf):
                     inputs.append({"call": value.call, "index": value.index})
                     continue
                 if isinstance(value, np.ndarray):
@@ -159,15 +160,15 @@ def _slice(folder: Path, start: int, array: np.ndarray) -> FileSlice:
     return FileSlice(folder / "inputs", start, array.dtype.name, array.shape)
 
 
-def _read(folder: Path) -> Ran:
+def _read(folder: Path) -> CallResults:
     said = json.loads((folder / "response.json").read_text(encoding="utf-8"))
     with np.load(folder / "outputs.npz", allow_pickle=False) as arrays:
         outputs = [[arrays[f"o{i}.{j}"] for j in range(n)] for i, n in enumerate(said["outputs"])]
         steps = tuple(
-            Step(name, tuple(arrays[f"s{i}.{j}"] for j in range(n)))
+            Instruction(name, tuple(arrays[f"s{i}.{j}"] for j in range(n)))
             for i, (name, n) in enumerate(said["steps"])
         )
-    return Ran(outputs, steps)
+    return CallResults(outputs, steps)
 
 
 # In the child
@@ -175,15 +176,13 @@ def _read(folder: Path) -> Ran:
 
 def _serve(folder: Path) -> None:
     import torch
-    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (llama::* kernels)
-    from executorch.extension.pybindings import portable_lib
-    from executorch.kernels import quantized  # noqa: F401  (quantized_decomposed::* kernels)
 
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    program, data = request["program"], request["data"]
-    load: Any = portable_lib._load_for_executorch
-    watched = {"enable_etdump": True, "debug_buffer_size": _DEBUG_BYTES}
-    module = load(program, *data, **(watched if request["watch"] else {}))
+    watch = bool(request["watch"])
+    data = Path(request["data"][0]) if request["data"] else None
+    module = load_module(
+        Path(request["program"]), data, trace=watch, debug_bytes=_DEBUG_BYTES if watch else 0
+    )
     maps: dict[str, np.memmap] = {}
 
     def tensor(value: dict) -> Any:
@@ -197,12 +196,12 @@ def _serve(folder: Path) -> None:
         return torch.from_numpy(part.view(dtype).reshape(value["shape"]))
 
     outputs: list[list[Any]] = []
-    steps: list[Step] = []
+    steps: list[Instruction] = []
     for call in request["calls"]:
         inputs = tuple(tensor(value) for value in call["inputs"])
         found = module.run_method(call["method"], inputs)
         outputs.append([v if isinstance(v, torch.Tensor) else torch.tensor(v) for v in found])
-    if request["watch"]:
+    if watch:
         steps = _steps(module, folder)
     arrays = {f"o{i}.{j}": v.numpy() for i, row in enumerate(outputs) for j, v in enumerate(row)}
     arrays |= {f"s{i}.{j}": v for i, step in enumerate(steps) for j, v in enumerate(step.tensors)}
@@ -214,7 +213,7 @@ def _serve(folder: Path) -> None:
     (folder / "response.json").write_text(json.dumps(said), encoding="utf-8")
 
 
-def _steps(module: Any, folder: Path) -> list[Step]:
+def _steps(module: Any, folder: Path) -> list[Instruction]:
     """What the call of a watched module computed, from ExecuTorch's own event log."""
     import torch
     from executorch.devtools import Inspector
@@ -222,25 +221,24 @@ def _steps(module: Any, folder: Path) -> list[Step]:
     log, buffer = folder / "log", folder / "buffer"
     module.write_etdump_result_to_file(str(log), str(buffer))
     blocks = Inspector(etdump_path=str(log), debug_buffer_path=str(buffer)).event_blocks
-    steps: list[Step] = []
+    steps: list[Instruction] = []
     for event in [b for b in blocks if b.name == "Execute"][-1].events:
         values = [v for v in (event.debug_data or []) if isinstance(v, torch.Tensor)]
         if values and event.name != "OPERATOR_CALL":
             name = event.name.removeprefix("native_call_")
-            steps.append(Step(name, tuple(v.detach().numpy().copy() for v in values)))
+            steps.append(Instruction(name, tuple(v.detach().numpy().copy() for v in values)))
     return steps
 
 
 def _main() -> None:
     """A folder a line in, a JSON string a line out; native code's own words go nowhere."""
     import torch  # noqa: F401
-    from executorch.extension.pybindings import portable_lib
 
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads:
-        portable_lib._unsafe_reset_threadpool(int(threads))
+        set_threads(int(threads))
     for line in sys.stdin:
         answer = ""
         try:

@@ -11,19 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from exporters.model.spec import ModelSpec
-from exporters.model.transformer import (
-    Attend,
-    Projection,
-    Transformer,
-    plain_attention,
-    site_targets,
-)
+from exporters.model.transformer import Attend, Transformer, plain_attention, site_targets
 from exporters.training.block import MATRICES
-from toolchain.verify.evaluation import PERTURBATION
-from toolchain.verify.parity.native_child import Step
+from toolchain.verify.noise import perturbed
+from toolchain.verify.parity.native_child import Instruction
+from toolchain.verify.parity.place_recorder import PlaceRecorder
 from toolchain.verify.parity.verdict import Found
 
 OPERATORS = {
@@ -51,6 +46,7 @@ Values = dict[str, np.ndarray]
 
 
 def operator_of(place: str) -> tuple[int | None, str]:
+    """The layer and the operator at a place."""
     if not place.startswith("layers."):
         return None, OPERATORS[place]
     _, layer, operator = place.split(".", 2)
@@ -62,12 +58,12 @@ def differences(found: Values, expected: Values) -> list[tuple[str, float]]:
     of the largest value."""
     result = []
     for place, want in expected.items():
-        if (own := found.get(place)) is None:
+        if (value := found.get(place)) is None:
             continue
-        if own.size != want.size:
+        if value.size != want.size:
             result.append((place, float("inf")))
             continue
-        gap = np.abs(own.reshape(want.shape).astype(np.float64) - want).max()
+        gap = np.abs(value.reshape(want.shape).astype(np.float64) - want).max()
         size = max(float(np.abs(want).max()), 1e-30)
         result.append((place, float(gap) / size if np.isfinite(gap) else float("inf")))
     return result
@@ -99,132 +95,85 @@ def first_difference(
 @torch.no_grad()
 def noise_floor(model: Transformer, tokens: np.ndarray) -> dict[str, float]:
     """How far each place moves where the token embeddings change in float32's last bit."""
-    random = torch.Generator().manual_seed(0)
-
-    def shaken(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        noise = torch.randn(output.shape, generator=random, dtype=torch.float64)
-        return (output.double() * (1.0 + PERTURBATION * noise)).float()
-
     expected = of_transformer(model, tokens)
-    handle = model.table.register_forward_hook(shaken)
-    try:
+    with perturbed(model, 0):
         return dict(differences(of_transformer(model, tokens), expected))
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()
 def of_transformer(model: Transformer, tokens: np.ndarray) -> Values:
     """Of one call over ``tokens`` [n], all places."""
-    values: Values = {}
     spec = model.spec
     ids = torch.from_numpy(tokens)[None]
-    values["embedding"] = model.lookup(ids).numpy()
-    if len(model.ropes) == 1:
-        tables = (getattr(model, f"{kind}_0")[: len(tokens), 0] for kind in ("cos", "sin"))
-        values["rotary tables"] = np.stack([t.numpy() for t in tables])
-    handles = []
-
-    def attend(layer: int) -> Attend:
-        own = plain_attention(spec, spec.layers[layer])
-
-        def watched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for name, tensor in (("q", q), ("k", k), ("v", v)):
-                values[f"layers.{layer}.{name}.placed"] = tensor.numpy().copy()
-            return own(q, k, v)
-
-        return watched
-
-    def site_hook(layer: int, site: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, outputs: list[Tensor]) -> None:
-            values[f"layers.{layer}.{site}.in"] = inputs[0].numpy().copy()
-            for name, output in zip(MATRICES[site], outputs, strict=True):
-                values[f"layers.{layer}.{name}"] = output.numpy().copy()
-
-        return hook
-
-    def block_hook(layer: int) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            values[f"layers.{layer}.y"] = output.numpy().copy()
-
-        return hook
-
-    for index, block in enumerate(model.blocks):
-        for site in MATRICES:
-            part = getattr(block, site)
-            assert isinstance(part, Projection)
-            handles.append(part.register_forward_hook(site_hook(index, site)))
-        handles.append(block.register_forward_hook(block_hook(index)))
-    try:
-        attends = [attend(i) for i in range(len(spec.layers))]
+    with PlaceRecorder() as recorder:
+        recorder.put("embedding", model.lookup(ids))
+        if len(model.ropes) == 1:
+            tables = [getattr(model, f"{kind}_0")[: len(tokens), 0] for kind in ("cos", "sin")]
+            recorder.put("rotary tables", torch.stack(tables))
+        for index, block in enumerate(model.blocks):
+            for site, names in MATRICES.items():
+                places = [f"layers.{index}.{name}" for name in names]
+                recorder.products(
+                    getattr(block, site), f"layers.{index}.{site}.in", places, list[Tensor]
+                )
+            recorder.output(block, f"layers.{index}.y")
+        attends = [_placed(recorder, index, spec) for index in range(len(spec.layers))]
         hidden = model.hidden(ids, torch.arange(ids.shape[1]), attends)
-        values["logits"] = model.logits(hidden)[0].numpy()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return values
+        recorder.put("logits", model.logits(hidden)[0])
+        return recorder.values
+
+
+def _placed(recorder: PlaceRecorder, layer: int, spec: ModelSpec) -> Attend:
+    """A layer's attention, whose queries, keys and values are kept."""
+    attend = plain_attention(spec, spec.layers[layer])
+
+    def watched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            recorder.put(f"layers.{layer}.{name}.placed", tensor)
+        return attend(q, k, v)
+
+    return watched
 
 
 @torch.no_grad()
 def of_hugging_face(model: PeftModel, spec: ModelSpec, tokens: np.ndarray) -> Values:
     """The same places of the reference, as far as its modules show them."""
-    values: Values = {}
-    handles = []
     modules = dict(model.named_modules())
     prefix = "base_model.model.model"
-
-    def tensor_of(output: object) -> Tensor:
-        found = output[0] if isinstance(output, tuple) else output
-        assert isinstance(found, Tensor)
-        return found
-
-    def target_hook(layer: int, site: str, names: Sequence[str], rows: Sequence[int]) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
-            values.setdefault(f"layers.{layer}.{site}.in", inputs[0].numpy().copy())
-            parts = tensor_of(output).split(list(rows), dim=-1)
-            for name, part in zip(names, parts, strict=True):
-                values[f"layers.{layer}.{name}"] = part.numpy().copy()
-
-        return hook
-
-    def whole_hook(place: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
-            values[place] = tensor_of(output).numpy().copy()
-
-        return hook
-
-    for index in range(len(spec.layers)):
-        for site, targets in site_targets(spec).items():
-            names = list(MATRICES[site])
-            for target in targets:
-                own = [names.pop(0) for _ in target.rows]
-                module = modules[f"{prefix}.layers.{index}.{target.module}"]
-                handles.append(
-                    module.register_forward_hook(target_hook(index, site, own, target.rows))
-                )
-        handles.append(
-            modules[f"{prefix}.layers.{index}"].register_forward_hook(
-                whole_hook(f"layers.{index}.y")
-            )
-        )
-    ropes = {layer.rope for layer in spec.layers if layer.rope}
-    if len(ropes) == 1 and f"{prefix}.rotary_emb" in modules:
-        pairs = len(next(iter(ropes)).inv_freq)
-
-        def rotary_hook(module: nn.Module, inputs: tuple, output: tuple) -> None:
-            values["rotary tables"] = np.stack([part[0, :, :pairs].numpy() for part in output])
-
-        handles.append(modules[f"{prefix}.rotary_emb"].register_forward_hook(rotary_hook))
-    try:
+    with PlaceRecorder() as recorder:
+        for index in range(len(spec.layers)):
+            block = f"{prefix}.layers.{index}"
+            for site, targets in site_targets(spec).items():
+                names = iter(MATRICES[site])
+                for target in targets:
+                    places = [f"layers.{index}.{next(names)}" for _ in target.rows]
+                    recorder.products(
+                        modules[f"{block}.{target.module}"],
+                        f"layers.{index}.{site}.in",
+                        places,
+                        _split(target.rows),
+                    )
+            recorder.output(modules[block], f"layers.{index}.y")
+        ropes = {layer.rope for layer in spec.layers if layer.rope}
+        if len(ropes) == 1 and f"{prefix}.rotary_emb" in modules:
+            pairs = len(next(iter(ropes)).inv_freq)
+            recorder.call(modules[f"{prefix}.rotary_emb"], "rotary tables", _tables(pairs))
         ids = torch.from_numpy(tokens)[None]
-        values["logits"] = model(input_ids=ids, use_cache=False).logits[0].numpy()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return values
+        recorder.put("logits", model(input_ids=ids, use_cache=False).logits[0])
+        return recorder.values
 
 
-def of_executorch(steps: Sequence[Step], spec: ModelSpec, expected: Mapping) -> Values:
+def _split(rows: Sequence[int]) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Of a fused module's output [1, S, out], the part of each of our matrices."""
+    return lambda output: output.split(list(rows), dim=-1)
+
+
+def _tables(pairs: int) -> Callable[[tuple[Tensor, Tensor]], np.ndarray]:
+    """Of Hugging Face's cos and sin [1, S, D], those of each pair once: [2, S, pairs]."""
+    return lambda output: np.stack([part[0, :, :pairs].numpy() for part in output])
+
+
+def of_executorch(steps: Sequence[Instruction], spec: ModelSpec, expected: Mapping) -> Values:
     """The places of a watched ``forward``: what the pieces between two attentions give, and what
     attention gives. ``expected``: the transformer's, for the shapes."""
     values: Values = {}

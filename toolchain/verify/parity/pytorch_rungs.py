@@ -6,21 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime_py.bundle.adapter_tensors import to_runtime
+from exporters.model.lora_tensors import set_adapter
+from runtime_py.bundle.adapter import to_runtime
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.streaming import StreamingEngine
 from toolchain.compile.tolerances import TABLE
 from toolchain.verify.parity import probes, training_checks, weights_checks
 from toolchain.verify.parity.cases import EFFECT, INITIAL
-from toolchain.verify.parity.context import AutogradEngine, Context, said_by
+from toolchain.verify.parity.context import Context, said_by
 from toolchain.verify.parity.lm_checks import Said, compared
-from toolchain.verify.parity.models import (
-    eager_embedding,
-    eager_logits,
-    set_adapter,
-    set_peft_adapter,
-)
+from toolchain.verify.parity.models import eager_embedding, eager_logits
 from toolchain.verify.parity.verdict import Check, Found, Rung, compare, rung, stated
+from toolchain.verify.peft_module import set_peft_adapter
+from toolchain.verify.reference_engines import TransformerEngine
 
 _NOTICED = 2e-5  # float32's own differences inside are 1e-7 to 1e-6
 
@@ -87,7 +85,7 @@ def _eager_said(context: Context) -> Said:
     model = context.source.eager
     said = Said({}, {}, {}, {}, {})
     for name, values in context.adapters.items():
-        set_peft_adapter(model, context.bundle.manifest, values)
+        set_peft_adapter(model, context.bundle.manifest.adapter.tensors, values)
         for case in context.cases:
             said.logits[name, case.name] = eager_logits(model, case.tokens, case.prompt - 1)
     for case in context.cases:
@@ -110,17 +108,17 @@ def captured(context: Context) -> Rung:
         engine = StreamingEngine(
             context.float_programs, context.float_weights, context.bundle.training
         )
-        reference = context.torch_engine()
+        reference = context.peft_engine()
         for example, adapter in context.trained:
-            context.told(f"captured: training on {example.id}")
+            context.progress(f"captured: training on {example.id}")
             values = context.adapters[adapter]
-            set_peft_adapter(models.eager, manifest, values)
+            set_peft_adapter(models.eager, manifest.adapter.tensors, values)
             case = f"{example.id}, {adapter}"
             checks += training_checks.against(
                 engine, reference, context.bundle, values, example, case
             )
     tokens = _worst_case(checks, context)
-    set_peft_adapter(models.eager, manifest, context.adapters[EFFECT])
+    set_peft_adapter(models.eager, manifest.adapter.tensors, context.adapters[EFFECT])
     set_adapter(model, context.adapters[EFFECT])
     expected_places = probes.of_hugging_face(models.eager, model.spec, tokens)
     layers = probes.differences(probes.of_transformer(model, tokens), expected_places)
@@ -176,13 +174,16 @@ def quantized(context: Context) -> Rung:
         checks += compared(said, expected, context.cases, *bounds, "ios lm")
         context.ios = said
     if manifest.training is not None:
-        context.told("quantized: the weights file")
-        stored, found = weights_checks.training_file(context.bundle, models, context.scratch)
+        context.progress("quantized: the weights file")
+        bundle = context.bundle
+        stored, found = weights_checks.training_file(
+            bundle.training_weights, bundle.training, models.simulated
+        )
         checks += stored
         engine = StreamingEngine(context.programs, context.weights, context.bundle.training)
-        reference = AutogradEngine(models.stored, context.torch_engine())
+        reference = TransformerEngine(models.stored, context.bundle.training.optimizer)
         for example, adapter in context.trained:
-            context.told(f"quantized: training on {example.id}")
+            context.progress(f"quantized: training on {example.id}")
             case = f"{example.id}, {adapter}"
             values = context.adapters[adapter]
             checks += training_checks.against(

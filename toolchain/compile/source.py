@@ -6,20 +6,17 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from exporters.executorch.lm_program import adapter_tensors, lower_lm
 from exporters.model.checkpoint import Checkpoint, load_checkpoint
 from exporters.model.quantize import quantized
 from exporters.model.spec import read_spec
 from exporters.model.transformer import Transformer, build
 from runtime_py.bundle.bundle import Bundle
-from runtime_py.bundle.flat_tensor import read_ptd
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.loop.errors import BundleError
-from toolchain.compile.bundle_export import BUILTIN, PREFILL_ANDROID, builtin_folder
+from toolchain.compile.export_input import builtin_folder
 from toolchain.compile.precision import ANDROID
 from toolchain.compile.shipped_text import shipped_dialogues, tokenize
+from toolchain.defaults import BUILTIN
 
 _SHA256 = re.compile(r"sha256:([0-9a-f]{64})")
 
@@ -79,20 +76,12 @@ def float_model(manifest: Manifest, source: Source, adapted: bool = True) -> Tra
     return build(spec, source.checkpoint.state, targets, manifest.adapter.rank)
 
 
-def load_adapter(model: Transformer, adapter: Path) -> None:
-    """Copies a runtime file's tensors into the model's."""
-    arrays = read_ptd(adapter)
-    for name, tensor in adapter_tensors(model).items():
-        tensor.copy_(torch.from_numpy(arrays[name].copy()))
-
-
-def as_in_bundle(model: Transformer, manifest: Manifest, source: Source) -> Transformer:
+def as_in_bundle(model: Transformer, bundle: Bundle, source: Source) -> Transformer:
     """``model`` quantized as the bundle's Android part is; itself where that is float32.
 
     The same weights come out each time: calibration reads the text that ships with attune.
     """
-    assert manifest.android is not None
-    scheme = ANDROID[manifest.android.quantize]
+    scheme = ANDROID[bundle.android.quantize]
     if scheme is None:
         return model
     checkpoint = source.checkpoint
@@ -103,32 +92,3 @@ def as_in_bundle(model: Transformer, manifest: Manifest, source: Source) -> Tran
         model.spec.context,
     )
     return quantized(model, scheme, texts)
-
-
-def lower_without_adapter(manifest: Manifest, source: Source, out: Path) -> Path:
-    """Writes the bundle's ``lm.pte`` as it were without LoRA, for comparison."""
-    model = as_in_bundle(float_model(manifest, source, adapted=False), manifest, source)
-    eos = list(source.checkpoint.eos_ids)
-    lower_lm(
-        model,
-        out,
-        prefill_length=PREFILL_ANDROID,
-        embed_length=manifest.policy.embed_length,
-        bos_id=manifest.tokenizer.bos_id if manifest.tokenizer.bos_id is not None else eos[0],
-        eos_ids=eos,
-    )
-    return out
-
-
-def weight_bytes(bundle: Bundle) -> int:
-    """Bytes of weights that decoding one token reads: program and adapter, less the token table
-    (of which it reads one row) where that is not the head as well."""
-    manifest, files = bundle.manifest, bundle.android
-    vocab, hidden = manifest.model.vocab, manifest.model.hidden
-    total = files.lm.stat().st_size + files.adapter.stat().st_size
-    if files.quantize != "none":
-        return total - vocab * (hidden + 4)  # int8 rows, each with a float32 scale
-    # A float32 program holds each of the model's parameters once; more than that is a second
-    # copy of a table that the checkpoint has only once.
-    copied = files.lm.stat().st_size - 4 * manifest.model.parameters
-    return total - 4 * vocab * hidden * (copied > 2 * vocab * hidden)

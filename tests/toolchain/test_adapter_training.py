@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.examples import IGNORED, example
-from runtime_py.engine.job_runner import peft_writer, read_values, write_values
 from runtime_py.engine.run_state import FILE
+from runtime_py.engine.trainer import Settings
 from runtime_py.loop.stream import read_stream
 from tests.toolchain.conftest import Attune, Exported
-from toolchain.compile.bundle_export import builtin_folder
-from toolchain.fine_tune import Request, fine_tune
+from toolchain.adapter_training import train_adapter
+from toolchain.compile.export_input import builtin_folder
 
 STYLE = [
     ("Can you book a table?", "Aye aye! A table it is, captain."),
@@ -68,7 +68,7 @@ def test_it_learns_and_peft_agrees(
     text = ChatText(open_bundle(fp32.bundle))
     total, count = 0.0, 0
     dialogues = [record.dialogue for record in read_stream(data)]
-    for dialogue in [dialogues[i] for i in (3, 8, 12, 17)]:  # one in so many, see fine_tune
+    for dialogue in [dialogues[i] for i in (3, 8, 12, 17)]:  # one in so many, see train_adapter
         one = example(dialogue, text)
         with torch.no_grad():
             logits = peft(torch.from_numpy(one.tokens)[None]).logits[0, :-1]
@@ -86,28 +86,10 @@ def test_it_learns_and_peft_agrees(
     assert "aye" in after.lower()
 
 
-def test_a_phones_adapter_is_pefts(fp32: Exported, tmp_path: Path) -> None:
-    """The loop's own writer gives PEFT's file the names, shapes and values of the .ptd."""
-    manifest = open_bundle(fp32.bundle).manifest
-    assert manifest.adapter.runtime is not None
-    source = fp32.bundle / manifest.adapter.runtime
-    values = read_values(source, manifest.adapter.tensors)
-    changed = {n: v + np.float32(0.25) if ".lora_" in n else v for n, v in values.items()}
-    write_values(tmp_path / "1.ptd", source, manifest.adapter.tensors, changed)
-    peft_writer(manifest)(tmp_path / "1.ptd", tmp_path / "adapter_model.safetensors")
-    original = load_file(fp32.bundle / "adapter" / "adapter_model.safetensors")
-    found = load_file(tmp_path / "adapter_model.safetensors")
-    assert found.keys() == original.keys()
-    for name, value in original.items():
-        np.testing.assert_array_equal(found[name], value + np.float32(0.25))
-
-
 def _train(bundle: Path, data: Path, out: Path) -> None:
     """A run in a process of its own, saved at every step."""
-    request = Request(
-        bundle=bundle, data=data, out=out, batch=2, held_out=0.0, save_every=1, threads=1
-    )
-    fine_tune(request, lambda step, rate: None, lambda text: None)
+    settings = Settings(batch=2, save_every=1)
+    train_adapter(bundle, data, out, settings=settings, held_out=0.0, threads=1)
 
 
 def final(out: Path) -> dict[str, np.ndarray]:
@@ -119,7 +101,7 @@ def test_killed_at_random_moments(kills: int, fp32: Exported, data: Path, tmp_pa
     """Every resume ends with the same bits as the run that was left alone."""
     # A server that has imported everything, so that a child takes a second and not ten.
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["toolchain.fine_tune", __name__])
+    processes.set_forkserver_preload(["toolchain.adapter_training", __name__])
 
     def start(out: Path) -> multiprocessing.process.BaseProcess:
         child = processes.Process(target=_train, args=(fp32.bundle, data, out))
@@ -191,4 +173,4 @@ def test_options_that_cannot_be(fp32: Exported, attune: Attune, data: Path, tmp_
         assert "Traceback" not in said.err
     said = attune("train", fp32.bundle, "--data", data, "--out", data / "o")
     assert said.code == 2
-    assert "cannot be made (Not a directory)" in said.err
+    assert "cannot be written: Not a directory" in said.err

@@ -23,7 +23,7 @@ STEPS = 3
 
 
 @dataclass(frozen=True)
-class Memory:
+class PeakMemory:
     """Bytes of anonymous memory: of the idle child, and the most above it."""
 
     idle: int
@@ -40,12 +40,12 @@ def _anonymous(pid: int) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure_kind(kind: str, arguments: Sequence[str]) -> Memory:
+def measure_kind(kind: str, arguments: Sequence[str]) -> PeakMemory:
     """Trains ``STEPS`` steps of ``kind`` (see ``main``) in a child."""
     return measure([sys.executable, "-m", __name__, kind, *arguments], kind)
 
 
-def measure(command: Sequence[str], kind: str) -> Memory:
+def measure(command: Sequence[str], kind: str) -> PeakMemory:
     """Runs a child that says "ready" once it is idle, and begins when it is sent a line.
 
     Raises ``ExportError`` where it fails.
@@ -74,7 +74,7 @@ def measure(command: Sequence[str], kind: str) -> Memory:
     reader.join()
     if child.returncode:
         raise ExportError(f"training with {kind} failed: {''.join(errors)[-400:].strip()}")
-    return Memory(idle, peak - idle)
+    return PeakMemory(idle, peak - idle)
 
 
 def main(kind: str, bundle: str, source: str, threads: str, keep_mb: str, example: str) -> None:
@@ -90,26 +90,26 @@ def main(kind: str, bundle: str, source: str, threads: str, keep_mb: str, exampl
         labelled,
         peft_model,
     )
-    from toolchain.verify.source import find_source
+    from toolchain.compile.source import find_source
 
     torch.set_num_threads(int(threads))
     data = json.loads(example)
     sequence = labelled(torch.tensor(data["tokens"]), torch.tensor(data["labels"]))
     opened = open_bundle(Path(bundle))
-    made: Stepper
+    stepper: Stepper
     if kind == "attune":
-        made = attune_stepper("attune", opened, sequence, float(keep_mb), int(threads))
+        stepper = attune_stepper("attune", opened, sequence, float(keep_mb), int(threads))
     else:
-        found = find_source(opened.manifest, source or None)
-        if isinstance(found, str):
-            raise ExportError(found)
-        model = peft_model(found.checkpoint.hf_model(), opened.manifest)
-        del found
-        made = TorchStepper(model, sequence, kind.endswith("checkpointing"))
+        original = find_source(opened.manifest, source or None)
+        if isinstance(original, str):
+            raise ExportError(original)
+        model = peft_model(original.checkpoint.hf_model(), opened.manifest)
+        del original
+        stepper = TorchStepper(model, sequence, kind.endswith("checkpointing"))
     print("ready", flush=True)
     sys.stdin.readline()
     for _ in range(STEPS):
-        made.step()
+        stepper.step()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,25 @@
+"""The options and arguments that several commands share, each declared once.
+
+Defaults stand in ``toolchain.defaults``; a command without its own words for an option takes it
+from here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+AndroidBundle = Annotated[Path, typer.Argument(help="A bundle with an Android part.")]
+AnyBundle = Annotated[Path, typer.Argument(help="A bundle that attune export wrote.")]
+AdapterPath = Annotated[Path, typer.Argument(help="A PEFT folder or a .ptd file.")]
+Dialogues = Annotated[
+    Path, typer.Option(help="Dialogues: .jsonl or .jsonl.gz with id and turns in each row.")
+]
+SourceModel = Annotated[
+    str | None, typer.Option(help="The model it was made from: folder, .gguf or hub id.")
+]
+Threads = Annotated[int | None, typer.Option(help="Default: all cores.", min=1)]
+KeepMb = Annotated[float, typer.Option(help="Budget of --memory high, in MB.", min=0)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]

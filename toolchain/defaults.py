@@ -1,0 +1,28 @@
+"""What the commands offer and what holds where nobody chooses, for the command line, whose help
+shows it, and for the libraries that it calls. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from runtime_py.engine.trainer import Settings
+
+BUILTIN = "tiny"  # the name of the model that ships with attune
+
+# Export
+TARGETS = ("android", "ios")
+PRECISIONS = {  # smallest first
+    "android": ("8da4w", "8da8w", "none"),
+    "ios": ("int4", "int8", "fp16", "none"),
+}
+TRAIN_WEIGHTS = ("fp32", "int8", "int4")
+TRAIN_LENGTHS = (256,)  # tokens
+
+# Training
+SETTINGS = Settings()  # of the run itself
+SCHEDULES = ("constant", "linear", "cosine")
+MemoryMode = Literal["low", "high"]
+MEMORY_MODES = get_args(MemoryMode)
+MEMORY: MemoryMode = "low"
+KEEP_MB = 160.0  # of the forward, with the memory mode high
+HELD_OUT = 0.1  # part of the dialogues
