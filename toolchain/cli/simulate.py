@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from runtime_py.loop.files import write_bytes
+from toolchain.cli.options import Json
 from toolchain.report.console import console, counted_progress, output, print_json
 
 if TYPE_CHECKING:
@@ -57,7 +58,6 @@ _LowMemory = Annotated[
     bool, typer.Option("--low-memory", help="The memory is taken once amid fine-tuning.")
 ]
 _Seed = Annotated[int, typer.Option(help="Of the user and the faults.", min=0)]
-_AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
 def simulate(
@@ -76,7 +76,7 @@ def simulate(
     full_disk: _FullDisk = False,
     low_memory: _LowMemory = False,
     seed: _Seed = 0,
-    as_json: _AsJson = False,
+    as_json: Json = False,
 ) -> None:
     """Live through a stream of dialogues as a phone would: select, ask, synthesize, fine-tune.
 
