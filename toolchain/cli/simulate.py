@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from runtime_py.loop.files import write_bytes
-from toolchain.cli.options import Json
+from toolchain.cli.options import AndroidBundle, Dialogues, Json
 from toolchain.report.console import console, counted_progress, output, print_json
 
 if TYPE_CHECKING:
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from toolchain.simulate.outcome import SimulationOutcome
     from toolchain.simulate.simulation import Simulation
 
-_Bundle = Annotated[Path, typer.Argument(help="A bundle with an Android part.")]
-_Stream = Annotated[
-    Path, typer.Option(help="Dialogues: .jsonl or .jsonl.gz with id and turns in each row.")
-]
 _Device = Annotated[str, typer.Option(help="A profile's name or a .toml file.")]
 _Out = Annotated[
     Path | None,
@@ -61,8 +57,8 @@ _Seed = Annotated[int, typer.Option(help="Of the user and the faults.", min=0)]
 
 
 def simulate(
-    bundle: _Bundle,
-    stream: _Stream,
+    bundle: AndroidBundle,
+    stream: Dialogues,
     device: _Device = "pixel-8",
     out: _Out = None,
     lexicons: _Lexicons = None,
