@@ -9,26 +9,46 @@ STAMP := $(VENV)/.installed
 SOURCES := exporters runtime_py toolchain tests
 CORPUS ?= ../shared/data/corpus
 MODEL_OUT ?= out/builtin-model
+# Where pip finds torch, and torch alone: the URL of an index, such as that of PyTorch's CPU builds,
+# or a folder of wheels. Empty: as pip is configured.
+TORCH_INDEX ?=
+TORCH_ONLY = $(if $(findstring ://,$(TORCH_INDEX)),--index-url,--no-index --find-links) "$(TORCH_INDEX)"
+TORCH_ALSO = $(if $(findstring ://,$(TORCH_INDEX)),--extra-index-url,--find-links) "$(TORCH_INDEX)"
+TORCH := $(shell grep -m1 '^torch==' constraints.txt)
+PIP = $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 ARM64_PACKAGES := qemu-user-static g++-aarch64-linux-gnu libc6-dev-arm64-cross g++
 
-.PHONY: help setup debian demo test test-full format lint model constraints clean
+.PHONY: help setup venv torch debian demo test test-full format lint model constraints clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: $(STAMP)  ## Make .venv with Python 3.11 and the pinned versions
 
-# torch by itself first: pip then takes a CPU build where its configuration offers one.
 $(STAMP): pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory torch
+	@echo "== 2 of 2: attune and what else it needs"
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+# By itself, so that the place it comes from serves nothing else; without its dependencies first,
+# since of two places with the same version pip does not say which it takes.
+torch: venv
+	@case "$(TORCH_INDEX)" in ""|*://*) ;; *) test -d "$(TORCH_INDEX)" || { \
+		echo "TORCH_INDEX is neither a URL nor a folder: $(TORCH_INDEX)"; exit 1; } ;; esac
+	@echo "== 1 of 2: $(TORCH)$(if $(TORCH_INDEX), from $(TORCH_INDEX))"
+ifneq ($(TORCH_INDEX),)
+	$(PIP) --no-deps $(TORCH_ONLY) "$(TORCH)"
+endif
+	$(PIP) $(if $(TORCH_INDEX),$(TORCH_ALSO)) "$(TORCH)"  # and what it depends on
+
+venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 		echo "attune needs Python 3.11, found: $(or $(PYTHON),none). Give it with make PYTHON=..."; \
 		exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
 		echo "Python's venv is missing: run 'make debian' as root."; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt "$$(grep -m1 '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
-	@touch $@
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 
 debian:  ## As root: Python's venv, and QEMU and compilers for running ARM64 programs here
 	@if [ "$$(id -u)" = 0 ]; then \

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime_py.bundle.adapter import from_runtime, load_adapter, to_runtime
+from runtime_py.bundle.adapter_forms import from_runtime, load_adapter, to_runtime
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.chat_text import ChatText
@@ -15,10 +15,17 @@ from runtime_py.bundle.flat_tensor import write_ptd
 from runtime_py.bundle.peft_adapter import read_peft, write_peft
 from runtime_py.engine.examples import Example, fit
 from runtime_py.engine.streaming import open_training
-from runtime_py.engine.trainer import Settings, StepReport, TrainingEngine, evaluate, train
+from runtime_py.engine.trainer import (
+    Settings,
+    StepReport,
+    TrainingEngine,
+    TrainingOutcome,
+    evaluate,
+    train,
+)
 from runtime_py.loop.errors import TrainingError
 from runtime_py.loop.files import replacing, writing
-from runtime_py.loop.stream import read_stream
+from runtime_py.loop.stream import read_dialogues
 from toolchain import defaults
 from toolchain.report.charts import Series, write_svg
 
@@ -144,24 +151,9 @@ def train_adapter(
     split = _split(opened, data, held_out, refuse_long, notify)
     values = to_runtime(load_adapter(adapter) if adapter else read_peft(opened.peft), tensors)
     state = AdapterState.of(tensors, values)
-    run = out / RUN
-    with writing(out):
-        run.mkdir(parents=True, exist_ok=True)
     epoch = -(-len(split.training) // settings.batch)
     progress = _Progress(engine, state, split.held_out, epoch, on_step)
-    weights = opened.training.weights
-    outcome = train(
-        engine,
-        state,
-        split.training,
-        settings,
-        opened.training.optimizer,
-        run,
-        base=next(file.sha256 for file in opened.manifest.files if file.path == weights),
-        on_step=progress,
-    )
-    if outcome is None:
-        raise TrainingError(f"the run in {run} was stopped: give the same command to go on.")
+    outcome = _run(opened, engine, state, split.training, settings, out / RUN, progress)
     before, after = progress.before_and_after()
     _write(out, {**values, **state.tensors})
     _draw(out / CURVE, outcome.losses, progress.curve)
@@ -176,6 +168,34 @@ def train_adapter(
         tokens_per_second=progress.tokens_per_second,
         adapter=out / PEFT,
     )
+
+
+def _run(
+    bundle: Bundle,
+    engine: TrainingEngine,
+    state: AdapterState,
+    examples: Sequence[Example],
+    settings: Settings,
+    folder: Path,
+    on_step: Callable[[StepReport], None],
+) -> TrainingOutcome:
+    """Trains ``state`` in place, or goes on from what ``folder`` has."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    weights = bundle.training.weights
+    outcome = train(
+        engine,
+        state,
+        examples,
+        settings,
+        bundle.training.optimizer,
+        folder,
+        base=next(file.sha256 for file in bundle.manifest.files if file.path == weights),
+        on_step=on_step,
+    )
+    if outcome is None:
+        raise TrainingError(f"the run in {folder} was stopped: give the same command to go on.")
+    return outcome
 
 
 def _check(settings: Settings, memory: str) -> None:
@@ -200,9 +220,7 @@ def _split(
     bundle: Bundle, data: Path, held_out: float, refuse_long: bool, notify: Callable[[str], None]
 ) -> _Split:
     """The dialogues of ``data``; of every so many the last is held out."""
-    dialogues = [record.dialogue for record in read_stream(data)]
-    if not dialogues:
-        raise TrainingError(f"{data} has no dialogue: give one JSON object a line.")
+    dialogues = read_dialogues(data)
     longest = max(bundle.training.lengths)
     fitted = fit(dialogues, ChatText(bundle), longest, refuse_long)
     if fitted.cut:

@@ -69,11 +69,15 @@ def stored_values(weight: Tensor, grid: Grid) -> Tensor:
             f"on a grid: export with --quantize none."
         )
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = _utils.compute_qparams(
+        rounded = _utils.compute_qparams(
             half, grid.bits, True, "LINEAR_SYMMETRIC", half.dtype, blocks
         )
-        assert found is not None
-        q, scale, _ = found
+        if rounded is None:
+            raise ExportError(
+                f"coremltools cannot round a matrix {list(weight.shape)} to {grid.bits} bits in "
+                f"blocks of {grid.block}: export with --quantize none."
+            )
+        q, scale, _ = rounded
         return torch.from_numpy(_utils.dequantize_by_scale_and_zp(q, scale, None)).float()
 
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from exporters.errors import ExportError
+from exporters.model.plain_attention import Attend, masked_attention, visible
+from exporters.model.projection import LoRA
 from exporters.model.spec import ModelSpec
-from exporters.model.transformer import Attend, LoRA, Transformer, masked_attention, visible
+from exporters.model.transformer import Transformer
 
 TINY = 1e-30  # keeps division and logarithm finite where their value does not matter
 
@@ -27,7 +29,7 @@ def adapter_inputs(model: Transformer) -> dict[str, str]:
     """The inputs of ``prefill`` and ``decode`` that are the adapter: name -> buffer of ``model``.
 
     ``layers_<i>_<module>_<tensor>``: layer i, the checkpoint's module with its dots as underscores
-    and a tensor of ``exporters.model.transformer.LoRA``, in its shape, float32; for example
+    and a tensor of ``exporters.model.projection.LoRA``, in its shape, float32; for example
     ``layers_0_self_attn_q_proj_lora_A``. Empty for a model without an adapter.
     """
     return {

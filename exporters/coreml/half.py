@@ -14,8 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from exporters.model.projection import LoRA, Projection
 from exporters.model.quantize import share
-from exporters.model.transformer import Block, LoRA, Norm, Projection, Transformer
+from exporters.model.transformer import Norm, Transformer
 
 SMALLEST = 2.0**-14  # the least normal float16
 HEADROOM = 2.0**-4  # the residual stream's scale
@@ -63,10 +64,8 @@ def for_half(model: Transformer) -> Transformer:
     copied.spec = replace(model.spec, embed_scale=model.spec.embed_scale * HEADROOM)
     copied.add_module("norm", SafeNorm(copied.norm, HEADROOM))
     for block in copied.blocks:
-        assert isinstance(block, Block)
         block.o, block.down = _shrunk(block.o), _shrunk(block.down)
         for name, norm in block.norms.items():
-            assert isinstance(norm, Norm)
             safe = SafeNorm(norm, 1.0 if name in ("q", "k") else HEADROOM)
             if name.endswith("_post"):  # what it gives is added to the residual stream
                 safe.register_buffer("weight", norm.get_buffer("weight") * HEADROOM)

@@ -43,6 +43,7 @@ def _functions(model: Transformer, prefill_length: int, embed_length: int) -> li
     def function(
         name: str, module: nn.Module, inputs: dict[str, Any], outputs: tuple[TensorSpec, ...]
     ) -> _Function:
+        """Its signature comes from the example ``inputs`` and the module's own states."""
         tensors = {k: v for k, v in inputs.items() if k != "adapter"} | inputs.get("adapter", {})
         states = [
             tensor_spec(f"{kind}_{index}", getattr(module, f"{kind}_{index}"))

@@ -63,14 +63,14 @@ def check(package: Path, expected: Sequence[ProgramSignature], ideal: int, const
     ``ideal`` is the bytes of that copy and ``constants`` the number of its tensors. Returns the
     size of the weight file; raises ``ExportError`` with every difference.
     """
-    found = {signature.name: signature for signature in read_signatures(package)}
+    written = {signature.name: signature for signature in read_signatures(package)}
     differences = []
-    if sorted(found) != sorted(signature.name for signature in expected):
-        differences.append(f"its functions are {sorted(found)}")
+    if sorted(written) != sorted(signature.name for signature in expected):
+        differences.append(f"its functions are {sorted(written)}")
     for signature in expected:
-        if signature.name not in found:
+        if signature.name not in written:
             continue
-        other = found[signature.name]
+        other = written[signature.name]
         for kind in ("inputs", "outputs", "states"):
             want, got = set(getattr(signature, kind)), set(getattr(other, kind))
             for spec in sorted(want ^ got, key=lambda s: s.name):

@@ -29,6 +29,7 @@ class Delegation:
 
     @property
     def fraction(self) -> float:
+        """Share of FLOPs in the delegates."""
         total = self.inside + sum(self.outside.values())
         return self.inside / total if total else 1.0
 
@@ -45,7 +46,8 @@ def _flops(node: torch.fx.Node) -> float:
     out = node.meta.get("val")
     if operator in ("linear", "mm", "bmm", "addmm") and isinstance(out, torch.Tensor):
         first = node.args[1] if operator == "addmm" else node.args[0]
-        assert isinstance(first, torch.fx.Node)
+        if not isinstance(first, torch.fx.Node):
+            raise TypeError(f"{node.format_node()} multiplies {first}, expected a tensor")
         inner = _sizes(first.meta["val"], PROMPT)[-1]
         return 2.0 * torch.Size(_sizes(out, PROMPT)).numel() * inner
     if operator == "custom_sdpa" and isinstance(out, torch.Tensor):

@@ -26,6 +26,7 @@ from exporters.executorch.methods import EmbedProgram, LmProgram
 from exporters.executorch.patches import edge_config, quiet
 from exporters.executorch.pieces import PieceFactory
 from exporters.model.lora_tensors import adapter_tensors
+from exporters.model.spec import ModelSpec
 from exporters.model.transformer import Transformer
 from exporters.signature import ProgramSignature, TensorSpec
 
@@ -68,11 +69,8 @@ def lower_lm(
     float32, entropy [1] float32. Raises ``ExportError`` where the result is not what it must be:
     too little in the delegate, or adapter names missing.
     """
-    spec = model.spec
-    prefill_length, embed_length = (
-        min(prefill_length, spec.context),
-        min(embed_length, spec.context),
-    )
+    context = model.spec.context
+    prefill_length, embed_length = min(prefill_length, context), min(embed_length, context)
     adapter = adapter_tensors(model)
     with quiet():
         progress("lower the blocks")
@@ -84,23 +82,8 @@ def lower_lm(
         forward = _capture(forward_module.eval(), prefill_length, cached=True)
         embed = _capture(embed_module.eval(), embed_length, cached=False)
         progress("lower the rest")
-        # What is left around the delegates has products only where attention is soft-capped.
-        rest = [XnnpackPartitioner()] if spec.attention_softcap is not None else []
-        edge: EdgeProgramManager = to_edge_transform_and_lower(
-            {"forward": forward, "embed": embed},
-            partitioner={"forward": rest, "embed": rest},
-            compile_config=edge_config(),
-            constant_methods={
-                "get_bos_id": bos_id,
-                "get_eos_ids": eos_ids,
-                "get_vocab_size": spec.vocab,
-                "get_max_seq_len": prefill_length,
-                "get_max_context_len": spec.context,
-                "use_kv_cache": True,
-                "use_sdpa_with_kv_cache": spec.attention_softcap is None,
-                "enable_dynamic_shape": True,
-            },
-        )
+        constants = _constant_methods(model.spec, prefill_length, bos_id, eos_ids)
+        edge = _lower_rest({"forward": forward, "embed": embed}, model.spec, constants)
         delegation = {
             name: measure(edge.exported_program(name), factory.flops)
             for name, factory in (("forward", pieces), ("embed", embed_pieces))
@@ -120,6 +103,36 @@ def lower_lm(
         programs=_signatures(model, prefill_length, embed_length),
         delegation=delegation,
         adapter={name: tuple(t.shape) for name, t in adapter.items()},
+    )
+
+
+def _constant_methods(
+    spec: ModelSpec, prefill_length: int, bos_id: int, eos_ids: list[int]
+) -> dict[str, object]:
+    """What the stock LLM runner asks a program for."""
+    return {
+        "get_bos_id": bos_id,
+        "get_eos_ids": eos_ids,
+        "get_vocab_size": spec.vocab,
+        "get_max_seq_len": prefill_length,
+        "get_max_context_len": spec.context,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": spec.attention_softcap is None,
+        "enable_dynamic_shape": True,
+    }
+
+
+def _lower_rest(
+    programs: dict[str, ExportedProgram], spec: ModelSpec, constants: dict[str, object]
+) -> EdgeProgramManager:
+    """Lowers what is left around the delegates, which has products only where attention is
+    soft-capped."""
+    rest = [XnnpackPartitioner()] if spec.attention_softcap is not None else []
+    return to_edge_transform_and_lower(
+        programs,
+        partitioner=dict.fromkeys(programs, rest),
+        compile_config=edge_config(),
+        constant_methods=constants,
     )
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from exporters.executorch.pieces import PieceFactory
 from exporters.model.lora_tensors import ENTER, LEAVE, lora_buffers
+from exporters.model.plain_attention import UNSEEN, Attend, masked_attention, visible
 from exporters.model.quantize import share
 from exporters.model.spec import ModelSpec
-from exporters.model.transformer import UNSEEN, Attend, Transformer, masked_attention, visible
+from exporters.model.transformer import Transformer
 
 TINY = 1e-30  # keeps log and division finite where the value does not matter
 
@@ -40,6 +41,7 @@ class StockCache(nn.Module):
         """``mask``: additive [S, C] float32 where a window narrows the causal view."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            """As ``Attend`` says, with what the cache holds before ``start``."""
             torch.ops.llama.update_cache(k, self.keys, start)
             torch.ops.llama.update_cache(v, self.values, start)
             return torch.ops.llama.custom_sdpa(
@@ -148,6 +150,7 @@ class LmProgram(_Pieces):
         self.final = [factory.final()]
 
     def forward(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
+        """tokens [1, S] int64, start_pos [1] int64 -> logits of the last token [1, vocab]."""
         spec = self.spec
         length = tokens.shape[1]
         start: Any = start_pos[0].item()  # a symbol while captured

@@ -50,8 +50,7 @@ class _Body(nn.Module):
 
     def forward(self, x: Tensor, mixed: Tensor | None, tables: Sequence[Tensor]) -> list[Tensor]:
         out = []
-        if self.leave is not None:
-            assert mixed is not None
+        if self.leave is not None and mixed is not None:
             x = self.leave.leave(x, mixed, self.adapted)
             out.append(x)
         if self.enter is not None:

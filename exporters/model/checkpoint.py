@@ -92,8 +92,8 @@ class Checkpoint:
             raise ExportError(f"transformers cannot build {self.source}: {_line(error)}.") from None
         misfits = [f"{name} is missing" for name in sorted(info["missing_keys"])]
         misfits += [f"{name} is not part of it" for name in sorted(info["unexpected_keys"])]
-        for name, found, expected in sorted(info["mismatched_keys"]):
-            misfits.append(f"{name} is {list(found)}, expected {list(expected)}")
+        for name, stored, expected in sorted(info["mismatched_keys"]):
+            misfits.append(f"{name} is {list(stored)}, expected {list(expected)}")
         if misfits:
             shown = "; ".join(misfits[:20]) + ("; …" if len(misfits) > 20 else "")
             raise ExportError(
@@ -148,7 +148,7 @@ def load_checkpoint(model: str, *, chat_template: Path | None = None) -> Checkpo
 
 def _download(model: str) -> Path:
     try:
-        found = snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_EXCEPT)
+        folder = snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_EXCEPT)
     except GatedRepoError:
         raise ExportError(
             f"'{model}' is gated on the Hugging Face hub: accept its terms there and log in with "
@@ -166,7 +166,7 @@ def _download(model: str) -> Path:
             f"'{model}' is no folder or file here, and the Hugging Face hub cannot be reached to "
             f"look for it there: check its spelling or the network, or give a folder or .gguf file."
         ) from None
-    return Path(found)
+    return Path(folder)
 
 
 def _from_folder(folder: Path, name: str, template: Path | None) -> Checkpoint:
@@ -255,13 +255,13 @@ def _config(raw: dict, where: Path) -> PreTrainedConfig:
 
 def _gemma3_text_name(stored: str) -> str | None:
     """Names in a multimodal Gemma 3 checkpoint, old and new, as its text model has them."""
-    for prefix, own in (
+    for prefix, name in (
         ("language_model.model.", "model."),
         ("language_model.lm_head.", "lm_head."),
         ("model.language_model.", "model."),
     ):
         if stored.startswith(prefix):
-            return own + stored.removeprefix(prefix)
+            return name + stored.removeprefix(prefix)
     other = ("vision_tower.", "multi_modal_projector.")
     return None if stored.removeprefix("model.").startswith(other) else stored
 

@@ -81,6 +81,7 @@ class _Cursor:
             raise self.corrupt(f"the text at byte {start} is not UTF-8") from None
 
     def value(self, kind: int) -> object:
+        """The next value of GGUF's type ``kind``: a number, a text, or a list of either."""
         if kind in _SCALARS:
             return self.numbers(_SCALARS[kind])[0]
         if kind == _STRING:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,85 +16,23 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from exporters.errors import ExportError
+from exporters.model.gguf_architectures import (
+    ALWAYS,
+    COMMON,
+    GGUF_ARCHITECTURES,
+    HARMLESS_WHEN_ZERO,
+    GGUFArchitecture,
+)
 from exporters.model.gguf_file import GGUFFile
-
-
-@dataclass(frozen=True)
-class _Architecture:
-    """``more`` are hyperparameters beyond the common ones, ``blocks`` tensors beyond them."""
-
-    model_type: str
-    more: frozenset[str] = frozenset()
-    blocks: tuple[tuple[str, str], ...] = ()
-    interleaved: bool = False  # q and k rows are pairs (i, i + 1), not (i, i + half)
-    norm_offset: float = 0.0
-    theta: float = 10000.0  # llama.cpp's default where the file has none
-    large: int | None = None  # layers of the one size whose attention scale the file lacks
-
-
-_COMMON = {
-    "context_length", "block_count", "embedding_length", "feed_forward_length", "vocab_size",
-    "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
-    "attention.key_length", "attention.value_length", "rope.dimension_count", "rope.freq_base",
-    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.finetuned",
-}  # fmt: skip
-_HARMLESS_WHEN_ZERO = {"expert_count", "expert_used_count", "leading_dense_block_count"}
-_SPLIT_QKV = (
-    ("attn_q", "self_attn.q_proj"),
-    ("attn_k", "self_attn.k_proj"),
-    ("attn_v", "self_attn.v_proj"),
-    ("ffn_gate", "mlp.gate_proj"),
-    ("ffn_up", "mlp.up_proj"),
-)
-_PRE_NORM = (("ffn_norm", "post_attention_layernorm"),)
-_QK_NORM = (("attn_q_norm", "self_attn.q_norm"), ("attn_k_norm", "self_attn.k_norm"))
-_POST_NORM = (
-    ("post_attention_norm", "post_attention_layernorm"),
-    ("ffn_norm", "pre_feedforward_layernorm"),
-    ("post_ffw_norm", "post_feedforward_layernorm"),
-)
-_ALWAYS = (
-    ("attn_norm", "input_layernorm"),
-    ("attn_output", "self_attn.o_proj"),
-    ("ffn_down", "mlp.down_proj"),
-)
-_GEMMA = frozenset(
-    {"attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
-)
-_ARCHITECTURES = {
-    "llama": _Architecture("llama", blocks=_SPLIT_QKV + _PRE_NORM, interleaved=True),
-    "qwen2": _Architecture("qwen2", blocks=_SPLIT_QKV + _PRE_NORM),
-    "qwen3": _Architecture("qwen3", blocks=_SPLIT_QKV + _PRE_NORM + _QK_NORM),
-    "phi3": _Architecture(
-        "phi3",
-        more=frozenset({"attention.sliding_window", "rope.scaling.original_context_length"}),
-        blocks=(
-            ("attn_qkv", "self_attn.qkv_proj"),
-            ("ffn_up", "mlp.gate_up_proj"),
-            *_PRE_NORM,
-        ),
-    ),
-    "gemma2": _Architecture(
-        "gemma2", more=_GEMMA, blocks=_SPLIT_QKV + _POST_NORM, norm_offset=1.0, large=46
-    ),
-    "gemma3": _Architecture(
-        "gemma3_text",
-        more=_GEMMA | {"rope.freq_base_swa"},
-        blocks=_SPLIT_QKV + _POST_NORM + _QK_NORM,
-        norm_offset=1.0,
-        theta=1_000_000.0,
-        large=62,
-    ),
-}
 
 
 def architecture_of(file: GGUFFile) -> str:
     """The file's architecture as llama.cpp calls it; ``ExportError`` if it is not supported."""
     name = file.metadata.get("general.architecture")
-    if name not in _ARCHITECTURES:
+    if name not in GGUF_ARCHITECTURES:
         raise ExportError(
             f"{file.path}: architecture '{name}' is not supported as GGUF; supported: "
-            f"{', '.join(_ARCHITECTURES)}. Others may be as a folder of safetensors."
+            f"{', '.join(GGUF_ARCHITECTURES)}. Others may be as a folder of safetensors."
         )
     return str(name)
 
@@ -128,14 +65,20 @@ class _Reader:
         return float(value)
 
     def check_known(self, known: set[str]) -> None:
-        own = {
+        """Raises ``ExportError`` that names every hyperparameter beyond ``known`` which may mean
+        something."""
+        present = {
             key.removeprefix(self.prefix): value
             for key, value in self.file.metadata.items()
             if key.startswith(self.prefix)
         }
-        odd = sorted(k for k in own if k not in known and (k not in _HARMLESS_WHEN_ZERO or own[k]))
+        odd = sorted(
+            k
+            for k, value in present.items()
+            if k not in known and (k not in HARMLESS_WHEN_ZERO or value)
+        )
         if odd:
-            shown = ", ".join(f"{k} = {str(own[k])[:40]}" for k in odd)
+            shown = ", ".join(f"{k} = {str(present[k])[:40]}" for k in odd)
             raise ExportError(
                 f"{self.file.path} has hyperparameters that attune does not know for "
                 f"'{self.prefix[:-1]}' ({shown}); leaving them out could change the model: use its "
@@ -146,27 +89,21 @@ class _Reader:
 def read_config(file: GGUFFile) -> PreTrainedConfig:
     """The Hugging Face config of a GGUF file; ``ExportError`` for what it cannot say exactly."""
     name = architecture_of(file)
-    kind = _ARCHITECTURES[name]
+    kind = GGUF_ARCHITECTURES[name]
     read = _Reader(file, name)
-    read.check_known(_COMMON | kind.more)
-    heads, hidden, layers = (
-        read.size(k) for k in ("attention.head_count", "embedding_length", "block_count")
-    )
-    rotary = read.size("rope.dimension_count", read.size("attention.key_length", hidden // heads))
-    head_dim = read.size("attention.key_length", hidden // heads if name == "phi3" else rotary)
-    if read.size("attention.value_length", head_dim) != head_dim:
-        raise ExportError(f"{file.path}: keys and values of different lengths are not supported.")
-    if rotary != head_dim and name != "phi3":
-        raise ExportError(f"{file.path}: rotation of {rotary} of {head_dim} channels is not known.")
+    read.check_known(COMMON | kind.more)
+    head_dim, rotary = _head_sizes(read, name)
+    layers = read.size("block_count")
     if layers == kind.large:
         raise ExportError(
             f"{file.path}: the attention scale of this size of {name} is not in GGUF."
         )
     if "token_embd.weight" not in file.tensors:
         raise ExportError(f"{file.path} has no tensor token_embd.weight; it is not a whole model.")
+    heads = read.size("attention.head_count")
     values: dict = {
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        "hidden_size": hidden,
+        "hidden_size": read.size("embedding_length"),
         "intermediate_size": read.size("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -176,29 +113,46 @@ def read_config(file: GGUFFile) -> PreTrainedConfig:
         "rms_norm_eps": read.real("attention.layer_norm_rms_epsilon"),
         "rope_parameters": _rope(read, kind, rotary / head_dim),
         "tie_word_embeddings": "output.weight" not in file.tensors,
+        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": file.metadata.get("tokenizer.ggml.padding_token_id"),
     }
-    for token in ("bos", "eos"):
-        values[f"{token}_token_id"] = file.metadata.get(f"tokenizer.ggml.{token}_token_id")
-    values["pad_token_id"] = file.metadata.get("tokenizer.ggml.padding_token_id")
-    if read.given("attention.sliding_window"):
-        values["sliding_window"] = read.size("attention.sliding_window")
-    if kind.norm_offset:  # Gemma
-        values["query_pre_attn_scalar"] = head_dim
-    for key, field in (
-        ("attn_logit_softcapping", "attn_logit_softcapping"),
-        ("final_logit_softcapping", "final_logit_softcapping"),
-    ):
-        if read.given(key):
-            values[field] = read.real(key)
-    if name == "llama" and "blk.0.attn_q.bias" in file.tensors:
-        values["attention_bias"] = True
+    values |= _optional_values(read, kind, head_dim)
     config = AutoConfig.for_model(kind.model_type, **values)
     if "rope_freqs.weight" in file.tensors:
         _check_llama3(file, config)
     return config
 
 
-def _rope(read: _Reader, kind: _Architecture, partial: float) -> dict:
+def _head_sizes(read: _Reader, name: str) -> tuple[int, int]:
+    """Channels of a head, and those of them that rotate."""
+    path = read.file.path
+    even = read.size("embedding_length") // read.size("attention.head_count")
+    rotary = read.size("rope.dimension_count", read.size("attention.key_length", even))
+    head_dim = read.size("attention.key_length", even if name == "phi3" else rotary)
+    if read.size("attention.value_length", head_dim) != head_dim:
+        raise ExportError(f"{path}: keys and values of different lengths are not supported.")
+    if rotary != head_dim and name != "phi3":
+        raise ExportError(f"{path}: rotation of {rotary} of {head_dim} channels is not known.")
+    return head_dim, rotary
+
+
+def _optional_values(read: _Reader, kind: GGUFArchitecture, head_dim: int) -> dict:
+    """What only some architectures, or some files, have."""
+    values: dict = {}
+    if read.given("attention.sliding_window"):
+        values["sliding_window"] = read.size("attention.sliding_window")
+    if kind.norm_offset:  # Gemma
+        values["query_pre_attn_scalar"] = head_dim
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if read.given(name):
+            values[name] = read.real(name)
+    if kind.model_type == "llama" and "blk.0.attn_q.bias" in read.file.tensors:
+        values["attention_bias"] = True
+    return values
+
+
+def _rope(read: _Reader, kind: GGUFArchitecture, partial: float) -> dict:
     theta = read.real("rope.freq_base", kind.theta)
     params: dict = {"rope_type": "default", "rope_theta": theta}
     scaling = read.file.metadata.get(f"{read.prefix}rope.scaling.type", "none")
@@ -247,8 +201,8 @@ class GGUFState(Mapping[str, Tensor]):
     def __init__(self, file: GGUFFile, config: PreTrainedConfig) -> None:
         self.file = file
         self.config = config
-        self.kind = _ARCHITECTURES[architecture_of(file)]
-        modules = dict(_ALWAYS + self.kind.blocks)
+        self.kind = GGUF_ARCHITECTURES[architecture_of(file)]
+        modules = dict(ALWAYS + self.kind.blocks)
         top = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
         self.names: dict[str, str] = {}
         odd = []

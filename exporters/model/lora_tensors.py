@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from exporters.errors import ExportError
-from exporters.model.transformer import Block, LoRA, Transformer
+from exporters.model.projection import LoRA
+from exporters.model.transformer import Block, Transformer
 
 ENTER, LEAVE = ("qkv",), ("o", "gate_up", "down")  # sites before and after attention
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -77,7 +78,7 @@ class SafetensorsState(Mapping[str, Tensor]):
         return len(self._places)
 
 
-def _open(path: Path):  # safetensors' handle has no public type
+def _open(path: Path) -> Any:  # safetensors' handle has no public type
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -97,12 +98,12 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if (folder / _INDEX).is_file():
         return _shards(folder)
-    found = sorted(p for p in folder.glob("*.safetensors") if "consolidated" not in p.name)
-    if len(found) == 1:
-        return found
-    if found:
+    files = sorted(p for p in folder.glob("*.safetensors") if "consolidated" not in p.name)
+    if len(files) == 1:
+        return files
+    if files:
         raise ExportError(
-            f"{folder} has {len(found)} safetensors files and no {_INDEX} that says how they "
+            f"{folder} has {len(files)} safetensors files and no {_INDEX} that says how they "
             f"belong together; copy that file as well."
         )
     pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))

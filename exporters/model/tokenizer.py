@@ -95,10 +95,10 @@ def _without_strangers(tokenizer: PreTrainedTokenizerFast, size: int) -> PreTrai
     """Without the added tokens that the file does not have: transformers gives every byte-level
     vocabulary GPT-2's <|endoftext|>, with an id past the model's embedding."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    own = [token for token in parts["added_tokens"] if token["id"] < size]
-    if len(own) == len(parts["added_tokens"]):
+    kept = [token for token in parts["added_tokens"] if token["id"] < size]
+    if len(kept) == len(parts["added_tokens"]):
         return tokenizer
-    backend = Tokenizer.from_str(json.dumps(parts | {"added_tokens": own}))
+    backend = Tokenizer.from_str(json.dumps(parts | {"added_tokens": kept}))
     known = backend.get_vocab()
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     special = {name: getattr(tokenizer, name) for name in names}

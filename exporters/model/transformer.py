@@ -9,53 +9,16 @@ Letters in shapes: S tokens, C context, H heads, K key-value heads, D head chann
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableSequence, Sequence
-from dataclasses import dataclass
+from collections.abc import MutableMapping, MutableSequence, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from exporters.errors import ExportError
-from exporters.model.spec import LayerSpec, ModelSpec, Rope
-
-UNSEEN = -30000.0  # a score that no softmax sees, and float16 can hold
-# q [1, S, H, D], k and v [1, S, K, D] -> [1, S, H, D]
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Target:
-    """One module of the checkpoint that LoRA can adapt: its name in a block, its input channels,
-    and the output channels of each of our matrices that it is made of."""
-
-    module: str
-    inputs: int
-    rows: tuple[int, ...]
-
-
-def site_targets(spec: ModelSpec) -> dict[str, tuple[Target, ...]]:
-    """The checkpoint modules behind each of a block's four products, by the input they share."""
-    q, kv, wide, hidden = spec.q_dim, spec.kv_dim, spec.intermediate, spec.hidden
-    if spec.fused:
-        qkv: tuple[Target, ...] = (Target("self_attn.qkv_proj", hidden, (q, kv, kv)),)
-        gate_up: tuple[Target, ...] = (Target("mlp.gate_up_proj", hidden, (wide, wide)),)
-    else:
-        qkv = (
-            Target("self_attn.q_proj", hidden, (q,)),
-            Target("self_attn.k_proj", hidden, (kv,)),
-            Target("self_attn.v_proj", hidden, (kv,)),
-        )
-        gate_up = (
-            Target("mlp.gate_proj", hidden, (wide,)),
-            Target("mlp.up_proj", hidden, (wide,)),
-        )
-    return {
-        "qkv": qkv,
-        "o": (Target("self_attn.o_proj", q, (hidden,)),),
-        "gate_up": gate_up,
-        "down": (Target("mlp.down_proj", wide, (hidden,)),),
-    }
+from exporters.model.deterministic import cos_sin
+from exporters.model.plain_attention import Attend, plain_attention
+from exporters.model.projection import Projection
+from exporters.model.spec import ModelSpec, Rope
 
 
 class Rotation(NamedTuple):
@@ -119,73 +82,13 @@ class Norm(nn.Module):
         return x * torch.rsqrt(mean + self.eps) * self.weight
 
 
-class LoRA(nn.Module):
-    """The low-rank update of one target (Hu et al., 2021), in PEFT's own layouts.
-
-    ``lora_A`` [1, r, in], ``lora_B`` [1, rows, r] (``lora_B_0``, ``lora_B_1``, … where the target
-    is several of our matrices), ``scale`` [1, 1, 1] its α/r.
-    """
-
-    lora_A: Tensor  # noqa: N815  (PEFT's name)
-    scale: Tensor
-
-    def __init__(self, target: Target, rank: int) -> None:
-        super().__init__()
-        self.target = target
-        self.register_buffer("lora_A", torch.zeros(1, rank, target.inputs))
-        self.register_buffer("scale", torch.zeros(1, 1, 1))
-        for name, rows in zip(self.b_names, target.rows, strict=True):
-            self.register_buffer(name, torch.zeros(1, rows, rank))
-
-    @property
-    def b_names(self) -> list[str]:
-        many = len(self.target.rows) > 1
-        return [f"lora_B_{i}" if many else "lora_B" for i in range(len(self.target.rows))]
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """x [1, S, in] -> the update of each matrix [1, S, rows].
-
-        The adapter is the second operand, which XNNPACK repacks at each call: for one token that is
-        cheaper than padding x.
-        """
-        down = torch.bmm(x, self.lora_A.permute(0, 2, 1)) * self.scale  # [1, S, r]
-        return [torch.bmm(down, getattr(self, name).permute(0, 2, 1)) for name in self.b_names]
-
-
-class Projection(nn.Module):
-    """The matrices that share one input, each with its low-rank update if it has one."""
-
-    bases: MutableSequence[Any]  # Dense or quantized
-
-    def __init__(self, bases: Sequence[nn.Module], loras: Sequence[LoRA | None]) -> None:
-        super().__init__()
-        self.bases = nn.ModuleList(bases)  # type: ignore[assignment]
-        self.loras = nn.ModuleList(lora or nn.Identity() for lora in loras)
-
-    def forward(self, x: Tensor, adapted: bool) -> list[Tensor]:
-        """x [1, S, in] -> for each matrix [1, S, rows]."""
-        prepared = self.bases[0].prepare(x)
-        outputs = [base(prepared) for base in self.bases]
-        loras = [m for m in self.loras if isinstance(m, LoRA)]
-        if not (loras and adapted):
-            return outputs
-        start = 0
-        for lora in self.loras:
-            if not isinstance(lora, LoRA):
-                start += 1
-                continue
-            for update in lora(x):
-                outputs[start] = outputs[start] + update
-                start += 1
-        return outputs
-
-
 def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """x [1, S, H, D]"""
     return x * rotation.cos + nn.functional.linear(x, rotation.swap) * rotation.sin
 
 
 def activate(name: str, x: Tensor) -> Tensor:
+    """The MLP's activation: "silu", or else GELU."""
     if name == "silu":
         return x * torch.sigmoid(x)
     # GELU by its tanh approximation (Hendrycks and Gimpel, 2016)
@@ -196,10 +99,14 @@ def activate(name: str, x: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attention and gated MLP, each behind a norm and added to the residual stream."""
 
-    def __init__(self, spec: ModelSpec, norms: dict[str, Norm], parts: dict[str, Projection]):
+    norms: MutableMapping[str, Any]  # Norm, or what stands for one
+
+    def __init__(
+        self, spec: ModelSpec, norms: dict[str, Norm], parts: dict[str, Projection]
+    ) -> None:
         super().__init__()
         self.spec = spec
-        self.norms = nn.ModuleDict(norms)
+        self.norms = nn.ModuleDict(norms)  # type: ignore[assignment]
         self.qkv, self.o = parts["qkv"], parts["o"]
         self.gate_up, self.down = parts["gate_up"], parts["down"]
 
@@ -248,8 +155,13 @@ class Transformer(nn.Module):
     head: Any  # Dense or quantized
 
     def __init__(
-        self, spec: ModelSpec, table: nn.Module, blocks: Sequence[Block], norm: Norm, head
-    ):
+        self,
+        spec: ModelSpec,
+        table: nn.Module,
+        blocks: Sequence[Block],
+        norm: Norm,
+        head: nn.Module,
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.table = table
@@ -320,7 +232,8 @@ class Transformer(nn.Module):
 def rope_tables(rope: Rope, context: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """cos and sin [C, 1, n] of each pair of channels, and swap [D, D].
 
-    ``swap`` negates and exchanges the two halves of the rotated channels. As a product it is exact
+    The same bits on every processor: a weights file holds them. ``swap`` negates and exchanges the
+    two halves of the rotated channels. As a product it is exact
     (each sum has one term) and stays in one delegate, which slices of a dynamic shape do not.
     """
     n = len(rope.inv_freq)
@@ -329,7 +242,8 @@ def rope_tables(rope: Rope, context: int, head_dim: int) -> tuple[Tensor, Tensor
     pairs = torch.arange(n)
     swap[pairs, pairs + n] = -1.0
     swap[pairs + n, pairs] = 1.0
-    return angles.cos() * rope.scaling, angles.sin() * rope.scaling, swap
+    cos, sin = (half.float() * rope.scaling for half in cos_sin(angles))
+    return cos, sin, swap
 
 
 def _whole(half: Tensor, head_dim: int, rest: float) -> Tensor:
@@ -338,135 +252,3 @@ def _whole(half: Tensor, head_dim: int, rest: float) -> Tensor:
     if (left := head_dim - 2 * half.shape[-1]) > 0:
         parts.append(torch.full((half.shape[0], 1, left), rest))
     return torch.cat(parts, dim=-1)
-
-
-def plain_attention(spec: ModelSpec, layer: LayerSpec) -> Attend:
-    """Causal attention over the call's own tokens, within the layer's window."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        steps = torch.arange(q.shape[1])
-        return masked_attention(spec, q, k, v, visible(steps, steps, layer.window))
-
-    return attend
-
-
-def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Positions [S] and [T] -> bool [S, T]: key not after query, and within the window."""
-    distance = queries[:, None] - keys[None, :]
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
-
-
-def masked_attention(spec: ModelSpec, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """Attention over what each query sees, without repeating keys and values for their groups.
-
-    q [1, S, H, D], k and v [1, T, K, D], seen bool [S, T] -> [1, S, H, D]. The H / K queries of a
-    key-value head are rows of one product, so that decoding reads the cache once and copies none.
-    """
-    size, total = q.shape[1], k.shape[1]
-    rows = (spec.heads // spec.kv_heads) * size
-    queries = (q * spec.attention_scale).permute(0, 2, 1, 3)  # [1, H, S, D]
-    queries = queries.reshape(1, spec.kv_heads, rows, spec.head_dim)
-    scores = torch.matmul(queries, k.permute(0, 2, 3, 1))  # [1, K, H/K·S, T]
-    scores = scores.reshape(1, spec.heads, size, total)
-    if (cap := spec.attention_softcap) is not None:
-        scores = torch.tanh(scores / cap) * cap
-    weights = torch.softmax(scores.masked_fill(~seen, UNSEEN), dim=-1)
-    weights = weights.reshape(1, spec.kv_heads, rows, total)
-    mixed = torch.matmul(weights, v.permute(0, 2, 1, 3))  # [1, K, H/K·S, D]
-    return mixed.reshape(1, spec.heads, size, spec.head_dim).permute(0, 2, 1, 3)
-
-
-def lora_targets(spec: ModelSpec, modules: Sequence[str]) -> list[Target]:
-    """The adapted targets of a block, for module names as PEFT takes them."""
-    targets = [t for targets in site_targets(spec).values() for t in targets]
-    known = [t.module.split(".")[-1] for t in targets]
-    if odd := sorted(set(modules) - set(known)):
-        raise ExportError(
-            f"no module named {', '.join(odd)} in {spec.architecture}; LoRA can target: "
-            f"{', '.join(known)}."
-        )
-    return [t for t in targets if t.module.split(".")[-1] in modules]
-
-
-class _Reader:
-    """Takes tensors out of a checkpoint, as float32, and remembers what it was not asked for."""
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self.state = state
-        self.unread = set(state)
-        self.missing: list[str] = []
-
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if name not in self.state:
-            self.missing.append(f"{name} {list(shape)} is missing")
-            return torch.zeros(shape)
-        self.unread.discard(name)
-        tensor = self.state[name]
-        if tuple(tensor.shape) != shape:
-            self.missing.append(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
-            return torch.zeros(shape)
-        return tensor.detach().to(torch.float32)
-
-    def matrices(self, prefix: str, target: Target) -> list[Dense]:
-        """The target's weight [rows, in] and bias [rows], cut into our matrices."""
-        total, name = sum(target.rows), f"{prefix}{target.module}"
-        weights = self.take(f"{name}.weight", (total, target.inputs)).split(target.rows)
-        if f"{name}.bias" not in self.state:
-            return [Dense(weight, None) for weight in weights]
-        biases = self.take(f"{name}.bias", (total,)).split(target.rows)
-        return [Dense(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-
-
-def build(
-    spec: ModelSpec,
-    state: Mapping[str, Tensor],
-    lora_modules: Sequence[str] = (),
-    rank: int = 8,
-) -> Transformer:
-    """The float32 transformer of a checkpoint's state dict (Hugging Face names).
-
-    Every tensor must be used and every one needed must be there, with its shape; all misfits are
-    listed in one ``ExportError``.
-    """
-    reader = _Reader(state)
-    adapted = lora_targets(spec, lora_modules)
-    norm_names = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
-    if spec.post_norm:
-        norm_names = {
-            "attention": "input_layernorm",
-            "attention_post": "post_attention_layernorm",
-            "mlp": "pre_feedforward_layernorm",
-            "mlp_post": "post_feedforward_layernorm",
-        }
-
-    def norm(name: str, size: int) -> Norm:
-        return Norm(reader.take(name, (size,)) + spec.norm_offset, spec.norm_eps)
-
-    blocks = []
-    for index in range(len(spec.layers)):
-        prefix = f"model.layers.{index}."
-        norms = {k: norm(f"{prefix}{name}.weight", spec.hidden) for k, name in norm_names.items()}
-        if spec.qk_norm:
-            norms["q"] = norm(f"{prefix}self_attn.q_norm.weight", spec.head_dim)
-            norms["k"] = norm(f"{prefix}self_attn.k_norm.weight", spec.head_dim)
-        parts = {
-            site: Projection(
-                [base for target in targets for base in reader.matrices(prefix, target)],
-                [LoRA(target, rank) if target in adapted else None for target in targets],
-            )
-            for site, targets in site_targets(spec).items()
-        }
-        blocks.append(Block(spec, norms, parts))
-    table = reader.take("model.embed_tokens.weight", (spec.vocab, spec.hidden))
-    final = norm("model.norm.weight", spec.hidden)
-    if spec.tied:
-        head = table
-        reader.unread.discard("lm_head.weight")
-    else:
-        head = reader.take("lm_head.weight", (spec.vocab, spec.hidden))
-    unused = [f"{name} is not part of this architecture" for name in sorted(reader.unread)]
-    if misfits := reader.missing + unused:
-        shown = "; ".join(misfits[:20]) + ("; …" if len(misfits) > 20 else "")
-        raise ExportError(f"the checkpoint does not fit its config ({len(misfits)}): {shown}.")
-    return Transformer(spec, Table(table), blocks, final, Dense(head, None)).eval()

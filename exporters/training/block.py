@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 from torch import Tensor
 
+from exporters.model.lora_targets import LoraTarget, site_targets
 from exporters.model.spec import ModelSpec
-from exporters.model.transformer import Target, activate, site_targets
+from exporters.model.transformer import activate
 from exporters.training import primitives as p
-from exporters.training.storage import PRECISIONS, Precision
+from exporters.training.storage import PRECISIONS, StoragePrecision
 
 Tensors = Mapping[str, Tensor]
 MATRICES = {
@@ -46,14 +49,14 @@ class Site:
 
     def __init__(
         self,
-        targets: Sequence[Target],
+        targets: Sequence[LoraTarget],
         names: Sequence[str],
-        precision: Precision,
+        precision: StoragePrecision,
         adapted: Sequence[str],
         biased: bool,
     ) -> None:
         self.names, self.precision, self.biased = names, precision, biased
-        self.loras: list[tuple[Target, range]] = []
+        self.loras: list[tuple[LoraTarget, range]] = []
         start = 0
         for target in targets:
             span = range(start, start + len(target.rows))
@@ -70,7 +73,7 @@ class Site:
 
     @staticmethod
     def _adapter(
-        t: Tensors, target: Target, span: range
+        t: Tensors, target: LoraTarget, span: range
     ) -> tuple[Tensor, list[Tensor], list[str], Tensor]:
         many = len(span) > 1
         names = [f"{target.module}.lora_B_{i}" for i in range(len(span))]
@@ -93,15 +96,16 @@ class Site:
         self, t: Tensors, x: Tensor, grads: list[Tensor], out: dict[str, Tensor]
     ) -> Tensor:
         """-> gradient of x [1, in, T]; those of the adapter's tensors go to ``out`` by name."""
-        total = None
-        for name, grad in zip(self.names, grads, strict=True):
-            part = self.precision.backward(self._stored(t, name), grad)
-            total = part if total is None else total + part
-        assert total is not None
+        total = reduce(
+            add,
+            (
+                self.precision.backward(self._stored(t, name), grad)
+                for name, grad in zip(self.names, grads, strict=True)
+            ),
+        )
         for target, span in self.loras:
             a, bs, names, scale = self._adapter(t, target, span)
-            own = [grads[index] for index in span]
-            dx, da, dbs = p.lora_backward(x, a, bs, scale, own)
+            dx, da, dbs = p.lora_backward(x, a, bs, scale, [grads[index] for index in span])
             total = total + dx
             out[f"{target.module}.lora_A"] = da
             out |= dict(zip(names, dbs, strict=True))
@@ -214,22 +218,22 @@ class TrainingBlock:
         s, out = self.spec, dict[str, Tensor]()
         gate, up, middle = saved["gate"], saved["up"], saved["middle"]
         active = activate(s.activation, gate)
-        own = self._add_backward(t, saved.get("down"), "mlp_post", grad)
-        wide = self.sites["down"].backward(t, active * up, [own], out)
+        update = self._add_backward(t, saved.get("down"), "mlp_post", grad)
+        wide = self.sites["down"].backward(t, active * up, [update], out)
         branches = [wide * up * p.activation_slope(s.activation, gate), wide * active]
-        own = self.sites["gate_up"].backward(t, self._norm(t, "mlp", middle), branches, out)
-        grad = grad + self._norm_backward(t, "mlp", middle, own)
+        normed = self.sites["gate_up"].backward(t, self._norm(t, "mlp", middle), branches, out)
+        grad = grad + self._norm_backward(t, "mlp", middle, normed)
 
-        own = self._add_backward(t, saved.get("o"), "attention_post", grad)
-        own = self.sites["o"].backward(t, saved["mixed"], [own], out)
+        update = self._add_backward(t, saved.get("o"), "attention_post", grad)
+        mixed = self.sites["o"].backward(t, saved["mixed"], [update], out)
         q, k, v = saved["q"], saved["k"], saved["v"]
         queries, keys = q, k
         if s.qk_norm:
             queries, keys = self._placed(t, "q", q, at), self._placed(t, "k", k, at)
         dq, dk, dv = self.attention.backward(
-            queries, keys, v, at.mask, saved["mixed"], own, softmax
+            queries, keys, v, at.mask, saved["mixed"], mixed, softmax
         )
         dq = self._placed_backward(t, "q", q, at, dq)
         dk = self._placed_backward(t, "k", k, at, dk)
-        own = self.sites["qkv"].backward(t, self._norm(t, "attention", x), [dq, dk, dv], out)
-        return grad + self._norm_backward(t, "attention", x, own), out
+        normed = self.sites["qkv"].backward(t, self._norm(t, "attention", x), [dq, dk, dv], out)
+        return grad + self._norm_backward(t, "attention", x, normed), out

@@ -12,13 +12,16 @@ without a maximum or a sum over the vocabulary outside of the softmax:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from itertools import accumulate
+from operator import add
 
 import torch
 from torch import Tensor
 
 from exporters.model.spec import ModelSpec
 from exporters.training import primitives as p
-from exporters.training.storage import Precision
+from exporters.training.storage import StoragePrecision
 
 SLICE = 4096  # rows of the head in one product
 _SMALLEST = 1e-37  # of p': a loss is at most 85
@@ -27,7 +30,7 @@ _SMALLEST = 1e-37  # of p': a loss is at most 85
 class TrainingHead:
     """``precision``: of the head's rows; ``rows``: those of each slice."""
 
-    def __init__(self, spec: ModelSpec, precision: Precision) -> None:
+    def __init__(self, spec: ModelSpec, precision: StoragePrecision) -> None:
         self.spec, self.precision = spec, precision
         whole, rest = divmod(spec.vocab, SLICE)
         self.rows = [SLICE] * whole + ([rest] if rest else [])
@@ -48,22 +51,24 @@ class TrainingHead:
         hidden = p.rms_norm(x, norm, s.norm_eps)
         rows = p.turn(hidden)  # [1, P, F]
         ones = torch.ones(1, s.hidden, 1)
-        own = self._logits(torch.bmm(rows * targets, ones))  # [1, P, 1]
+        expected = self._logits(torch.bmm(rows * targets, ones))  # [1, P, 1]
         logits = [
             p.turn(self._logits(self.precision.forward(part, hidden))) for part in slices
         ]  # [1, P, rows]
-        shares = torch.softmax(p.concatenate([*logits, own], 2), dim=2)
+        shares = torch.softmax(p.concatenate([*logits, expected], 2), dim=2)
         extra = shares[:, :, s.vocab :]  # [1, P, 1]
         rest = 1.0 - extra
         loss = torch.log(rest) - torch.log(torch.clamp(extra, min=_SMALLEST))
-        total, start = None, 0
-        for part, values, size in zip(slices, logits, self.rows, strict=True):
-            share = self._through(shares[:, :, start : start + size], values)
-            add = self.precision.backward(part, p.turn(share))  # [1, P, F]
-            total = add if total is None else total + add
-            start += size
-        assert total is not None
-        grad = total * (real / rest) - targets * self._through(real, own)
+        ends = list(accumulate(self.rows))
+
+        def pull(index: int) -> Tensor:
+            """What a slice adds to the gradient of h [1, P, F]."""
+            start = ends[index] - self.rows[index]
+            share = self._through(shares[:, :, start : ends[index]], logits[index])
+            return self.precision.backward(slices[index], p.turn(share))
+
+        total = reduce(add, map(pull, range(len(ends))))
+        grad = total * (real / rest) - targets * self._through(real, expected)
         if s.logit_scale != 1.0:
             grad = grad * s.logit_scale
         column = torch.ones(1, 1, x.shape[2])

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from exporters.errors import ExportError
+from exporters.model.lora_targets import LoraTarget, lora_targets
 from exporters.model.spec import ModelSpec
-from exporters.model.transformer import Target, lora_targets
 from exporters.signature import ProgramSignature, TensorSpec
 from exporters.training.adamw import COLUMNS, AdamW
 from exporters.training.block import MATRICES, Places, Softmax, TrainingBlock
@@ -41,19 +41,19 @@ class TrainingSpec:
     positions: int
 
     @property
-    def targets(self) -> list[Target]:
+    def targets(self) -> list[LoraTarget]:
         return lora_targets(self.model, self.lora)
 
     @property
     def pairs(self) -> int:
         """Rotated pairs of channels; where a layer has no rotary embedding, its tables are 1, 0."""
-        found = {len(layer.rope.inv_freq) for layer in self.model.layers if layer.rope}
-        if len(found) > 1:
+        pairs = {len(layer.rope.inv_freq) for layer in self.model.layers if layer.rope}
+        if len(pairs) > 1:
             raise ExportError(
-                f"{self.model.architecture} rotates {sorted(found)} pairs of channels in different "
+                f"{self.model.architecture} rotates {sorted(pairs)} pairs of channels in different "
                 f"layers; training programs know one number only."
             )
-        return found.pop() if found else self.model.head_dim // 2
+        return pairs.pop() if pairs else self.model.head_dim // 2
 
     def block(self) -> TrainingBlock:
         adapted = [target.module for target in self.targets]
@@ -108,7 +108,7 @@ def base_inputs(spec: TrainingSpec) -> list[TensorSpec]:
     norms = {"attention": m.hidden, "mlp": m.hidden}
     norms |= {"attention_post": m.hidden, "mlp_post": m.hidden} if m.post_norm else {}
     norms |= {"q": m.head_dim, "k": m.head_dim} if m.qk_norm else {}
-    found = [_float(f"base.norm.{name}", 1, size, 1) for name, size in norms.items()]
+    inputs = [_float(f"base.norm.{name}", 1, size, 1) for name, size in norms.items()]
     rows = {"q": m.q_dim, "k": m.kv_dim, "v": m.kv_dim, "o": m.hidden, "down": m.hidden}
     rows |= {"gate": m.intermediate, "up": m.intermediate}
     columns = {"o": m.q_dim, "down": m.intermediate}
@@ -116,23 +116,23 @@ def base_inputs(spec: TrainingSpec) -> list[TensorSpec]:
         for name in names:
             inner = columns.get(site, m.hidden)
             parts = PRECISIONS[spec.blocks].parts(rows[name], inner)
-            found += [TensorSpec(f"base.{name}.{q.name}", q.shape, q.dtype) for q in parts]
+            inputs += [TensorSpec(f"base.{name}.{q.name}", q.shape, q.dtype) for q in parts]
             if site in spec.biased:
-                found.append(_float(f"base.{name}.bias", 1, rows[name], 1))
-    return found
+                inputs.append(_float(f"base.{name}.bias", 1, rows[name], 1))
+    return inputs
 
 
 def adapter_inputs(spec: TrainingSpec) -> list[TensorSpec]:
     """A block's tensors of the adapter: A, the Bs and the scale of each target."""
-    found = []
+    inputs = []
     for target in spec.targets:
         name = f"adapter.{target.module}"
-        found.append(_float(f"{name}.lora_A", 1, spec.rank, target.inputs))
+        inputs.append(_float(f"{name}.lora_A", 1, spec.rank, target.inputs))
         for index, rows in enumerate(target.rows):
             part = f"lora_B_{index}" if len(target.rows) > 1 else "lora_B"
-            found.append(_float(f"{name}.{part}", 1, rows, spec.rank))
-        found.append(_float(f"{name}.scale", 1, 1, 1))
-    return found
+            inputs.append(_float(f"{name}.{part}", 1, rows, spec.rank))
+        inputs.append(_float(f"{name}.scale", 1, 1, 1))
+    return inputs
 
 
 def _renamed(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -172,8 +172,8 @@ def block_programs(spec: TrainingSpec, length: int) -> list[TrainingProgram]:
         values: dict[str, Tensor], kept: dict[str, Tensor], softmax: Softmax | None
     ) -> list[Tensor]:
         t, grad = _renamed(values), values["gradient.y"]
-        dx, found = block.backward(t, values["x"], at(values), kept, grad, softmax)
-        return [dx, *(found[w.name.removeprefix("adapter.")] for w in trained)]
+        dx, gradients = block.backward(t, values["x"], at(values), kept, grad, softmax)
+        return [dx, *(gradients[w.name.removeprefix("adapter.")] for w in trained)]
 
     def recomputing(values: dict[str, Tensor]) -> list[Tensor]:
         return backward(values, *block.recompute(_renamed(values), values["x"], at(values)))
@@ -255,5 +255,6 @@ def adamw_program(spec: TrainingSpec) -> TrainingProgram:
 
 
 def training_programs(spec: TrainingSpec, lengths: Sequence[int]) -> list[TrainingProgram]:
+    """All programs of a bundle: three for each of ``lengths`` (tokens), ``head`` and ``adamw``."""
     blocks = [program for length in lengths for program in block_programs(spec, length)]
     return [*blocks, head_program(spec), adamw_program(spec)]

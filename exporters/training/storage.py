@@ -37,8 +37,12 @@ def _float(q: Tensor) -> Tensor:
     return torch.ops.quantized_decomposed.dequantize_per_tensor(q, 1.0, 0, -128, 127, torch.int8)
 
 
+def _dequantized(weight: Tensor | Rounded) -> Tensor:
+    return weight.dequantize() if isinstance(weight, Rounded) else weight
+
+
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """One tensor of a stored matrix: its name, shape, and NumPy dtype."""
 
     name: str
@@ -46,10 +50,10 @@ class Part:
     dtype: str
 
 
-class Precision(Protocol):
+class StoragePrecision(Protocol):
     """One row of the table above."""
 
-    def parts(self, rows: int, columns: int) -> tuple[Part, ...]: ...
+    def parts(self, rows: int, columns: int) -> tuple[StoredPart, ...]: ...
 
     def encode(self, weight: Tensor | Rounded) -> dict[str, Tensor]:
         """A matrix [out, in], rounded if it is not yet on this grid."""
@@ -65,11 +69,13 @@ class Precision(Protocol):
 
 
 class Float32:
-    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
-        return (Part("value", (1, rows, columns), "float32"),)
+    """As they are."""
+
+    def parts(self, rows: int, columns: int) -> tuple[StoredPart, ...]:
+        return (StoredPart("value", (1, rows, columns), "float32"),)
 
     def encode(self, weight: Tensor | Rounded) -> dict[str, Tensor]:
-        value = weight.dequantize() if isinstance(weight, Rounded) else weight
+        value = _dequantized(weight)
         return {"value": value.float()[None].contiguous()}
 
     def decode(self, parts: Parts) -> Tensor:
@@ -85,15 +91,18 @@ class Float32:
 class Int8:
     """The scale of a row multiplies the row's product, not its weights: fewer numbers."""
 
-    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
-        return (Part("q", (1, rows, columns), "int8"), Part("scale", (1, rows, 1), "float32"))
+    def parts(self, rows: int, columns: int) -> tuple[StoredPart, ...]:
+        return (
+            StoredPart("q", (1, rows, columns), "int8"),
+            StoredPart("scale", (1, rows, 1), "float32"),
+        )
 
     def encode(self, weight: Tensor | Rounded) -> dict[str, Tensor]:
-        rounded = weight
-        if not isinstance(weight, Rounded) or weight.scale.shape[1] > 1 or weight.offset:
-            value = weight.dequantize() if isinstance(weight, Rounded) else weight
+        if isinstance(weight, Rounded) and weight.scale.shape[1] == 1 and not weight.offset:
+            rounded = weight
+        else:
+            value = _dequantized(weight)
             rounded = round_nearest(value, 8, value.shape[1])
-        assert isinstance(rounded, Rounded)
         return {"q": rounded.q[None].contiguous(), "scale": rounded.scale[None].contiguous()}
 
     def decode(self, parts: Parts) -> Tensor:
@@ -110,7 +119,9 @@ class Int8:
 
 
 class Int4:
-    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
+    """Two weights a byte, with a scale and an offset for each ``GROUP`` inputs."""
+
+    def parts(self, rows: int, columns: int) -> tuple[StoredPart, ...]:
         if columns % (2 * GROUP):
             raise ExportError(
                 f"training weights in int4 need rows of a multiple of {2 * GROUP} weights, found "
@@ -118,17 +129,17 @@ class Int4:
             )
         grid = (1, rows, columns // GROUP)
         return (
-            Part("q", (1, rows, columns // 2), "int8"),
-            Part("scale", grid, "float32"),
-            Part("offset", grid, "float32"),
+            StoredPart("q", (1, rows, columns // 2), "int8"),
+            StoredPart("scale", grid, "float32"),
+            StoredPart("offset", grid, "float32"),
         )
 
     def encode(self, weight: Tensor | Rounded) -> dict[str, Tensor]:
-        rounded = weight
-        if not isinstance(weight, Rounded) or weight.group != GROUP:
-            value = weight.dequantize() if isinstance(weight, Rounded) else weight
-            rounded = round_search(value, 4, GROUP, None, True)
-        assert isinstance(rounded, Rounded)
+        """A matrix [out, in], rounded if it is not yet in groups of ``GROUP``."""
+        if isinstance(weight, Rounded) and weight.group == GROUP:
+            rounded = weight
+        else:
+            rounded = round_search(_dequantized(weight), 4, GROUP, None, True)
         half = rounded.q.shape[1] // 2
         first, second = rounded.q[:, :half].int(), rounded.q[:, half:].int()
         packed = (16 * (first + 8) + second + 8 - 128).to(torch.int8)
@@ -156,4 +167,4 @@ class Int4:
         return matmul_backward(self.decode(parts), grad)
 
 
-PRECISIONS: dict[str, Precision] = {"fp32": Float32(), "int8": Int8(), "int4": Int4()}
+PRECISIONS: dict[str, StoragePrecision] = {"fp32": Float32(), "int8": Int8(), "int4": Int4()}

@@ -17,26 +17,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporters.errors import ExportError
+from exporters.model.projection import LoRA
 from exporters.model.quantize import QuantizedLinear, QuantizedTable, share
 from exporters.model.rounding import Rounded
-from exporters.model.transformer import Block, Dense, LoRA, Norm, Table, Transformer, rope_tables
+from exporters.model.transformer import Block, Dense, Table, Transformer, rope_tables
 from exporters.training.block import MATRICES
 from exporters.training.programs import TrainingSpec
-from exporters.training.storage import GROUP, PRECISIONS, Part, Precision
+from exporters.training.storage import GROUP, PRECISIONS, StoragePrecision, StoredPart
 
 _DTYPES = {"float32": "F32", "int8": "I8"}
 _ALIGNMENT = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
-    """Tensors that are made together, one after another in the file."""
+class TensorGroup:
+    """Tensors that are computed together and lie one after another in the file."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[StoredPart, ...]
     make: Callable[[], Sequence[Tensor]]
 
 
-def own_precision(model: Transformer) -> tuple[str, str]:
+def kept_precision(model: Transformer) -> tuple[str, str]:
     """The precisions of blocks and head that keep the very weights that ``model`` has."""
     base = model.blocks[0].qkv.bases[0]
     if isinstance(base, Dense):
@@ -63,38 +65,39 @@ def _values(base: Dense | QuantizedLinear | QuantizedTable) -> Tensor | Rounded:
     """What the matrix stands for: integers with their scales where it has them."""
     if isinstance(base, Dense):
         return base.weight
+    return _rounded(base)
+
+
+def _rounded(base: QuantizedLinear | QuantizedTable) -> Rounded:
     scale = base.scale if base.scale.ndim == 2 else base.scale[:, None]
     offset = getattr(base, "offset", None)
-    inner = _values(offset) if offset is not None else None
-    assert not isinstance(inner, Tensor)
-    return Rounded(base.q, scale, inner)
+    return Rounded(base.q, scale, None if offset is None else _rounded(offset))
 
 
-def _given(name: str, tensor: Tensor) -> Group:
+def _given(name: str, tensor: Tensor) -> TensorGroup:
     """A tensor that is small and there already."""
     value = tensor.detach().float().contiguous()
-    return Group((Part(name, tuple(value.shape), "float32"),), lambda: [value])
+    return TensorGroup((StoredPart(name, tuple(value.shape), "float32"),), lambda: [value])
 
 
-def _column(name: str, vector: Tensor) -> Group:
+def _column(name: str, vector: Tensor) -> TensorGroup:
     return _given(name, vector.view(1, -1, 1))
 
 
-def _matrix(name: str, value: Tensor | Rounded, precision: str) -> Group:
+def _matrix(name: str, value: Tensor | Rounded, precision: str) -> TensorGroup:
     rows, columns = value.shape if isinstance(value, Tensor) else value.q.shape
     parts = PRECISIONS[precision].parts(rows, columns)
-    named = tuple(Part(f"{name}.{p.name}", p.shape, p.dtype) for p in parts)
+    named = tuple(StoredPart(f"{name}.{p.name}", p.shape, p.dtype) for p in parts)
 
     def make() -> list[Tensor]:
         encoded = PRECISIONS[precision].encode(value)
         return [encoded[p.name] for p in parts]
 
-    return Group(named, make)
+    return TensorGroup(named, make)
 
 
-def _block(prefix: str, block: Block, spec: TrainingSpec) -> Iterator[Group]:
+def _block(prefix: str, block: Block, spec: TrainingSpec) -> Iterator[TensorGroup]:
     for name, norm in block.norms.items():
-        assert isinstance(norm, Norm)
         yield _column(f"{prefix}norm.{name}", norm.weight)
     for site, names in MATRICES.items():
         for name, base in zip(names, getattr(block, site).bases, strict=True):
@@ -112,9 +115,9 @@ def _same(head: Tensor | Rounded, table: Tensor | Rounded) -> bool:
     return torch.equal(head.q, table.q) and torch.equal(head.scale, table.scale)
 
 
-def _groups(model: Transformer, spec: TrainingSpec, longest: int) -> tuple[list[Group], bool]:
+def _groups(model: Transformer, spec: TrainingSpec, longest: int) -> tuple[list[TensorGroup], bool]:
     """Every tensor of the file in its order, and whether the token table is the head."""
-    groups: list[Group] = []
+    groups: list[TensorGroup] = []
     for index, rope in enumerate(model.ropes):
         cos, sin, _ = rope_tables(rope, longest, model.spec.head_dim)  # [longest, 1, n]
         for name, table in (("cos", cos), ("sin", sin)):
@@ -138,13 +141,8 @@ class WrittenWeights:
     bytes: int
 
 
-@torch.no_grad()
-def write_weights(
-    model: Transformer, spec: TrainingSpec, longest: int, path: Path
-) -> WrittenWeights:
-    """Writes ``path`` with the weights that ``model`` computes with, in the spec's precisions, and
-    rotary tables for ``longest`` tokens."""
-    groups, shared = _groups(model, spec, longest)
+def _header(groups: Sequence[TensorGroup]) -> bytes:
+    """safetensors' JSON, with spaces up to where the first tensor is aligned."""
     header: dict[str, object] = {}
     begin = 0
     for part in (part for group in groups for part in group.parts):
@@ -156,12 +154,26 @@ def write_weights(
         }
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return text + b" " * (-(8 + len(text)) % _ALIGNMENT)
+
+
+@torch.no_grad()
+def write_weights(
+    model: Transformer, spec: TrainingSpec, longest: int, path: Path
+) -> WrittenWeights:
+    """Writes ``path`` with the weights that ``model`` computes with, in the spec's precisions, and
+    rotary tables for ``longest`` tokens."""
+    groups, shared = _groups(model, spec, longest)
+    text = _header(groups)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for group in groups:
             for part, tensor in zip(group.parts, group.make(), strict=True):
-                assert tuple(tensor.shape) == part.shape, part.name
+                if tuple(tensor.shape) != part.shape:
+                    raise ExportError(
+                        f"{part.name} is {list(tensor.shape)}, but the header of {path} says "
+                        f"{list(part.shape)}: please report it."
+                    )
                 file.write(tensor.numpy().data)
     return WrittenWeights("head" if shared else "table", path.stat().st_size)
 
@@ -172,7 +184,9 @@ def as_stored(model: Transformer, spec: TrainingSpec) -> Transformer:
     its own."""
     blocks, head = PRECISIONS[spec.blocks], PRECISIONS[spec.head]
 
-    def dense(base: Dense | QuantizedLinear | QuantizedTable, precision: Precision) -> Tensor:
+    def dense(
+        base: Dense | QuantizedLinear | QuantizedTable, precision: StoragePrecision
+    ) -> Tensor:
         return precision.decode(precision.encode(_values(base)))[0]
 
     result = share(model)

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runtime_py.engine.native import load_module, set_threads, silenced
+from runtime_py.engine.executorch_library import load_module, set_threads
+from runtime_py.engine.native import silenced
 
 
 class ExecutorchLm:

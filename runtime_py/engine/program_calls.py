@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime_py.bundle.manifest import Program
-from runtime_py.engine.native import load_program, set_threads, silenced
+from runtime_py.engine.native import silenced
 from runtime_py.loop.errors import TrainingError
 
 
@@ -29,6 +29,8 @@ class ExecutorchPrograms:
     def __init__(
         self, folder: Path, programs: Sequence[Program], threads: int | None = None
     ) -> None:
+        from runtime_py.engine.executorch_library import load_program, set_threads
+
         if threads is not None:
             set_threads(threads)
         self.signatures = {program.name: program for program in programs}

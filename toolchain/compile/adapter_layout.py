@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from exporters.model.lora_targets import lora_targets, site_targets
 from exporters.model.spec import ModelSpec
-from exporters.model.transformer import lora_targets, site_targets
 from runtime_py.bundle.manifest import AdapterTensor
 from runtime_py.bundle.peft_adapter import PeftAdapter
 

@@ -6,10 +6,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from exporters.model.assembly import build
 from exporters.model.checkpoint import Checkpoint, load_checkpoint
 from exporters.model.quantize import quantized
 from exporters.model.spec import read_spec
-from exporters.model.transformer import Transformer, build
+from exporters.model.transformer import Transformer
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.loop.errors import BundleError

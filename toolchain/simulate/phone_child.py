@@ -27,13 +27,11 @@ def main(file: str, most_cores: str, descriptor: str) -> int:
 
     import runtime_py.engine.lm  # noqa: F401
     from runtime_py.bundle.bundle import open_bundle
-    from runtime_py.engine.native import library
     from runtime_py.loop.errors import AttuneError
     from toolchain.simulate.events import LimitsSet, PhoneEvent, PhoneFailed, to_line
     from toolchain.simulate.life import Phone
     from toolchain.simulate.life_plan import LifePlan
 
-    library()
     torch.set_num_threads(cores)
     plan = LifePlan.from_json(Path(file).read_bytes())
     with os.fdopen(int(descriptor), "wb") as out:

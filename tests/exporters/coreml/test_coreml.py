@@ -15,15 +15,11 @@ from exporters.coreml.half import SafeNorm, for_half
 from exporters.coreml.lm_package import lower
 from exporters.coreml.multifunction import check, read_signatures, weight_bytes
 from exporters.errors import ExportError
+from exporters.model.assembly import build
+from exporters.model.plain_attention import masked_attention, plain_attention
+from exporters.model.projection import LoRA
 from exporters.model.spec import read_spec
-from exporters.model.transformer import (
-    LoRA,
-    Norm,
-    Transformer,
-    build,
-    masked_attention,
-    plain_attention,
-)
+from exporters.model.transformer import Norm, Transformer
 from exporters.signature import ProgramSignature
 from tests.toolchain.verify.mil_values import Package
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig
 
+from exporters.model.assembly import build
 from exporters.model.calibration import SITES, collect_grams, walk_grams
 from exporters.model.spec import read_spec
-from exporters.model.transformer import Transformer, build
+from exporters.model.transformer import Transformer
 
 SIZES = {
     "vocab_size": 60,

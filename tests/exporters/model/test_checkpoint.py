@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from exporters.errors import ExportError
+from exporters.model.assembly import build
 from exporters.model.checkpoint import Checkpoint, load_checkpoint
 from exporters.model.spec import read_spec
-from exporters.model.transformer import build
 
 SHARED = Path(__file__).parents[4] / "shared" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from exporters.model.assembly import build
 from exporters.model.quantize import quantized
 from exporters.model.spec import read_spec
-from exporters.model.transformer import Transformer, build
+from exporters.model.transformer import Transformer
 from runtime_py.bundle.manifest import Training
 from tests import tiny
 from tests.toolchain.verify.conftest import rewrite

@@ -178,7 +178,44 @@ def save(model: Any, tokenizer: Any, out: Path, report: dict) -> None:
     (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
+def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices, AdamW for norms and embedding."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    return [
+        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01),
+    ]
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Part of the peak: warm-up over 50 steps, constant, linear to zero over the last 40 %."""
+    return min(step / 50, 1.0, (steps - step) / (0.4 * steps))
+
+
+def train(model: Any, batches: Iterator[torch.Tensor], steps: int) -> Iterator[int]:
+    """Yields the number of each step, after it."""
+    updates = optimizers(model)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in updates]
+    start = time.time()
+    for step, batch in zip(range(1, steps + 1), batches, strict=False):
+        for optimizer, peak in zip(updates, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * rate_at(step, steps)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in updates:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+        if step % 20 == 0:
+            speed = step * BATCH * SEQUENCE / (time.time() - start)
+            print(f"step {step} loss {loss.item():.3f} {speed:.0f} tokens/s", flush=True)
+        yield step
+
+
 def main() -> None:
+    """The command line: reads the corpus, trains, and saves at every evaluation."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -193,47 +230,18 @@ def main() -> None:
     validation = {name: [encode(tokenizer, t) for t in rows] for name, rows in held.items()}
     print(f"{len(tokens)} dialogues, {sum(map(len, tokens)):,} tokens an epoch", flush=True)
 
-    pad, bos, eos = (tokenizer.convert_tokens_to_ids(token) for token in SPECIAL[:3])
-    assert isinstance(pad, int)
-    assert isinstance(bos, int)
-    assert isinstance(eos, int)
-    model = LlamaForCausalLM(model_config(pad, bos, eos))
-    parameters = sum(p.numel() for p in model.parameters())
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01),
-    ]
-    peaks = [o.param_groups[0]["lr"] for o in optimizers]
-    start = time.time()
-    for step, batch in enumerate(sequences(tokens, SEED), 1):
-        # Warm-up over 50 steps, constant, then linear to zero over the last 40 %.
-        rate = min(step / 50, 1.0, (args.steps - step) / (0.4 * args.steps))
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = peak * rate
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
-        if step % 20 == 0:
-            seconds = time.time() - start
-            speed = step * BATCH * SEQUENCE / seconds
-            print(f"step {step} loss {loss.item():.3f} {speed:.0f} tokens/s", flush=True)
+    vocabulary = tokenizer.get_vocab()
+    model = LlamaForCausalLM(model_config(*(vocabulary[token] for token in SPECIAL[:3])))
+    for step in train(model, sequences(tokens, SEED), args.steps):
         if step % args.evaluate_every == 0 or step == args.steps:
             report = {
-                "parameters": parameters,
+                "parameters": sum(p.numel() for p in model.parameters()),
                 "steps": step,
                 "tokens": step * BATCH * SEQUENCE,
                 "seed": SEED,
             } | evaluate(model, tokenizer, validation)
             print(json.dumps(report, indent=1), flush=True)
             save(model, tokenizer, args.out, report)
-        if step == args.steps:
-            return
 
 
 if __name__ == "__main__":

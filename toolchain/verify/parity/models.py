@@ -14,7 +14,8 @@ from torch import nn
 
 from exporters.coreml.functions import Embed
 from exporters.model.lora_tensors import set_adapter
-from exporters.model.transformer import Transformer, plain_attention
+from exporters.model.plain_attention import plain_attention
+from exporters.model.transformer import Transformer
 from exporters.training.programs import TrainingSpec
 from exporters.training.weights_file import as_stored
 from runtime_py.bundle.bundle import Bundle

@@ -13,8 +13,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from exporters.model.lora_targets import site_targets
+from exporters.model.plain_attention import Attend, plain_attention
 from exporters.model.spec import ModelSpec
-from exporters.model.transformer import Attend, Transformer, plain_attention, site_targets
+from exporters.model.transformer import Transformer
 from exporters.training.block import MATRICES
 from toolchain.verify.noise import perturbed
 from toolchain.verify.parity.native_child import Instruction
