@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from runtime_py.loop.files import write_bytes
+from toolchain.cli.options import AndroidBundle, Dialogues, Json
 from toolchain.report.console import console, counted_progress, output, print_json
 
 if TYPE_CHECKING:
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
     from toolchain.simulate.outcome import SimulationOutcome
     from toolchain.simulate.simulation import Simulation
 
-_Bundle = Annotated[Path, typer.Argument(help="A bundle with an Android part.")]
-_Stream = Annotated[
-    Path, typer.Option(help="Dialogues: .jsonl or .jsonl.gz with id and turns in each row.")
-]
 _Device = Annotated[str, typer.Option(help="A profile's name or a .toml file.")]
 _Out = Annotated[
     Path | None,
@@ -57,12 +54,11 @@ _LowMemory = Annotated[
     bool, typer.Option("--low-memory", help="The memory is taken once amid fine-tuning.")
 ]
 _Seed = Annotated[int, typer.Option(help="Of the user and the faults.", min=0)]
-_AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
 def simulate(
-    bundle: _Bundle,
-    stream: _Stream,
+    bundle: AndroidBundle,
+    stream: Dialogues,
     device: _Device = "pixel-8",
     out: _Out = None,
     lexicons: _Lexicons = None,
@@ -76,7 +72,7 @@ def simulate(
     full_disk: _FullDisk = False,
     low_memory: _LowMemory = False,
     seed: _Seed = 0,
-    as_json: _AsJson = False,
+    as_json: Json = False,
 ) -> None:
     """Live through a stream of dialogues as a phone would: select, ask, synthesize, fine-tune.
 
