@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from runtime_py.bundle.adapter import load_adapter as load_adapter
+    from runtime_py.bundle.adapter_forms import load_adapter as load_adapter
     from runtime_py.bundle.bundle import Bundle as Bundle
     from runtime_py.bundle.bundle import open_bundle as open_bundle
     from runtime_py.bundle.chat_text import ChatText as ChatText
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from runtime_py.loop.stream import read_stream as read_stream
 
 _MODULES = {
-    "bundle.adapter": ("load_adapter",),
+    "bundle.adapter_forms": ("load_adapter",),
     "bundle.bundle": ("Bundle", "open_bundle"),
     "bundle.chat_text": ("ChatText",),
     "bundle.peft_adapter": ("PeftAdapter",),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime_py.bundle.adapter import from_runtime, load_adapter, to_runtime
+from runtime_py.bundle.adapter_forms import from_runtime, load_adapter, to_runtime
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.chat_text import ChatText
@@ -25,7 +25,7 @@ from runtime_py.engine.trainer import (
 )
 from runtime_py.loop.errors import TrainingError
 from runtime_py.loop.files import replacing, writing
-from runtime_py.loop.stream import read_stream
+from runtime_py.loop.stream import read_dialogues
 from toolchain import defaults
 from toolchain.report.charts import Series, write_svg
 
@@ -220,9 +220,7 @@ def _split(
     bundle: Bundle, data: Path, held_out: float, refuse_long: bool, notify: Callable[[str], None]
 ) -> _Split:
     """The dialogues of ``data``; of every so many the last is held out."""
-    dialogues = [record.dialogue for record in read_stream(data)]
-    if not dialogues:
-        raise TrainingError(f"{data} has no dialogue: give one JSON object a line.")
+    dialogues = read_dialogues(data)
     longest = max(bundle.training.lengths)
     fitted = fit(dialogues, ChatText(bundle), longest, refuse_long)
     if fitted.cut:

@@ -1,4 +1,8 @@
-"""What the inputs of a transformer's matrices look like on a calibration text: Gram matrices."""
+"""What the inputs of a transformer's matrices look like on a calibration text: Gram matrices.
+
+GPTQ's integers hang on them, so they are the same bits on every processor
+(``exporters.model.deterministic_calls``).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from exporters.model.deterministic import gram
+from exporters.model.deterministic_calls import SameBits
 from exporters.model.plain_attention import plain_attention
 from exporters.model.transformer import Transformer
 
+_TOGETHER = 1024  # vectors of one product
 SITES = ("qkv", "o", "gate_up", "down")
 
 
@@ -38,12 +45,30 @@ def _block_calls(model: Transformer, batches: Sequence[Tensor]) -> list[list[tup
     return [tap.calls for tap in taps]
 
 
-def _add(total: Tensor | None, x: Tensor) -> Tensor:
-    """total + Σ x xᵀ over the vectors of x [..., in]."""
-    flat = x.detach().flatten(0, -2).float()
-    if total is None:
-        total = torch.zeros(flat.shape[1], flat.shape[1])
-    return total.addmm_(flat.T, flat)
+class _Gram:
+    """Σ x xᵀ over the vectors that it is given, many at a time."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Tensor] = []
+        self._total: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        """x [..., in]"""
+        self._waiting.append(x.detach().flatten(0, -2).float())
+        if sum(part.shape[0] for part in self._waiting) >= _TOGETHER:
+            self._flush()
+
+    def _flush(self) -> None:
+        own = gram(torch.cat(self._waiting))
+        self._total = own if self._total is None else self._total.add_(own)
+        self._waiting = []
+
+    def result(self) -> Tensor:
+        """float32 [in, in]"""
+        if self._waiting:
+            self._flush()
+        assert self._total is not None
+        return self._total.float()
 
 
 @torch.no_grad()
@@ -57,41 +82,45 @@ def walk_grams(
     after it: so each is fitted to what it will be given. Only one block's matrices and the hidden
     states of all tokens are held.
     """
-    calls = _block_calls(model, batches)
+    with SameBits():
+        calls = _block_calls(model, batches)
     states = [first for first, *_ in calls[0]]
     for index, rest in enumerate(calls):
-        grams: dict[str, Tensor] = {}
+        block = model.blocks[index]
+        inputs: dict[str, Tensor] = {}
+        grams = {site: _Gram() for site in SITES}
 
-        def hook(site: str, grams: dict[str, Tensor] = grams):
+        def hook(site: str, inputs: dict[str, Tensor] = inputs):
             def keep(module: nn.Module, args: tuple) -> None:
-                grams[site] = _add(grams.get(site), args[0])
+                inputs[site] = args[0]
 
             return keep
 
-        handles = [
-            getattr(model.blocks[index], site).register_forward_pre_hook(hook(site))
-            for site in SITES
-        ]
+        handles = [getattr(block, site).register_forward_pre_hook(hook(site)) for site in SITES]
+        same = SameBits()
         for x, (_, *others) in zip(states, rest, strict=True):
-            model.blocks[index](x, *others)
+            with same:
+                block(x, *others)
+            for site, vectors in inputs.items():
+                grams[site].add(vectors)
         for handle in handles:
             handle.remove()
-        yield f"blocks.{index}", grams
-        states = [
-            model.blocks[index](x, *others) for x, (_, *others) in zip(states, rest, strict=True)
-        ]
-    head: Tensor | None = None
+        yield f"blocks.{index}", {site: own.result() for site, own in grams.items()}
+        with SameBits():
+            states = [block(x, *others) for x, (_, *others) in zip(states, rest, strict=True)]
+    head = _Gram()
     for x in states:
-        head = _add(head, model.norm(x))
-    assert head is not None
-    yield "", {"head": head}
+        with SameBits():
+            x = model.norm(x)
+        head.add(x)
+    yield "", {"head": head.result()}
 
 
 def collect_grams(model: Transformer, batches: Sequence[Tensor]) -> dict[str, Tensor]:
     """All of ``walk_grams`` of an unchanging model at once: "blocks.0.qkv" ... "head" -> [in, in].
     Holds every matrix: for a model of a billion weights that is several gigabytes."""
     return {
-        f"{block}.{site}".strip("."): gram
+        f"{block}.{site}".strip("."): own
         for block, grams in walk_grams(model, batches)
-        for site, gram in grams.items()
+        for site, own in grams.items()
     }

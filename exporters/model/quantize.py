@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quantized_decomposed)
 
 from exporters.model.calibration import walk_grams
-from exporters.model.rounding import Rounded, round_gptq, round_nearest, round_search
+from exporters.model.deterministic import total
+from exporters.model.rounding import Rounded, round_gptq, round_nearest, round_search, spread_of
 from exporters.model.transformer import Block, Dense, Transformer
 
 _OPS = torch.ops.quantized_decomposed
@@ -133,7 +134,9 @@ SITES = ("qkv", "o", "gate_up", "down")
 
 
 def _recovers(weight: Tensor, rounded: Rounded) -> bool:
-    return bool((weight - rounded.dequantize()).norm() < _RECOVERED * weight.norm())
+    gap = (weight - rounded.dequantize()).double()
+    size = weight.double()
+    return bool(total(gap * gap) < _RECOVERED**2 * total(size * size))
 
 
 def _round_block(block: Block, scheme: Scheme, grams: Mapping[str, Tensor] | None) -> bool:
@@ -141,6 +144,7 @@ def _round_block(block: Block, scheme: Scheme, grams: Mapping[str, Tensor] | Non
     where calibration would do better, and then nothing is changed."""
     rounded: dict[tuple[str, int], Rounded] = {}
     for site in SITES:
+        spread = spread_of(grams[site]) if grams is not None and scheme.bits == 4 else None
         for index, base in enumerate(getattr(block, site).bases):
             weight = base.weight
             if scheme.bits == 8:
@@ -150,7 +154,9 @@ def _round_block(block: Block, scheme: Scheme, grams: Mapping[str, Tensor] | Non
                 if scheme.gptq and not _recovers(weight, rounded[site, index]):
                     return False
             else:
-                rounded[site, index] = round_gptq(weight, 4, GROUP, grams[site], scheme.affine)
+                rounded[site, index] = round_gptq(
+                    weight, 4, GROUP, grams[site], scheme.affine, spread
+                )
     for (site, index), value in rounded.items():
         bases = getattr(block, site).bases
         bases[index] = QuantizedLinear(value, scheme.bits, bases[index].bias)

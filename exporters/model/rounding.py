@@ -7,7 +7,8 @@ group besides, which makes its grid asymmetric: ``Rounded`` says how a program c
 
 ``round_nearest`` looks at each group's extremes, ``round_search`` at all its weights, and
 ``round_gptq`` also at what the inputs look like, given as their Gram matrix
-(``exporters.model.calibration`` collects them).
+(``exporters.model.calibration`` collects them). Each gives the same bits on every processor
+(``exporters.model.deterministic``): parity recomputes them and compares bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,15 @@ import torch
 from torch import Tensor
 
 from exporters.errors import ExportError
+from exporters.model.deterministic import (
+    cholesky,
+    inverse_of_lower,
+    power_of_two,
+    product,
+    sum_first,
+    sum_last,
+    total,
+)
 
 _RANGES = {4: (-8, 7), 8: (-127, 127)}
 # XNNPACK refuses zero and subnormal scales, and divides those of 4-bit groups by 16 once more.
@@ -81,7 +91,7 @@ def _storable(scale: Tensor, bits: int, unit: Tensor | float = 1.0) -> Tensor:
 def _unit(weight: Tensor) -> Tensor:
     """The power of two that brings the last dimension near 1, where squares neither vanish nor
     overflow, with nothing rounded on the way there or back: [..., n] -> [...]."""
-    return torch.exp2(torch.frexp(weight.abs().amax(-1)).exponent.clamp(-100, 120).float())
+    return power_of_two(torch.frexp(weight.abs().amax(-1)).exponent.clamp(-100, 120)).float()
 
 
 def _integers(weight: Tensor, scale: Tensor, offset: Tensor | None, bits: int) -> Tensor:
@@ -114,31 +124,33 @@ def _assign(weight: Tensor, scale: Tensor, offset: Rounded | None, bits: int) ->
     return Rounded(q.flatten(1).to(torch.int8), scale, offset)
 
 
-def _search_rows(
-    grouped: Tensor, importance: Tensor, bits: int, affine: bool
+def _search_groups(
+    groups: Tensor, importance: Tensor, bits: int, affine: bool
 ) -> tuple[Tensor, Tensor]:
-    """The best scale and offset found for each group: [out, G, group] -> two of [out, G].
+    """The best scale and offset found for each group: [group, N] -> two of [N].
 
     Every candidate step is tried as it is and after one weighted least-squares fit of scale and
-    offset to the integers that it gave.
+    offset to the integers that it gave. ``importance`` [group, N]. Weights of a group lie along the
+    first dimension, so that sums over a group add whole rows.
     """
     low, high = _RANGES[bits]
-    unit = _unit(grouped)
-    grouped = grouped / unit[..., None]
-    step = _covering(grouped, bits, affine)
-    least, most = grouped.aminmax(dim=-1)
+    unit = _unit(groups.T)
+    groups = groups / unit
+    step = _covering(groups.T, bits, affine)
+    least, most = groups.aminmax(dim=0)
     best = torch.full_like(step, torch.inf)
     scale, offset = _storable(step, bits, unit), torch.zeros_like(step)
-    mass = importance.sum(-1)
+    mass = sum_first(importance)
+    weighed = sum_first(importance * groups)
 
     def consider(s: Tensor, o: Tensor) -> Tensor:
         nonlocal best, scale, offset
-        shift = o[..., None] if affine else None
-        q = _integers(grouped, s[..., None], shift, bits)
-        gap = grouped - q * s[..., None]
+        shift = o if affine else None
+        q = _integers(groups, s, shift, bits)
+        gap = groups - q * s
         if shift is not None:
             gap = gap - shift
-        error = (gap.square_() * importance).sum(-1)
+        error = sum_first(gap.mul_(gap).mul_(importance))
         better = error < best
         best = torch.where(better, error, best)
         scale, offset = torch.where(better, s, scale), torch.where(better, o, offset)
@@ -150,11 +162,11 @@ def _search_rows(
         o = least - low * s + ((most - least) - (high - low) * s).clamp_min(0) / 2
         q = consider(s, o)
         hq = q * importance
-        fit_q = (hq * q).sum(-1)
-        fit_w = (hq * grouped).sum(-1)
+        fit_q = sum_first(hq * q)
+        fit_w = sum_first(hq * groups)
         if affine:
-            mean_q, mean_w = hq.sum(-1) / mass, (importance * grouped).sum(-1) / mass
-            fit_q, fit_w = fit_q - mass * mean_q**2, fit_w - mass * mean_q * mean_w
+            mean_q, mean_w = sum_first(hq) / mass, weighed / mass
+            fit_q, fit_w = fit_q - mass * (mean_q * mean_q), fit_w - mass * (mean_q * mean_w)
             s = _storable(torch.where(fit_q > 1e-6 * mass, fit_w / fit_q, s), bits, unit)
             consider(s, mean_w - s * mean_q)
         else:
@@ -167,14 +179,19 @@ def _search(
 ) -> tuple[Tensor, Rounded | None]:
     grouped = _grouped(weight, bits, group)
     out, groups, _ = grouped.shape
-    each = torch.ones(groups, group) if importance is None else importance.float().view(groups, -1)
+    each = torch.ones(groups * group) if importance is None else importance.float()
     # Inputs never seen still count a little, so that every group has a best scale.
-    each = each / each.mean().clamp_min(1e-30) + 1e-6
+    each = each / (total(each) / each.numel()).clamp_min(1e-30) + 1e-6
+    each = each.view(groups, group).T.contiguous()  # [group, groups]
     scale, offset = torch.empty(out, groups), torch.empty(out, groups)
     rows = max(1, _CHUNK // weight.shape[1])
     for start in range(0, out, rows):
-        part = slice(start, start + rows)
-        scale[part], offset[part] = _search_rows(grouped[part], each, bits, affine)
+        part = grouped[start : start + rows]
+        count = part.shape[0]
+        columns = part.permute(2, 0, 1).reshape(group, -1)  # [group, rows * groups]
+        found = _search_groups(columns, each.repeat(1, count), bits, affine)
+        for whole, piece in zip((scale, offset), found, strict=True):
+            whole[start : start + count] = piece.view(count, groups)
     return scale, round_nearest(offset, 8, groups) if affine else None
 
 
@@ -197,25 +214,41 @@ def error_rows(weight: Tensor, rounded: Rounded, gram: Tensor) -> Tensor:
     gap = weight.detach().float() - rounded.dequantize()
     unit = _unit(weight.detach())
     gap = gap / unit[:, None]
-    return ((gap @ gram) * gap).sum(1).double() * unit.double().square()
+    unit = unit.double()
+    return sum_last(product(gap, gram) * gap) * (unit * unit)
 
 
-def _compensate(
-    weight: Tensor, rounded: Rounded, bits: int, gram: Tensor, damping: float
-) -> Tensor:
-    """The integers of GPTQ on the grid of ``rounded``, int8 [out, in].
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """How GPTQ spreads the error of one input over those still to come.
 
-    Inputs are rounded one by one, those of most energy first, and each one's error is spread over
-    the inputs still to come. With H = R Rᵀ, R upper triangular, U = R⁻¹ is the Cholesky factor of
-    H⁻¹ (H⁻¹ = Uᵀ U) that Frantar et al. (2022), section 4, take each step's coefficients from.
+    ``order`` int64 [in]: those of most energy first. ``u`` float32 [in, in], upper triangular, in
+    that order: with the Gram matrix H = R Rᵀ, R upper triangular, u = R⁻¹ is the Cholesky factor of
+    H⁻¹ (H⁻¹ = uᵀ u) that Frantar et al. (2022), section 4, take each step's coefficients from.
     """
-    size = weight.shape[1]
-    energy = gram.diagonal()
+
+    order: Tensor
+    u: Tensor
+
+
+def spread_of(gram: Tensor, damping: float = 0.01) -> Spread:
+    """For all matrices of one input; gram [in, in]. ``damping``: of the mean energy, added to each
+    input's."""
+    energy = gram.diagonal().double()
     order = torch.argsort(energy, descending=True, stable=True)
     h = gram[order][:, order].double()
-    h.diagonal().add_(damping * energy.double().mean().clamp_min(1e-30))
-    r = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
-    u = torch.linalg.solve_triangular(r, torch.eye(size, dtype=r.dtype), upper=True).float()
+    added = damping * (total(energy) / energy.numel()).clamp_min(1e-30)
+    h.diagonal().add_(added)
+    # No eigenvalue is below what was added, so half of it bounds the pivots.
+    r = cholesky(h.flip(0, 1), added.item() / 2)
+    return Spread(order, inverse_of_lower(r).flip(0, 1).float())
+
+
+def _compensate(weight: Tensor, rounded: Rounded, bits: int, spread: Spread) -> Tensor:
+    """The integers of GPTQ on the grid of ``rounded``, int8 [out, in]: inputs are rounded one by
+    one, and each one's error is spread over the inputs still to come."""
+    size = weight.shape[1]
+    order, u = spread.order, spread.u
     group = order // rounded.group
     left = weight.detach().float()[:, order].T.contiguous()  # [in, out], so that an input is a row
     scale = rounded.scale.T.contiguous()
@@ -232,8 +265,9 @@ def _compensate(
             if o is not None:
                 error -= o
             errors[i - start] = error.div_(u[i, i])
-            left[i + 1 : end].addr_(u[i, i + 1 : end], error, alpha=-1)
-        left[end:].addmm_(u[start:end, end:].T, errors, alpha=-1)
+            # Two operators: a fused one rounds once, an unfused one twice.
+            left[i + 1 : end] -= u[i, i + 1 : end, None] * error
+        left[end:] -= product(u[start:end, end:].T, errors).float()
     back = torch.empty_like(order)
     back[order] = torch.arange(size)
     return q[back].T.contiguous().to(torch.int8)
@@ -245,17 +279,17 @@ def round_gptq(
     group: int,
     gram: Tensor,
     affine: bool = False,
-    damping: float = 0.01,
+    spread: Spread | None = None,
 ) -> Rounded:
     """GPTQ (Frantar et al., 2022) on the searched grid: integers chosen for small ``error_rows``.
 
-    weight [out, in]; gram [in, in] = Σ x xᵀ over calibration inputs. A row for which plain rounding
+    weight [out, in]; gram [in, in] = Σ x xᵀ over calibration inputs; ``spread`` its ``spread_of``,
+    where the caller has it already. A row for which plain rounding
     on the same grid, or ``round_nearest``, does better by that measure keeps it.
     """
     searched = round_search(weight, bits, group, gram.diagonal(), affine)
-    best = Rounded(
-        _compensate(weight, searched, bits, gram, damping), searched.scale, searched.offset
-    )
+    q = _compensate(weight, searched, bits, spread or spread_of(gram))
+    best = Rounded(q, searched.scale, searched.offset)
     others = [searched] if affine else [searched, round_nearest(weight, bits, group)]
     error = error_rows(weight, best, gram)
     for other in others:

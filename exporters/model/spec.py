@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from exporters.errors import ExportError
+from exporters.model.deterministic_calls import SameBits
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ def _rope(config: PreTrainedConfig, params: dict, layer_type: str | None, contex
     if kind == "default":
         dim = int(head_dim * params.get("partial_rotary_factor", 1.0))
         base = params["rope_theta"]
-        # In float32, as transformers does, so that angles agree to the last bit.
-        inv = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+        # In float32, as transformers does, so that angles agree to the last bits.
+        with SameBits():
+            inv = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
         return Rope(tuple(inv.tolist()), 1.0)
     if kind in ("dynamic", "longrope"):
         # Both change their frequencies past this length; up to it they are constant.
@@ -95,7 +97,8 @@ def _rope(config: PreTrainedConfig, params: dict, layer_type: str | None, contex
     if kind not in ROPE_INIT_FUNCTIONS or kind == "proportional":
         known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS} - {"proportional"}))
         raise ExportError(f"RoPE scaling '{kind}' is not supported; supported: {known}.")
-    inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, None, layer_type=layer_type)
+    with SameBits():  # the powers are rounded once, whatever this processor's own are
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, None, layer_type=layer_type)
     return Rope(tuple(inv_freq.tolist()), float(scaling))
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from exporters.model.deterministic import cos_sin
 from exporters.model.plain_attention import Attend, plain_attention
 from exporters.model.projection import Projection
 from exporters.model.spec import ModelSpec, Rope
@@ -231,7 +232,8 @@ class Transformer(nn.Module):
 def rope_tables(rope: Rope, context: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """cos and sin [C, 1, n] of each pair of channels, and swap [D, D].
 
-    ``swap`` negates and exchanges the two halves of the rotated channels. As a product it is exact
+    The same bits on every processor: a weights file holds them. ``swap`` negates and exchanges the
+    two halves of the rotated channels. As a product it is exact
     (each sum has one term) and stays in one delegate, which slices of a dynamic shape do not.
     """
     n = len(rope.inv_freq)
@@ -240,7 +242,8 @@ def rope_tables(rope: Rope, context: int, head_dim: int) -> tuple[Tensor, Tensor
     pairs = torch.arange(n)
     swap[pairs, pairs + n] = -1.0
     swap[pairs + n, pairs] = 1.0
-    return angles.cos() * rope.scaling, angles.sin() * rope.scaling, swap
+    cos, sin = (half.float() * rope.scaling for half in cos_sin(angles))
+    return cos, sin, swap
 
 
 def _whole(half: Tensor, head_dim: int, rest: float) -> Tensor:

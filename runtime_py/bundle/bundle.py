@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from runtime_py.bundle.adapter import load_adapter
+from runtime_py.bundle.adapter_forms import load_adapter
 from runtime_py.bundle.manifest import (
     CHECKSUM,
     MANIFEST,

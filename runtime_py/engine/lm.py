@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (llama::* kernels)
-from executorch.kernels import quantized  # noqa: F401  (quantized_decomposed::* kernels)
 from torch import Tensor
 
-from runtime_py.engine.native import load_module, set_threads, silenced
+from runtime_py.engine.executorch_library import load_module, set_threads
+from runtime_py.engine.native import silenced
 
 
 class ExecutorchLm:

@@ -1,5 +1,4 @@
-"""Calls into ExecuTorch's native code: it prints what only its authors want to read, and executorch
-1.5.1 names what a host needs of it as if it were private."""
+"""Calls into native code that prints what only its authors want to read."""
 
 from __future__ import annotations
 
@@ -7,8 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 
 @contextmanager
@@ -28,31 +26,3 @@ def silenced() -> Iterator[TextIO]:
         os.dup2(saved[1], 2)
         for descriptor in (*saved, null):
             os.close(descriptor)
-
-
-def set_threads(threads: int) -> None:
-    """The size of ExecuTorch's thread pool, which all programs of a process share: to be set before
-    one is loaded, since nothing may run meanwhile."""
-    from executorch.extension.pybindings import portable_lib
-
-    with silenced():
-        portable_lib._unsafe_reset_threadpool(threads)
-
-
-def load_module(
-    program: Path, data: Path | None = None, *, trace: bool = False, debug_bytes: int = 0
-) -> Any:
-    """A ``.pte`` with its ``.ptd``, whose methods take and give tensors (an ``ExecuTorchModule``).
-
-    ``trace``: it keeps the times of its instructions, and with ``debug_bytes`` what they gave, in a
-    buffer of so many bytes.
-    """
-    from executorch.extension.pybindings import portable_lib
-
-    with silenced():
-        return portable_lib._load_for_executorch(
-            str(program),
-            str(data) if data is not None else None,
-            enable_etdump=trace,
-            debug_buffer_size=debug_bytes,
-        )

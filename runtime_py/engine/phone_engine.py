@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
-from runtime_py.bundle.adapter import check_runtime_file
+from runtime_py.bundle.adapter_forms import check_runtime_file
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.native import silenced

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime_py.bundle.manifest import Program
-from runtime_py.engine.native import set_threads, silenced
+from runtime_py.engine.native import silenced
 from runtime_py.loop.errors import TrainingError
 
 
@@ -29,14 +29,14 @@ class ExecutorchPrograms:
     def __init__(
         self, folder: Path, programs: Sequence[Program], threads: int | None = None
     ) -> None:
-        from executorch.runtime import Runtime
+        from runtime_py.engine.executorch_library import load_program, set_threads
 
         if threads is not None:
             set_threads(threads)
         self.signatures = {program.name: program for program in programs}
         # A method is nothing without its program, which must outlive it.
         self._files = {
-            file: Runtime.get().load_program(folder / file)
+            file: load_program(folder / file)
             for file in dict.fromkeys(program.file for program in programs)
         }
         self._methods: dict[str, Any] = {}
@@ -44,18 +44,12 @@ class ExecutorchPrograms:
     def _method(self, name: str) -> Any:
         if name not in self._methods:
             program = self._files[self.signatures[name].file]
-            if name not in program.method_names:
+            if name not in map(program.get_method_name, range(program.num_methods())):
                 raise TrainingError(
                     f"{self.signatures[name].file} has no method {name}: export the bundle again."
                 )
             with silenced():
-                method = program.load_method(name)
-            if method is None:
-                raise TrainingError(
-                    f"{self.signatures[name].file} gives no method {name} to this ExecuTorch: use "
-                    f"the version that the bundle's manifest names, or export the bundle again."
-                )
-            self._methods[name] = method._method
+                self._methods[name] = program.load_method(name)
         return self._methods[name]
 
     def call(self, name: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:

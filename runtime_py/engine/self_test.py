@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from runtime_py.bundle.adapter import read_values, write_values
+from runtime_py.bundle.adapter_forms import read_values, write_values
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.engine.base_weights import BaseWeights
@@ -134,7 +134,8 @@ def self_test(
         expected = golden.tensors[f"{target}.{name}.pooled"]
         checks.append(judged("embed", name, pooled, expected, bounds["pooled"]))
         entropies = np.array([entropy]), np.array([reference["entropy"][name]])
-        checks.append(judged("embed: entropy", name, *entropies, bounds["entropy"]))
+        # A share from 0 to 1, and near 0 where there is one token.
+        checks.append(judged("embed: entropy", name, *entropies, bounds["entropy"], 1.0))
     if (training := golden.document["training"]) is not None:
         checks += _trained(golden, engine, training)
     if (stream := golden.document["decisions"].get(target)) is not None:
@@ -223,13 +224,14 @@ def judged(
     measured: np.ndarray,
     expected: np.ndarray,
     bound: Mapping[str, float | None],
+    size: float | None = None,
 ) -> SelfCheck:
     """``measured`` against ``expected``, two arrays of one shape; of a matrix each row by itself.
-    ``bound``: ``most`` as a part of the largest value expected, ``least`` of the correlation; None
-    is no bound."""
+    ``bound``: ``most`` as a part of ``size``, by default the largest value expected, ``least`` of
+    the correlation; None is no bound."""
     values, reference = measured.astype(np.float64), expected.astype(np.float64)
     gap = float(np.abs(values - reference).max()) if np.isfinite(values).all() else np.inf
-    size = max(float(np.abs(reference).max()), 1e-30)
+    size = size or max(float(np.abs(reference).max()), 1e-30)
     rows = zip(values, reference, strict=True) if reference.ndim == 2 else [(values, reference)]
     likeness = min(_likeness(a, b) for a, b in rows) if np.isfinite(gap) else 0.0
     return SelfCheck(program, case, gap, gap / size, likeness, bound["most"], bound["least"])

@@ -14,15 +14,15 @@ from typing import Literal
 
 import numpy as np
 
-from runtime_py.bundle.adapter import read_values, write_values
+from runtime_py.bundle.adapter_forms import read_values, write_values
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.examples import Example, fit
+from runtime_py.engine.memory import memory_errors, training_bytes
 from runtime_py.engine.native import silenced
 from runtime_py.engine.streaming import StepNumbers, StreamingEngine, open_training
 from runtime_py.engine.trainer import Settings, evaluate, train
-from runtime_py.engine.training_memory import memory_errors, training_bytes
 from runtime_py.loop.errors import TrainingDiverged
 from runtime_py.loop.protocols import FineTuneJob, FineTuneResult
 

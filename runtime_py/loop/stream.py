@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,18 @@ from runtime_py.loop.errors import DuplicateDialogue, LoopError
 
 
 @dataclass(frozen=True)
-class Record:
+class StreamRecord:
+    """``line``: its number, from 1 on. ``extra``: keys besides ``id`` and ``turns``."""
+
     line: int
     dialogue: Dialogue
     extra: dict[str, Any]
 
 
-def read_stream(path: Path, refuse: Callable[[LoopError], None] | None = None) -> Iterator[Record]:
-    """The dialogues of ``path`` in order.
+def read_stream(
+    path: Path, refuse: Callable[[LoopError], None] | None = None
+) -> Iterator[StreamRecord]:
+    """The dialogues of ``path`` one by one, in order: for a stream that may be long.
 
     A bad line raises ``LoopError``; with ``refuse``, its error goes there and reading goes on.
     """
@@ -50,6 +55,17 @@ def read_stream(path: Path, refuse: Callable[[LoopError], None] | None = None) -
         yield record
 
 
+def read_dialogues(path: Path, most: int | None = None) -> list[Dialogue]:
+    """The dialogues of ``path``, the first ``most`` of them: at least one, and none that is bad.
+
+    Raises ``LoopError`` for the first line that cannot be used, and where there is no dialogue.
+    """
+    dialogues = [record.dialogue for record in islice(read_stream(path), most)]
+    if not dialogues:
+        raise LoopError(f"{path} has no dialogue: give one JSON object a line.")
+    return dialogues
+
+
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
@@ -68,7 +84,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise LoopError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
-def _record(number: int, line: bytes, where: str) -> Record:
+def _record(number: int, line: bytes, where: str) -> StreamRecord:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -96,4 +112,6 @@ def _record(number: int, line: bytes, where: str) -> Record:
         check(dialogue)
     except LoopError as error:
         raise LoopError(f"{where}: {error}") from None
-    return Record(number, dialogue, {k: v for k, v in row.items() if k not in ("id", "turns")})
+    return StreamRecord(
+        number, dialogue, {k: v for k, v in row.items() if k not in ("id", "turns")}
+    )

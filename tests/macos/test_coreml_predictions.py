@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime_py.bundle.adapter_tensors import to_runtime
+from runtime_py.bundle.adapter_forms import to_runtime
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.examples import Example

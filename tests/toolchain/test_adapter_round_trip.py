@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from runtime_py.bundle import manifest as m
-from runtime_py.bundle.adapter import to_runtime
+from runtime_py.bundle.adapter_forms import to_runtime
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.flat_tensor import write_ptd
 from runtime_py.bundle.peft_adapter import read_peft, write_peft

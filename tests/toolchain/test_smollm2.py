@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from exporters.model.checkpoint import Checkpoint, load_checkpoint
-from runtime_py.bundle.adapter import to_runtime
+from runtime_py.bundle.adapter_forms import to_runtime
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.flat_tensor import write_ptd

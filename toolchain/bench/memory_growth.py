@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from exporters.model.assembly import build
 from exporters.model.spec import read_spec
 from runtime_py.bundle import manifest as m
-from runtime_py.bundle.adapter import to_runtime
+from runtime_py.bundle.adapter_forms import to_runtime
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.engine.program_calls import ExecutorchPrograms

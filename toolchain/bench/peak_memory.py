@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 from exporters.errors import ExportError
 
@@ -53,21 +54,19 @@ def measure(command: Sequence[str], kind: str) -> PeakMemory:
     child = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert child.stdin
-    assert child.stdout
-    assert child.stderr
+    requests, answers = cast(IO[str], child.stdin), cast(IO[str], child.stdout)
     errors: list[str] = []
     reader = threading.Thread(target=lambda: errors.extend(child.stderr or ()), daemon=True)
     reader.start()
-    if child.stdout.readline().strip() != "ready":
+    if answers.readline().strip() != "ready":
         child.wait()
         reader.join()
         raise ExportError(
             f"the memory of {kind} cannot be measured: {''.join(errors)[-400:].strip()}"
         )
     idle = peak = _anonymous(child.pid)
-    child.stdin.write("go\n")
-    child.stdin.flush()
+    requests.write("go\n")
+    requests.flush()
     while child.poll() is None:
         peak = max(peak, _anonymous(child.pid))
         time.sleep(_PERIOD_S)

@@ -15,7 +15,7 @@ from executorch.devtools import Inspector
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (llama::* kernels)
 from executorch.kernels import quantized  # noqa: F401  (quantized_decomposed::* kernels)
 
-from runtime_py.engine.native import load_module, set_threads
+from runtime_py.engine.executorch_library import load_module, set_threads
 
 _NUMBER = re.compile(r" #\d+$")  # XNNPACK counts the operators of one kind in a delegate
 _KERNEL = "native_call_"  # before the names of most kernels

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from exporters.model.transformer import Transformer
-from runtime_py.bundle.adapter import to_runtime
+from runtime_py.bundle.adapter_forms import to_runtime
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.examples import Example
-from runtime_py.engine.native import load_module, silenced
+from runtime_py.engine.executorch_library import load_module
+from runtime_py.engine.native import silenced
 from runtime_py.engine.streaming import StreamingEngine, open_training, step_numbers
 
 RATE, DECAY, CLIP = 3e-4, 0.01, 1.0

@@ -18,7 +18,7 @@ from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.examples import IGNORED, Example, example
 from runtime_py.engine.native import silenced
 from runtime_py.loop.errors import BundleError
-from runtime_py.loop.stream import read_stream
+from runtime_py.loop.stream import read_dialogues
 from toolchain.bench.machine import OtherProcesses
 from toolchain.bench.peak_memory import PeakMemory, measure_kind
 from toolchain.bench.peak_product import PeakProduct
@@ -113,7 +113,7 @@ def pick_sequence(bundle: Bundle, most: int = 256, data: Path | None = None) -> 
     """
     text = ChatText(bundle)
     if data is not None:
-        dialogues = [record.dialogue for record in read_stream(data)]
+        dialogues = read_dialogues(data)
     else:
         dialogues = [
             as_dialogue(f"attune-{i}", turns)

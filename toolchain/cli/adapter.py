@@ -9,7 +9,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from runtime_py.bundle.adapter import load_adapter, to_runtime
+from runtime_py.bundle.adapter_forms import load_adapter, to_runtime
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.bundle.peft_adapter import write_peft
 from runtime_py.loop.errors import AdapterError

@@ -53,7 +53,7 @@ def _runtime_adapter(manifest: Manifest, adapter: Path | None) -> Iterator[Path 
     if adapter is None:
         yield None
         return
-    from runtime_py.bundle.adapter import load_adapter, to_runtime
+    from runtime_py.bundle.adapter_forms import load_adapter, to_runtime
     from runtime_py.bundle.flat_tensor import write_ptd
 
     with tempfile.TemporaryDirectory(prefix="attune-") as folder:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.loop.errors import BundleError
+from runtime_py.loop.stream import read_dialogues
 from toolchain.report.console import counted_progress, output, print_json
 
 if TYPE_CHECKING:  # PyTorch is loaded only once the command runs
@@ -44,7 +45,7 @@ def evaluate(
 
     opened = open_bundle(bundle)
     opened.android  # noqa: B018 - a bundle without one is told now
-    chosen = evaluation.read_dialogues(data, dialogues)
+    chosen = read_dialogues(data, dialogues)
     original = find_source(opened.manifest, source)
     if isinstance(original, str):
         raise BundleError(f"{bundle} cannot be compared with PyTorch: {original}.")

@@ -9,6 +9,7 @@ but shares the transformer's forward with the programs. Where independence of th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +18,22 @@ from torch import Tensor, nn
 from exporters.model.lora_tensors import adapter_tensors, set_adapter
 from exporters.model.transformer import Transformer
 from runtime_py.engine.examples import IGNORED, Example
+
+
+@dataclass(frozen=True, eq=False)
+class WholeGradient:
+    """Of some examples: ``loss`` in nats, summed over their labels; ``gradients`` of it by each
+    LoRA tensor, by the programs' names and in their shapes; ``largest_logit``: the largest
+    magnitude of what a loss is a difference of."""
+
+    loss: float
+    gradients: dict[str, np.ndarray]
+    largest_logit: float
+
+
+def trained_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Those that a gradient is taken by, by name: A and B, not the scales."""
+    return {name: tensor for name, tensor in adapter_tensors(model).items() if ".lora_" in name}
 
 
 def summed_loss(logits: Tensor, example: Example) -> Tensor:
@@ -39,22 +56,26 @@ def autograd_loss(
 
 def autograd_gradient(
     model: Transformer, values: Mapping[str, np.ndarray], examples: Sequence[Example]
-) -> tuple[float, dict[str, np.ndarray]]:
-    """Summed loss of ``examples``, and its gradient by each LoRA tensor: float32, by the programs'
-    names and in their shapes. The adapter ``values`` stays in the model; nothing else changes."""
+) -> WholeGradient:
+    """The adapter ``values`` stays in the model; nothing else of it changes."""
     set_adapter(model, values)
-    trained = {n: t for n, t in adapter_tensors(model).items() if ".lora_" in n}
+    trained = trained_tensors(model)
     for tensor in trained.values():
         tensor.requires_grad_()
     try:
         with torch.enable_grad():
-            losses = [summed_loss(_logits(model, example), example) for example in examples]
+            logits = [_logits(model, example) for example in examples]
+            losses = [summed_loss(*pair) for pair in zip(logits, examples, strict=True)]
             loss = torch.stack(losses).sum()
             grads = torch.autograd.grad(loss, list(trained.values()))
     finally:
         for tensor in trained.values():
             tensor.requires_grad_(False)
-    return loss.item(), {name: grad.numpy() for name, grad in zip(trained, grads, strict=True)}
+    return WholeGradient(
+        loss=loss.item(),
+        gradients={name: grad.numpy() for name, grad in zip(trained, grads, strict=True)},
+        largest_logit=max(float(one.detach().abs().max()) for one in logits),
+    )
 
 
 def _logits(model: Transformer, example: Example) -> Tensor:

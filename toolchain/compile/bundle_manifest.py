@@ -12,7 +12,7 @@ from pathlib import Path
 from runtime_py.bundle import manifest as m
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.flat_tensor import locate
-from runtime_py.engine.training_memory import training_bytes
+from runtime_py.engine.memory import training_bytes
 from runtime_py.loop.lexicons import BUILTIN as LEXICONS
 from runtime_py.loop.policy import LoopPolicy
 from toolchain.compile.android import ADAPTER

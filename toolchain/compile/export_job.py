@@ -14,7 +14,7 @@ from exporters.model.lora_tensors import set_adapter
 from exporters.model.transformer import Transformer
 from exporters.training.programs import TrainingSpec
 from runtime_py.bundle import manifest as m
-from runtime_py.bundle.adapter import to_runtime
+from runtime_py.bundle.adapter_forms import to_runtime
 from toolchain.compile import adapter_layout, proofs, training_part
 from toolchain.compile.export_input import ExportInput
 from toolchain.compile.precision import ChosenPrecision

@@ -35,15 +35,15 @@ from runtime_py.engine.self_test import (
 from runtime_py.loop.lexicons import read_lexicons
 from runtime_py.loop.protocols import Embedding
 from runtime_py.loop.words import words
-from toolchain.compile.autograd import autograd_gradient
-from toolchain.compile.tolerances import TABLE, Tolerance, of_logits, of_pooled
+from toolchain.compile.autograd import WholeGradient, autograd_gradient
+from toolchain.compile.golden_bounds import Reading, close_scores, tolerances
+from toolchain.compile.tolerances import of_gradient, of_loss
 
 PROMPT, DECODED = 33, 4  # tokens of a case
 TOP, SAMPLED = 16, 48  # logits of each position: the largest, and others evenly over the vocabulary
 GRADIENTS = 512  # numbers of the flat gradient, evenly over it
 _DIALOGUES = 3
 _STREAM, _BINS = 10, 4
-_CLOSE = (2e-5, 1e-2)  # of entropy and dissimilarity: int8 activations move them by 1e-6 and 2e-3
 _PLACES = 256  # tokens of the training case at most
 
 
@@ -95,7 +95,7 @@ def write_golden(
         set_adapter(reference.model, initial)
         tensors |= values
     decisions = {
-        target: _decisions(reference, dialogues, embed_length)
+        target: _decisions(target, reference, dialogues, embed_length)
         for target, reference in references.items()
     }
     case, values = _training(training, texts, layout, adapters["effect"])
@@ -139,7 +139,9 @@ def _target(
         entropies[case["name"]] = entropy
     section = {
         "quantize": reference.quantize,
-        "tolerances": _tolerances(target, reference.quantize),
+        "tolerances": tolerances(
+            target, reference.model, _READING, [case["tokens"] for case in cases]
+        ),
         "entropy": entropies,
     }
     return section, tensors
@@ -178,19 +180,6 @@ def _cases(texts: Sequence[torch.Tensor], eos: int, longest: int, vocab: int) ->
     return cases
 
 
-def _tolerances(target: str, quantize: str) -> dict[str, dict]:
-    logits = of_logits(quantize) if target == "android" else TABLE["float16"]
-    return {
-        "logits": _bound(logits),
-        "pooled": _bound(of_pooled(quantize)),
-        "entropy": {"most": 1e-2 if quantize != "none" else 1e-4, "least": None},
-    }
-
-
-def _bound(tolerance: Tolerance) -> dict:
-    return {"most": tolerance.max_rel, "least": tolerance.likeness}
-
-
 @torch.no_grad()
 def _logits(model: Transformer, tokens: Sequence[int]) -> np.ndarray:
     return model(torch.tensor([list(tokens)]))[0].numpy()
@@ -212,13 +201,21 @@ def _embedding(model: Transformer, tokens: Sequence[int]) -> tuple[np.ndarray, f
     return pooled.numpy(), float(entropy)
 
 
+_READING = Reading(_logits, _embedding)
+
+
 def _decisions(
-    reference: GoldenReference, stream: Mapping[str, tuple[str, list[int]]], embed_length: int
+    target: str,
+    reference: GoldenReference,
+    stream: Mapping[str, tuple[str, list[int]]],
+    embed_length: int,
 ) -> dict:
     """What selection does with a stream of real dialogues. Those whose scores are too close to a
     stored set's for the precision to tell are left out, so every choice is one to agree on."""
     policy = {"selection": "paper", "bins": _BINS, "seed": 0}
     loop = StorelessSelection(policy_of(policy), read_lexicons(), reference.model.spec.hidden)
+    few = [ids[:embed_length] for _, ids in list(stream.values())[:_STREAM]]
+    close = close_scores(target, reference.model, _READING, few)
     dialogues, expected = [], []
     for name, (text, ids) in stream.items():
         tokens = ids[:embed_length]
@@ -227,13 +224,13 @@ def _decisions(
         if len(loop.buffer) == _BINS:
             new = loop.buffer.measure(name, 0, words(text), embedding, read_lexicons())
             gaps = np.abs(loop.buffer.scores - [new.scores.eoe, 0.0, new.scores.idd])
-            if (gaps[:, 0] < _CLOSE[0]).any() or (gaps[:, 2] < _CLOSE[1]).any():
+            if (gaps[:, 0] < close[0]).any() or (gaps[:, 2] < close[1]).any():
                 continue
         expected.append(loop.observe(name, text, embedding))
         dialogues.append({"id": name, "text": text, "tokens": tokens})
         if len(dialogues) == _STREAM:
             break
-    return {**policy, "most": _CLOSE[1], "dialogues": dialogues, "expected": expected}
+    return {**policy, "most": close[1], "dialogues": dialogues, "expected": expected}
 
 
 def _training(
@@ -249,29 +246,38 @@ def _training(
     labels[: max(1, len(text) // 4)] = IGNORED
     example = Example("golden", text.numpy(), labels.numpy())
     model = as_stored(training.model, training.spec)
-    loss, grads = autograd_gradient(model, values, [example])
+    whole = autograd_gradient(model, values, [example])
     flat = FlatLayout.of(layout)
     gradient = flat.zeros()
     views = flat.views(gradient)
-    for name, grad in grads.items():
+    for name, grad in whole.gradients.items():
         views[name][...] = grad
     line = gradient.reshape(-1)
     used = sum(int(np.prod(shape)) for _, shape in flat.places.values())
     places = np.linspace(0, used - 1, GRADIENTS).astype(np.int64)
+    # Exact in float32 up to 2²⁴; larger adapters take places that are.
+    exact = np.unique(places.astype(np.float32).astype(np.int64).clip(0, used - 1))
     case = {
         "case": "dialogue",
         "tokens": text.tolist(),
         "labels": labels.tolist(),
-        "loss": loss / example.count,
+        "loss": whole.loss / example.count,
         "gradient_norm": float(np.linalg.norm(line.astype(np.float64))),
-        "tolerances": {
-            "loss": _bound(TABLE["float32, loss"]),
-            "gradient": _bound(TABLE["float32, gradient"]),
-        },
+        "tolerances": _training_bounds(model, whole, example, line[exact]),
     }
-    # Exact in float32 up to 2²⁴; larger adapters take places that are.
-    exact = np.unique(places.astype(np.float32).astype(np.int64).clip(0, used - 1))
     return case, {
         "training.places": exact.astype(np.float32),
         "training.gradient": line[exact],
     }
+
+
+def _training_bounds(
+    model: Transformer, whole: WholeGradient, example: Example, sample: np.ndarray
+) -> dict:
+    """As parts of the loss a label, and of the largest of ``sample``: what they are read by."""
+    loss, tokens = whole.loss / example.count, len(example.tokens)
+    off = (of_loss(model.spec, tokens).max_rel or 0.0) * (whole.largest_logit + loss) / loss
+    greatest = max(float(np.abs(gradient).max()) for gradient in whole.gradients.values())
+    steep = of_gradient(model.spec, tokens).max_rel or 0.0
+    steep *= greatest / max(float(np.abs(sample).max()), 1e-30)
+    return {"loss": {"most": off, "least": None}, "gradient": {"most": steep, "least": None}}

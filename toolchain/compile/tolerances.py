@@ -1,21 +1,40 @@
-"""How far two computations of the same thing may be apart: one table, with the reason for each.
+"""How far two computations of the same thing may be apart: where each bound comes from.
 
-A tolerance belongs to a precision, that is to how numbers are rounded, and never to a backend. The
-bounds are on the tensor as a whole: ``max_rel`` is the largest difference as a part of the largest
-value expected, ``likeness`` the correlation of the two (of each row of logits: the smallest).
+No bound is a number that some machine gave. It is one of three:
+
+- *from the format and the length of the sums*: n roundings of relative size u, in whatever order,
+  add up to more than λ √n u of the sum of magnitudes with a probability below 2 exp(−λ²/2) (Higham
+  and Mary 2019, theorem 2.4). ``SURE`` is λ.
+- *from a spread measured in the same run* (``toolchain.compile.spread``): what the precision's own
+  rounding does in PyTorch to these inputs.
+- *a limit on power*, said to be one: how bad a fault must be at most to be seen.
+
+They belong to a precision, that is to how numbers are rounded, and never to a backend. ``max_rel``
+is the largest difference as a part of the largest value expected, ``likeness`` the correlation of
+the two (of each row of logits: the smallest).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
-from toolchain.compile.proofs import FLOAT_TOLERANCE, QUANTIZED_CORRELATION
-from toolchain.compile.training_part import GRADIENT_TOLERANCE, LOSS_TOLERANCE
+from exporters.model.spec import ModelSpec
+from toolchain.compile.spread import Spread
+
+SINGLE, HALF = 2.0**-24, 2.0**-11  # half a step of float32 and of float16 at 1
+SURE = 8.0
+ABOVE = 8.0  # times PyTorch's own float32 against its float64, where sums cancel
+# Two roundings to int8 differ by √2 of what each has. Twice that, so 4 times where it is squared.
+INT8_ABOVE = 2.0 * math.sqrt(2.0)
+FLOAT16_ABOVE = 4.0  # times PyTorch's own float16 against its float32
+FLOAT16_MOST = 0.05  # a limit on power
+ADAPTER_RATIO = 4 / 3  # a limit on power, either way: of what an adapter changes to what it should
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """``max_rel``: at most; ``likeness``: at least; None is no bound."""
+    """``max_rel``: at most; ``likeness``: at least; None: no bound, or a run computes it."""
 
     name: str
     max_rel: float | None
@@ -23,155 +42,159 @@ class Tolerance:
     reason: str
 
 
-FLOAT16_ABOVE, FLOAT16_MOST = 3.0, 0.05  # times PyTorch's own float16; never more than
-ADAPTER_RATIO = 4 / 3  # of what an adapter changes to what it should, or the inverse
+_SUMS = f"{SURE:g} √n · 2⁻²⁴ for the n terms of its sums"
 _ROWS = (
     Tolerance("exact", 0.0, None, "the same bytes, or the same integers: nothing is computed"),
     Tolerance(
         "float32",
-        FLOAT_TOLERANCE,
         None,
-        "sums of float32 in another order, through all layers: 1.2e-5 was measured on 30 layers, "
-        "and a wrong constant of 1 % gives 1e-2",
-    ),
-    Tolerance(
-        "float32, one block",
-        5e-5,
         None,
-        "the same through one block only, from the same inputs: some 1e-6 are usual",
+        f"{_SUMS} through all layers, or {ABOVE:g} times PyTorch's float32 against its own float64 "
+        "on these inputs where that is more. A wrong constant of 1 % gives 1e-2",
     ),
+    Tolerance("float32, one block", None, None, f"{_SUMS} through one block, from the same inputs"),
     Tolerance(
         "float32, loss",
-        LOSS_TOLERANCE,
         None,
-        "a sum of many float32 losses: 1e-6 is usual",
+        None,
+        f"{_SUMS}, as a part of the logits' range and not of the loss: a loss is a difference of "
+        "logits, and near zero where they are large",
     ),
     Tolerance(
         "float32, gradient",
-        GRADIENT_TOLERANCE,
         None,
-        "PyTorch's own float32 gradients are off those of float64 by 5e-4 through 30 layers, with "
-        "adapters far larger than training makes them; a wrong formula is off by a tenth",
+        None,
+        f"{_SUMS} there and back through all layers, as a part of the largest gradient, or "
+        f"{ABOVE:g} times PyTorch's own float32 against float64",
     ),
     Tolerance(
         "float32, gradient of one block",
-        1e-3,
         None,
-        "differences of nearly equal products (softmax, norm) lose digits: 1e-5 is usual",
+        None,
+        f"{_SUMS} there and back through one block, as a part of the largest gradient of the call: "
+        "smaller ones are what is left of terms that cancel",
     ),
     Tolerance(
-        "float32, same program",
-        1e-4,
+        "float32, optimizer",
         None,
-        "the same file on other vector widths: up to 1.5e-5 of logits was measured, and 2.9e-5 of "
-        "the gradient of a head with 49,152 rows",
+        None,
+        f"{_SUMS} of the gradient's norm, as a part of the largest step, and 4 half-steps of the "
+        "largest parameter, which the step is added to",
     ),
     Tolerance(
         "int8 activations",
         None,
-        QUANTIZED_CORRELATION,
-        "a float32 difference of 1e-7 turns some roundings of activations the other way, and later "
-        "layers see other inputs (docs/quantization.md): PyTorch differs from itself as much; a "
-        "wrong weight or mask gives below 0.9",
+        None,
+        "a last bit turns some roundings of activations the other way, and later layers see other "
+        "inputs (docs/quantization.md). At worst all turn: then two engines differ by √2 of what "
+        "int8 activations do to float32 ones with the same weights. Twice that, measured here",
     ),
-    Tolerance(
-        "int8 activations, pooled",
-        0.1,
-        0.99,
-        "the same for a mean over all tokens, in which single flips nearly cancel",
-    ),
-    Tolerance(
-        "int8 activations, same program",
-        0.15,
-        0.97,
-        "the same file rounds an activation the other way where sums have another order: 0.1 with "
-        "a correlation of 0.987 was measured on 30 layers at 4 bits",
-    ),
+    Tolerance("int8 activations, pooled", None, None, "the same of the mean over all tokens"),
     Tolerance(
         "float16",
-        1e-2,
-        0.999,
-        "each operation rounds to 11 bits: 1e-3 to 6e-3 of the logits' range was measured. Where "
-        "PyTorch's float16 does more than a third of that to the same module (1e-2 on 30 layers "
-        f"and repeated tokens), {FLOAT16_ABOVE:g} times as much is allowed, up to "
-        f"{FLOAT16_MOST:g}",
+        None,
+        None,
+        f"{FLOAT16_ABOVE:g} times what float16 in PyTorch does to the same module on these inputs, "
+        f"at least 8 half-steps (2⁻¹¹), up to {FLOAT16_MOST:g}",
     ),
     Tolerance(
         "rounded weights",
         None,
         0.8,
-        "not an error but what quantization costs, which perplexity has judged at export; logits "
-        "that are less alike come from other weights, not from rounded ones",
+        "a limit on power. Not an error but what quantization costs, which perplexity has judged "
+        "at export; logits that are less alike come from other weights, not from rounded ones",
     ),
     Tolerance(
-        "adapter, float32",
+        "adapter",
         None,
-        0.999,
-        "the logits with an adapter less those without: alike to the last digits",
-    ),
-    Tolerance(
-        "adapter, float16",
         None,
-        0.85,
-        "the same, where all of the rounding of two runs is left in a small difference: 0.92 was "
-        "measured on 30 layers with one token repeated, 0.99 on four",
+        "the logits with an adapter less those without: r is √2 times the bound of the logits over "
+        "the size of the effect, and alike is 1 / √(1 + r²). How large the effect is shows a wrong "
+        f"scale: within a factor of {ADAPTER_RATIO:.2f} at any precision",
     ),
-    Tolerance(
-        "adapter, 8-bit weights",
-        None,
-        0.8,
-        "the same, with int8 activations or rounded weights: 0.84 to 0.99 was measured",
-    ),
-    Tolerance(
-        "adapter, 4-bit weights",
-        None,
-        0.6,
-        "the same at 4 bits: PyTorch with a last bit changed is like itself by 0.83 on 30 layers, "
-        "and two such runs by 0.72. How large the effect is shows a wrong scale: within a factor "
-        f"of {ADAPTER_RATIO:.2f} at any precision, where 1.0 to 1.2 was measured",
-    ),
+    Tolerance("adapter, rounded weights", None, 0.8, "a limit on power, as of rounded weights"),
     Tolerance(
         "training run",
         1e-2,
         None,
-        "the adapter's way over several steps, as a part of how far it moved: AdamW divides by the "
-        "root of a square, which amplifies the last digits of small gradients",
+        "a limit on power. Losses and the adapter's way over several steps: "
+        "AdamW divides by the root of a square, which amplifies the last digits of small gradients",
     ),
 )
 TABLE = {row.name: row for row in _ROWS}
 
 
-def of_logits(quantize: str) -> Tolerance:
-    """For PyTorch against a target's program with the same weights."""
-    names = {
-        "none": "float32",
-        "fp16": "float16",
-        "int4": "float16",
-        "int8": "float16",
-        "8da8w": "int8 activations",
-        "8da4w": "int8 activations",
-    }
-    return TABLE[names[quantize]]
+def rounding(terms: float) -> float:
+    """What float32 may do to a sum of so many terms, as a part of the sum of their magnitudes."""
+    return SURE * math.sqrt(terms) * SINGLE
 
 
-def of_pooled(quantize: str) -> Tolerance:
-    own = of_logits(quantize)
-    return TABLE["int8 activations, pooled"] if own.name == "int8 activations" else own
+def block_terms(spec: ModelSpec, tokens: int) -> int:
+    """Terms of the sums that a number passes on its way through a block: norm, projection, scores,
+    mixing, o, norm, gate, down."""
+    return 4 * spec.hidden + spec.head_dim + tokens + spec.q_dim + spec.intermediate
 
 
-def of_adapter(quantize: str) -> Tolerance:
-    """For what an adapter changes, with the same weights on both sides."""
-    names = {
-        "none": "float32",
-        "fp16": "float16",
-        "int8": "float16",
-        "int4": "float16",
-        "8da8w": "8-bit weights",
-        "8da4w": "4-bit weights",
-    }
-    return TABLE[f"adapter, {names[quantize]}"]
+def model_terms(spec: ModelSpec, tokens: int) -> int:
+    """Through all layers, the last norm and the head."""
+    return len(spec.layers) * block_terms(spec, tokens) + 2 * spec.hidden
 
 
-def same_program(quantize: str) -> Tolerance:
-    kind = "float32" if quantize == "none" else "int8 activations"
-    return TABLE[f"{kind}, same program"]
+def _of(name: str, max_rel: float | None, likeness: float | None = None) -> Tolerance:
+    shown = None if max_rel is None else float(f"{max_rel:.2e}")
+    return replace(TABLE[name], max_rel=shown, likeness=likeness)
+
+
+def of_block(spec: ModelSpec, tokens: int) -> Tolerance:
+    return _of("float32, one block", rounding(block_terms(spec, tokens)))
+
+
+def of_block_gradient(spec: ModelSpec, tokens: int) -> Tolerance:
+    """Forward and backward; a weight's gradient is a sum over tokens too."""
+    return _of("float32, gradient of one block", rounding(3 * block_terms(spec, tokens)))
+
+
+def of_model(spec: ModelSpec, tokens: int) -> Tolerance:
+    return _of("float32", rounding(model_terms(spec, tokens)))
+
+
+def of_gradient(spec: ModelSpec, tokens: int) -> Tolerance:
+    return _of("float32, gradient", rounding(3 * model_terms(spec, tokens)))
+
+
+def of_loss(spec: ModelSpec, tokens: int) -> Tolerance:
+    """Of the whole model: as a part of the logits' range."""
+    return _of("float32, loss", rounding(model_terms(spec, tokens)))
+
+
+def of_head_loss(spec: ModelSpec) -> Tolerance:
+    """Of the head's own call: as a part of the magnitudes that make up the logits."""
+    return _of("float32, loss", rounding(2 * spec.hidden))
+
+
+def of_optimizer(numbers: int, largest: float, step: float) -> Tolerance:
+    """``numbers`` in the norm, ``largest`` parameter, ``step``: how far the largest one moves."""
+    return _of("float32, optimizer", rounding(numbers) + 4 * SINGLE * largest / max(step, 1e-30))
+
+
+def of_int8(spread: Spread, pooled: bool = False) -> Tolerance:
+    """``spread``: of int8 activations against float32 ones."""
+    likeness = 1.0 - INT8_ABOVE**2 / 2.0 * spread.unlike
+    if not pooled:
+        return _of("int8 activations", None, likeness)
+    return _of("int8 activations, pooled", INT8_ABOVE * spread.largest, likeness)
+
+
+def of_float16(spread: Spread) -> Tolerance:
+    """``spread``: of PyTorch's float16 against its float32."""
+    off = FLOAT16_ABOVE * spread.largest
+    return _of("float16", min(max(off, 8 * HALF), FLOAT16_MOST) if math.isfinite(off) else 8 * HALF)
+
+
+def of_effect(row: Tolerance, noise: float | None, effect: float) -> Tolerance:
+    """``noise``: what the logits may be off by, ``effect``: root mean square of what the adapter
+    changes in them. None: the row's own bound."""
+    if noise is None:
+        return row
+    r = math.sqrt(2.0) * noise / max(effect, 1e-30)
+    return replace(row, likeness=1.0 / math.sqrt(1.0 + r * r))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Manifest
-from runtime_py.engine.training_memory import training_bytes
+from runtime_py.engine.memory import training_bytes
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.policy import LoopPolicy
 from toolchain.simulate.device import Device

@@ -21,8 +21,7 @@ def main(file: str, most_cores: str, descriptor: str) -> int:
 
     cores = limit_cores(int(most_cores))  # before any library counts them
 
-    import executorch.runtime  # noqa: F401  (what Python needs is not the phone's: here, and now)
-    import jinja2  # noqa: F401
+    import jinja2  # noqa: F401  (what Python needs is not the phone's: here, and now)
     import torch
     import transformers.tokenization_utils_tokenizers  # noqa: F401
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.manifest import Manifest
-from runtime_py.engine.training_memory import training_bytes
+from runtime_py.engine.memory import training_bytes
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.replacement import find_policy

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,7 +23,6 @@ from runtime_py.engine.lm import ExecutorchLm
 from runtime_py.engine.native import silenced
 from runtime_py.loop.dialogue import Dialogue
 from runtime_py.loop.errors import BundleError
-from runtime_py.loop.stream import read_stream
 from toolchain.compile.shipped_text import perplexity, shared_prefix, tokenize
 from toolchain.compile.source import Source, as_in_bundle, float_model
 from toolchain.verify.noise import PERTURBATION, perturbed
@@ -89,17 +86,6 @@ class Evaluation:
             "first_dialogue": asdict(self.first),
             "noise_floor": asdict(self.floor) | {"perturbation": PERTURBATION, "trials": TRIALS},
         }
-
-
-def read_dialogues(path: Path, count: int) -> list[Dialogue]:
-    """The first ``count`` dialogues of a .jsonl or .jsonl.gz stream.
-
-    Raises ``LoopError`` for a line that is no dialogue, and ``BundleError`` where there is none.
-    """
-    dialogues = [record.dialogue for record in islice(read_stream(path), count)]
-    if not dialogues:
-        raise BundleError(f"{path} has no dialogue: give one JSON object a line.")
-    return dialogues
 
 
 def perturbed_logits(model: Transformer, tokens: Tensor, seed: int) -> Tensor:

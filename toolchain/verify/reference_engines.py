@@ -20,7 +20,12 @@ from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.manifest import AdapterTensor, Optimizer
 from runtime_py.engine.examples import Example
 from runtime_py.engine.streaming import StepNumbers
-from toolchain.compile.autograd import autograd_gradient, autograd_loss, summed_loss
+from toolchain.compile.autograd import (
+    autograd_gradient,
+    autograd_loss,
+    summed_loss,
+    trained_tensors,
+)
 from toolchain.verify.peft_module import padded, peft_parameters, set_peft_adapter
 
 
@@ -99,6 +104,12 @@ class PeftEngine:
     ) -> None:
         self._model, self._tensors, self._optimizer = model, tensors, optimizer
 
+    @property
+    def trained(self) -> list[Tensor]:
+        """The parameters whose gradient is taken."""
+        places = peft_parameters(self._model, self._tensors).values()
+        return list({id(parameter): parameter for parameter, _ in places}.values())
+
     @torch.no_grad()
     def loss(self, state: AdapterState, examples: Sequence[Example]) -> tuple[float, int]:
         set_peft_adapter(self._model, self._tensors, state.tensors)
@@ -127,6 +138,11 @@ class TransformerEngine:
     def __init__(self, model: Transformer, optimizer: Optimizer) -> None:
         self._model, self._optimizer = model, optimizer
 
+    @property
+    def trained(self) -> list[Tensor]:
+        """The tensors whose gradient is taken."""
+        return list(trained_tensors(self._model).values())
+
     def loss(self, state: AdapterState, examples: Sequence[Example]) -> tuple[float, int]:
         total = autograd_loss(self._model, state.tensors, examples)
         return total, sum(example.count for example in examples)
@@ -134,11 +150,11 @@ class TransformerEngine:
     def gradient(
         self, state: AdapterState, examples: Sequence[Example], into: np.ndarray
     ) -> tuple[float, int]:
-        loss, gradients = autograd_gradient(self._model, state.tensors, examples)
+        whole = autograd_gradient(self._model, state.tensors, examples)
         views = state.layout.views(into)
-        for name, gradient in gradients.items():
+        for name, gradient in whole.gradients.items():
             views[name] += gradient
-        return loss, sum(example.count for example in examples)
+        return whole.loss, sum(example.count for example in examples)
 
     def update(self, state: AdapterState, gradient: np.ndarray, numbers: StepNumbers) -> float:
         return torch_update(self._optimizer, state, gradient, numbers)

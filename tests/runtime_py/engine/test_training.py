@@ -125,6 +125,29 @@ def test_learning_rates() -> None:
     assert {rate_at(replace(own, schedule="constant"), s, 6) for s in (2, 6)} == {1.0}
 
 
+def test_what_a_smaller_rank_leaves_zero_stays_zero(kit: Kit, engine, tmp_path: Path) -> None:
+    """Rows of A and columns of B beyond a module's rank, and a module without any: their gradients
+    and moments are zero to the bit, with weight decay too."""
+    values = {name: value.copy() for name, value in kit.values.items()}
+    ranks = {"layers.0.self_attn.q_proj": 2, "layers.1.self_attn.v_proj": 0}
+    for module, rank in ranks.items():
+        values[f"{module}.lora_A"][0, rank:] = 0
+        values[f"{module}.lora_B"][0, :, rank:] = 0
+    values["layers.1.self_attn.v_proj.scale"][...] = 0
+    state = AdapterState.of(kit.tensors, values)
+    own = Settings(epochs=2, batch=2, learning_rate=1e-2, weight_decay=0.1)
+    assert train(engine, state, sequences(6), own, OPTIMIZER, tmp_path) is not None
+    for matrix in (state.parameters, state.mean, state.square):
+        views = state.layout.views(matrix)
+        for module, rank in ranks.items():
+            a, b = views[f"{module}.lora_A"][0], views[f"{module}.lora_B"][0]
+            assert not a[rank:].any()
+            assert not b[:, rank:].any()
+            if rank:
+                assert (a[:rank] != values[f"{module}.lora_A"][0, :rank]).all()
+                assert b[:, :rank].any()
+
+
 # Labels
 
 

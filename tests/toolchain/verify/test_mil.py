@@ -13,6 +13,7 @@ import coremltools as ct
 import numpy as np
 import pytest
 import torch
+from coremltools.converters.mil.mil import Var
 from coremltools.converters.mil.mil.ops.defs.iOS16 import constexpr_ops as ios16
 from coremltools.converters.mil.mil.ops.defs.iOS18 import compression as ios18
 from coremltools.libmilstoragepython import _BlobStorageReader, _BlobStorageWriter
@@ -32,6 +33,7 @@ from exporters.model.transformer import Transformer
 from exporters.signature import ProgramSignature
 from tests import tiny
 from tests.toolchain.verify.mil_values import Package as Folded
+from toolchain.compile.tolerances import rounding
 from toolchain.verify.mil.blob import BlobFile
 from toolchain.verify.mil.interpreter import Interpreter
 from toolchain.verify.mil.mlpackage import MilFunction, Name, Operation, Package, read_package
@@ -50,8 +52,9 @@ CASES = [
 ]
 # Operations that sum or round in between: folded in float32, and rounded once, as is ours.
 SUMS = ("linear", "matmul", "softmax", "reduce_mean", "reduce_sum", "rsqrt", "log")
-# A float16 step, and single roundings of float32, as parts of a value's size.
-STEPS = {np.dtype(np.float16): 2.0**-10, np.dtype(np.float32): 2.0**-20}
+# One step of the format, as a part of a value's size.
+STEPS = {np.dtype(np.float16): 2.0**-10, np.dtype(np.float32): 2.0**-23}
+ADDED = ("linear", "matmul", "reduce_mean", "reduce_sum")
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,10 @@ def lockstep(
     for op in program.operations:
         wide = op.op_type in SUMS and op.outputs[0].name in seen
         known = {v: _wide(x) for v, x in values.items()} if wide else dict(values)
+        # What sums in another order may differ by is a part of their terms' magnitudes.
+        magnitudes = {v: _magnitude(x) for v, x in known.items()}
+        if op.op_type in ADDED:
+            reference._run(op, magnitudes)
         reference._run(op, known)
         for var in op.outputs:
             wanted = np.asarray(known[var])
@@ -119,7 +126,13 @@ def lockstep(
                 values[var] = known[var]
                 continue
             found = seen.pop(var.name)
-            close(found, wanted.astype(found.dtype) if wide else wanted, f"{op.op_type} {var.name}")
+            sums = 0.0
+            if op.op_type in ADDED:
+                inputs = [known[v] for v in op.inputs.values() if isinstance(v, Var)]
+                terms = max(n for x in inputs for n in (*np.shape(x), 1))
+                sums = rounding(terms) * float(np.max(magnitudes[var]))
+            what = f"{op.op_type} {var.name}"
+            close(found, wanted.astype(found.dtype) if wide else wanted, what, sums)
             values[var] = found.astype(wanted.dtype if not wide else found.dtype)[()]
             compared += 1
     assert not seen
@@ -133,7 +146,13 @@ def _wide(value: object) -> object:
     return value.astype(np.float32) if half else value  # type: ignore[attr-defined]
 
 
-def close(found: np.ndarray, wanted: np.ndarray, what: str) -> None:
+def _magnitude(value: object) -> object:
+    number = isinstance(value, np.ndarray | np.generic) and value.dtype.kind == "f"
+    return np.abs(value) if number else value  # type: ignore[call-overload]
+
+
+def close(found: np.ndarray, wanted: np.ndarray, what: str, sums: float = 0.0) -> None:
+    """Floats to 8 steps of their format, and what ``sums`` in another order may add."""
     assert found.shape == wanted.shape, what
     if found.dtype.kind != "f":
         np.testing.assert_array_equal(found, wanted, what)
@@ -144,7 +163,7 @@ def close(found: np.ndarray, wanted: np.ndarray, what: str) -> None:
         found.astype(np.float64),
         wanted.astype(np.float64),
         rtol=0,
-        atol=size * STEPS[found.dtype],
+        atol=size * STEPS[found.dtype] * (8 if found.dtype == np.float32 else 1) + sums,
         err_msg=what,
     )
 

@@ -85,8 +85,8 @@ def prepare(native: bool = False, cache: Path | None = None) -> Runner | str:
 
 def _find(names: Sequence[str]) -> Path:
     for name in names:
-        if found := shutil.which(name):
-            return Path(found)
+        if path := shutil.which(name):
+            return Path(path)
     raise _CannotError(
         f"{' or '.join(names)} is not installed: on Debian, install {PACKAGES} (make debian), "
         "and g++ for the native runner."
@@ -100,7 +100,7 @@ def _installed(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _ran(command: Sequence[object], doing: str, timeout: float) -> str:
+def _output_of(command: Sequence[object], doing: str, timeout: float) -> str:
     """Standard output. A failure's reason is the first line of standard error that names one."""
     try:
         done = subprocess.run(
@@ -123,12 +123,12 @@ def _ran(command: Sequence[object], doing: str, timeout: float) -> str:
     return done.stdout
 
 
-def _made(target: Path, make: Callable[[Path], None]) -> Path:
+def _filled(target: Path, make: Callable[[Path], None]) -> Path:
     """``target``, which ``make`` fills where it is not there yet; whole or not at all."""
     if target.is_dir():
         return target
     with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent) as scratch:
-        part = Path(scratch, "made")
+        part = Path(scratch, "part")
         part.mkdir()
         make(part)
         try:
@@ -148,24 +148,24 @@ def _wheel(cache: Path) -> Path:
         options = ["--platform", WHEEL_PLATFORM, "--python-version", "3.11", "--no-deps"]
         options += ["--only-binary=:all:", "--quiet", "--disable-pip-version-check", "--retries=1"]
         doing = f"the download of ExecuTorch {wanted} for ARM64, which is needed once,"
-        _ran(pip + options, doing, _DOWNLOAD_S)
+        _output_of(pip + options, doing, _DOWNLOAD_S)
         for wheel in part.glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 prefixes = tuple(f"executorch/{p}" for p in ("include/", "lib/", attention.LIBRARY))
                 archive.extractall(part, [n for n in archive.namelist() if n.startswith(prefixes)])
             wheel.unlink()
 
-    return _made(cache / f"executorch-{wanted}-aarch64", download) / "executorch"
+    return _filled(cache / f"executorch-{wanted}-aarch64", download) / "executorch"
 
 
 def _sysroot(compiler: Path) -> Path:
     """The folder whose ``lib`` has the ARM64 dynamic linker."""
     loader = "ld-linux-aarch64.so.1"
     command = [compiler, f"-print-file-name={loader}"]
-    found = Path(_ran(command, f"the search for {loader}", _COMPILE_S).strip()).resolve()
-    if not found.is_file():
+    path = Path(_output_of(command, f"the search for {loader}", _COMPILE_S).strip()).resolve()
+    if not path.is_file():
         raise _CannotError(f"{compiler.name} knows no {loader}: on Debian, install {PACKAGES}.")
-    return found.parent.parent
+    return path.parent.parent
 
 
 def _build(compiler: Path, executorch: Path, cache: Path, native: bool) -> Path:
@@ -187,7 +187,7 @@ def _build(compiler: Path, executorch: Path, cache: Path, native: bool) -> Path:
     command += ["-Wl,--unresolved-symbols=ignore-in-shared-libs", "-Wl,-z,lazy"]
     command += ["-Wl,-rpath,$ORIGIN"]
 
-    compiled_by = _ran([compiler, "--version"], f"{compiler.name} --version", _COMPILE_S)
+    compiled_by = _output_of([compiler, "--version"], f"{compiler.name} --version", _COMPILE_S)
     texts = [*map(str, command), compiled_by, version("executorch"), version("torch")]
     parts = [text.encode() for text in texts]
     parts += [(here / name).read_bytes() for name in (*SOURCES, "attention.py")]
@@ -201,7 +201,7 @@ def _build(compiler: Path, executorch: Path, cache: Path, native: bool) -> Path:
             raise _CannotError(
                 f"ExecuTorch's {kernels.name} cannot be used without libtorch: {error}."
             ) from error
-        _ran([*command, kernels, "-o", part / "runner"], "compiling the runner", _COMPILE_S)
+        _output_of([*command, kernels, "-o", part / "runner"], "compiling the runner", _COMPILE_S)
 
     name = f"runner-{'native' if native else 'aarch64'}-{key[:16]}"
-    return _made(cache / name, compile_to) / "runner"
+    return _filled(cache / name, compile_to) / "runner"

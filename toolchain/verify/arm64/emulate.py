@@ -6,6 +6,8 @@ A child can crash, hang or give up; here that is an exception with a sentence.
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -21,6 +23,8 @@ CPU = "cortex-a76"  # ARMv8.2 with the int8 dot product, as most phones' process
 TIMEOUT_S = 600.0
 
 _ALIGNMENT = 64  # of an input in its file
+# What decides in which order the BLAS that attention calls adds up.
+_SPLIT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY")
 _PAST_END = 64  # bytes after the last input: a kernel may read a vector's width past its end
 
 
@@ -79,8 +83,10 @@ class Arm64Program:
     from call to call within one sequence and no longer.
 
     ``native`` runs the same runner on this machine: what differs between the two is ARM64's doing,
-    what differs between native and Python is the runner's. Raises ``RunError`` where there is no
-    runner; ``prepare`` gives the reason without an exception.
+    what differs between native and Python is the runner's. With ``native`` and ``older``, QEMU's
+    name of a processor of this machine's own architecture, such as Haswell, it runs under QEMU as
+    that: kernels for instructions that it does not have are left aside. Raises ``RunError`` where
+    there is no runner; ``prepare`` gives the reason without an exception.
     """
 
     def __init__(
@@ -91,6 +97,7 @@ class Arm64Program:
         cpu: str = CPU,
         timeout: float = TIMEOUT_S,
         cache: Path | None = None,
+        older: str | None = None,
     ) -> None:
         if not native:
             refuse_cpu(cpu)
@@ -98,7 +105,7 @@ class Arm64Program:
         if isinstance(runner, str):
             raise RunError(runner)
         self._files = [("program", program), *(("data", file) for file in data)]
-        self._command = _command(runner, cpu)
+        self._command = _command(runner, cpu) if older is None else _older(runner, older)
         self._timeout = timeout
 
     def call(self, method: str, inputs: Sequence[Input] = ()) -> list[np.ndarray]:
@@ -121,7 +128,7 @@ class Arm64Program:
             done = subprocess.run(
                 [*self._command, "request", "response", "outputs"],
                 cwd=folder,  # where QEMU leaves a core
-                env={"LC_ALL": "C", "PATH": os.defpath},  # libraries from nowhere else
+                env=_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -138,23 +145,39 @@ class Arm64Program:
             raise RunError(f"{self._command[0]} cannot be started: {error.strerror}.") from error
         if done.returncode == 0:
             return
-        said = [line for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in done.stderr.splitlines() if line.strip()]
         if done.returncode < 0:
             name = signal.Signals(-done.returncode).name
             reason = f"crashed with {name}: the file may be damaged, or memory ran out."
         else:
-            reason = f"failed: {said[-1] if said else f'exit code {done.returncode}.'}"
+            reason = f"failed: {errors[-1] if errors else f'exit code {done.returncode}.'}"
         raise RunError(f"{self._name()} {reason}")
 
     def _name(self) -> str:
-        where = "on ARM64 under QEMU" if len(self._command) > 1 else "in the native runner"
+        where = "under QEMU" if len(self._command) > 1 else "in the native runner"
         return f"{self._files[0][1]} {where}"
+
+
+def _environment() -> dict[str, str]:
+    """Libraries come from nowhere else; a product's sums are split as in this process."""
+    split = {name: os.environ[name] for name in _SPLIT if name in os.environ}
+    return {"LC_ALL": "C", "PATH": os.defpath, **split}
 
 
 def _command(runner: Runner, cpu: str) -> list[str]:
     if runner.emulator is None:
         return [str(runner.executable)]
     return [str(runner.emulator), "-cpu", cpu, "-L", str(runner.sysroot), str(runner.executable)]
+
+
+def _older(runner: Runner, cpu: str) -> list[str]:
+    emulator = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
+    if emulator is None or platform.machine() != "x86_64":
+        raise RunError(
+            f"qemu-x86_64, which runs a program as on a {cpu}, is not installed, or this is no "
+            "x86-64 machine."
+        )
+    return [emulator, "-cpu", cpu, str(runner.executable)]
 
 
 def _write_request(folder: Path, files: list[tuple[str, str]], calls: Sequence[Call]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime_py.bundle.adapter import read_values, to_runtime
+from runtime_py.bundle.adapter_forms import read_values, to_runtime
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.manifest import Manifest
@@ -53,31 +53,31 @@ def cases(manifest: Manifest, text: ChatText, quick: bool = False) -> list[Case]
     """Of the ``lm`` and ``embed`` programs. ``quick``: fewer and shorter."""
     context, vocab = manifest.model.context, manifest.model.vocab
     decoded = 4 if quick else DECODED
-    found: list[Case] = []
+    chosen: list[Case] = []
     for dialogue in dialogues(1 if quick else 3):
         rendered = text.render(dialogue.turns)
         ids = np.array(text.encode(rendered), np.int64)
         prompt = min(PROMPT, max(1, len(ids) - decoded), max(1, context - decoded))
         ids = ids[: prompt + decoded]
-        found.append(Case(dialogue.id, ids, prompt, _short(rendered)))
+        chosen.append(Case(dialogue.id, ids, prompt, _short(rendered)))
     eos = manifest.tokenizer.eos_ids[0]
     pad = manifest.tokenizer.pad_id or 0
-    real = found[0].tokens
+    real = chosen[0].tokens
     few = min(decoded, 4)
-    found.append(Case("one token", real[: 1 + few], 1, "its first token alone"))
+    chosen.append(Case("one token", real[: 1 + few], 1, "its first token alone"))
     word = int(real[len(real) // 2])
     repeated = np.full(min(40 + few, context), word, np.int64)
-    found.append(Case("one token repeated", repeated, len(repeated) - few, f"token {word}, 40 ×"))
+    chosen.append(Case("one token repeated", repeated, len(repeated) - few, f"token {word}, 40 ×"))
     odd = np.array([pad, eos, vocab - 1, 0] * 6, np.int64)[: min(24, context)]
     padded = np.concatenate([real[:8], odd, real[8:16]])[: context - few]
-    found.append(
+    chosen.append(
         Case("padding and end tokens", padded, max(1, len(padded) - few), "amid a dialogue")
     )
     if not quick:
         whole = min(context, LONGEST)
-        long = np.resize(np.concatenate([c.tokens for c in found[:3]]), whole)
-        found.append(Case("full context", long, whole - 2, f"{whole} tokens of dialogues"))
-    return found
+        long = np.resize(np.concatenate([c.tokens for c in chosen[:3]]), whole)
+        chosen.append(Case("full context", long, whole - 2, f"{whole} tokens of dialogues"))
+    return chosen
 
 
 def adapters(bundle: Bundle) -> dict[str, dict[str, np.ndarray]]:
@@ -104,17 +104,17 @@ def examples(bundle: Bundle, text: ChatText, quick: bool = False) -> list[Exampl
     """For training: real dialogues shorter than the program (so it is padded) and one that fills
     it, and one single label."""
     longest = max(bundle.training.lengths)
-    found: list[Example] = []
+    fitting: list[Example] = []
     for dialogue in dialogues(20):
         try:
-            made = example(dialogue, text)
+            whole = example(dialogue, text)
         except TrainingError:
             continue
-        cut = Example(made.id, made.tokens[: longest + 1], made.labels[: longest + 1])
+        cut = Example(whole.id, whole.tokens[: longest + 1], whole.labels[: longest + 1])
         if (cut.labels != IGNORED).any():
-            found.append(cut)
-    found.sort(key=lambda e: e.inputs)
-    shortest, full = found[0], found[-1]
+            fitting.append(cut)
+    fitting.sort(key=lambda e: e.inputs)
+    shortest, full = fitting[0], fitting[-1]
     labels = np.full(2, IGNORED, np.int64)
     labels[1] = shortest.tokens[1]
     single = Example("one token", shortest.tokens[:2], labels)

@@ -20,7 +20,7 @@ from runtime_py.loop.errors import BundleError
 from toolchain.compile.training_part import EagerPrograms
 from toolchain.verify.arm64.emulate import CPU
 from toolchain.verify.parity.cases import EFFECT, INITIAL, Case
-from toolchain.verify.parity.lm_checks import Said
+from toolchain.verify.parity.lm_checks import Bounds, Said
 from toolchain.verify.parity.models import Models, Values, embedding_of, logits_of
 from toolchain.verify.parity.recording import Recorded
 from toolchain.verify.reference_engines import PeftEngine
@@ -28,8 +28,8 @@ from toolchain.verify.reference_engines import PeftEngine
 
 @dataclass(eq=False)
 class Context:
-    """``models`` is the reason where there is no source. ``eager``, ``ios``, ``executorch``
-    and ``replayed`` are what a rung leaves for those after it."""
+    """``models`` is the reason where there is no source. ``eager``, ``ios``, ``executorch``,
+    ``android_bounds`` and ``replayed`` are what a rung leaves for those after it."""
 
     bundle: Bundle
     text: ChatText
@@ -44,6 +44,7 @@ class Context:
     eager: Said | None = None
     ios: Said | None = None
     executorch: Said | None = None
+    android_bounds: Bounds | None = None
     replayed: tuple[Recorded, ...] = ()
 
     @property

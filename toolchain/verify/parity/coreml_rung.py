@@ -7,32 +7,24 @@ states of the package; what a phone's units do beyond that (see ``toolchain.veri
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from exporters.coreml.half import for_half
 from exporters.coreml.training_package import coreml_name
 from exporters.errors import ExportError
 from exporters.model.lora_tensors import set_adapter
 from runtime_py.bundle.manifest import Program
-from toolchain.compile.tolerances import (
-    FLOAT16_ABOVE,
-    FLOAT16_MOST,
-    TABLE,
-    Tolerance,
-    of_adapter,
-    of_logits,
-)
+from toolchain.compile.tolerances import Tolerance
 from toolchain.verify.mil import interpreter as mil
 from toolchain.verify.mil.mlpackage import read_package
 from toolchain.verify.parity import probes, training_checks
+from toolchain.verify.parity.allowed import of_ios
 from toolchain.verify.parity.cases import EFFECT, Case
 from toolchain.verify.parity.context import Context, said_by
 from toolchain.verify.parity.lm_checks import Said, compared
-from toolchain.verify.parity.models import Values, logits_of
+from toolchain.verify.parity.models import Values
 from toolchain.verify.parity.recording import Recorded
 from toolchain.verify.parity.verdict import Check, Found, Rung, compare, not_run, rung, stated
 
@@ -102,9 +94,8 @@ def coreml(context: Context) -> Rung:
     """Every function against PyTorch with the package's weights."""
     if context.bundle.manifest.ios is None:
         return not_run("coreml", "the bundle has no iOS part.")
-    quantize = context.bundle.ios.quantize
     cases = few(context.cases)
-    bound, pooled = _bound(context, cases), of_logits(quantize)
+    bounds = of_ios(context.source.ios, cases, context.adapters, _STEPS)
     checks: list[Check] = []
     found: Found | None = None
     layers: list[tuple[str, float]] = []
@@ -115,9 +106,9 @@ def coreml(context: Context) -> Rung:
         if expected is None:
             expected = said_by(context.source.ios, cases, context.adapters, context.bundle.manifest)
         said = run(lm, cases, context.adapters, 1 if context.quick else _STEPS)
-        own = compared(said, expected, cases, bound, pooled, of_adapter(quantize), "ios lm")
+        own = compared(said, expected, cases, bounds, "ios lm")
         own += padding(lm, cases[0], context)
-        stored, place, layers = _states(lm, cases[0], context, bound)
+        stored, place, layers = _states(lm, cases[0], context, bounds.logits)
         checks += own + stored
         if any(not check.passed for check in own):
             found = place or _named(own)
@@ -130,32 +121,6 @@ def coreml(context: Context) -> Rung:
         checks.append(stated("package", "ios", "runs", False, str(error)))
         return rung("coreml", "quantized", checks, None, layers, str(error))
     return rung("coreml", "quantized", checks, found or place, layers)
-
-
-def _bound(context: Context, cases: Sequence[Case]) -> Tolerance:
-    """Of float16, or ``FLOAT16_ABOVE`` times what float16 does to the same module in PyTorch on
-    these cases where that is more: depth adds up roundings. Both sides of that are the rewritten
-    module, so that a fault of the rewriting does not excuse itself."""
-    usual = TABLE["float16"]
-    assert usual.max_rel is not None
-    if context.bundle.ios.quantize == "none":
-        return usual
-    single = for_half(context.source.ios)
-    half = for_half(context.source.ios).half()
-    off = 0.0
-    for values in context.adapters.values():
-        set_adapter(single, values)
-        set_adapter(half, values)
-        for case in cases:
-            tokens = case.tokens[: case.prompt + _STEPS]
-            want = logits_of(single, tokens, case.prompt - 1)
-            own = logits_of(half, tokens, case.prompt - 1).astype(np.float32)
-            off = max(off, float(np.abs(own - want).max() / np.abs(want).max()))
-    if not np.isfinite(off):
-        return usual
-    return replace(
-        usual, max_rel=round(min(max(usual.max_rel, FLOAT16_ABOVE * off), FLOAT16_MOST), 4)
-    )
 
 
 def few(cases: Sequence[Case]) -> list[Case]:
@@ -276,7 +241,10 @@ def _training(context: Context) -> tuple[list[Check], Found | None]:
     interpreter = mil.Interpreter(read_package(context.bundle.path / file), 0)
     signatures = context.float_programs.signatures
     outputs = [_call(interpreter, call, signatures[call.name]) for call in kept]
-    return training_checks.judged(kept, outputs, signatures, f"{example.id}, {EFFECT}")
+    return training_checks.judged(
+        kept, outputs, signatures, f"{example.id}, {EFFECT}",
+        context.source.captured.spec, context.float_programs,
+    )  # fmt: skip
 
 
 def _call(interpreter: mil.Interpreter, call: Recorded, own: Program) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ import torch
 
 from exporters.model.lora_tensors import set_adapter
 from exporters.model.transformer import Transformer
-from runtime_py.bundle.adapter import read_values, write_values
+from runtime_py.bundle.adapter_forms import read_values, write_values
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.examples import fit
@@ -28,13 +28,15 @@ from runtime_py.engine.streamed_tuner import StreamedFineTuner
 from runtime_py.engine.streaming import StreamingEngine
 from runtime_py.engine.trainer import Settings, evaluate, train
 from runtime_py.loop.dialogue import Dialogue, Turn
+from runtime_py.loop.errors import LoopError
 from runtime_py.loop.lexicons import read_lexicons
 from runtime_py.loop.log import Decision
 from runtime_py.loop.personalizer import Personalizer
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import Embedding, Engine, FineTuneJob, FineTuner, FineTuneResult
 from runtime_py.loop.schedule import Conditions, Moment
-from toolchain.compile.tolerances import TABLE, of_logits
+from toolchain.compile.tolerances import TABLE
+from toolchain.verify.parity.allowed import ScoreBounds, of_android, of_loop
 from toolchain.verify.parity.cases import dialogues
 from toolchain.verify.parity.context import Context
 from toolchain.verify.parity.models import embedding_of, logits_of
@@ -43,11 +45,6 @@ from toolchain.verify.parity.verdict import Check, Rung, compare, not_run, rung,
 STREAM, QUICK_STREAM = 24, 10
 BINS = 6
 _WORDS = 24  # tokens of a reply
-_SCORES = {
-    "none": 1e-4,
-    "8da8w": 0.02,
-    "8da4w": 0.05,
-}  # of eoe, dss and idd, which are up to 1 or 2
 NIGHT = Conditions(charging=True, idle=True, celsius=25.0, free_memory_mb=100_000)
 
 
@@ -70,7 +67,8 @@ class TorchPhone:
     def generate(
         self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
     ) -> str:
-        assert temperature == 0.0
+        if temperature != 0.0:
+            raise LoopError("the loop in PyTorch writes greedy text only: ask for temperature 0.")
         return self.greedy(messages, max_new_tokens)[0]
 
     def greedy(self, messages: Sequence[Turn], most: int) -> tuple[str, list[int], list[float]]:
@@ -88,8 +86,8 @@ class TorchPhone:
             if token in manifest.tokenizer.eos_ids:
                 break
             written.append(token)
-        said = text.tokenizer.decode(written, skip_special_tokens=True)
-        return str(said).strip(), written, margins
+        reply = text.tokenizer.decode(written, skip_special_tokens=True)
+        return str(reply).strip(), written, margins
 
 
 class TorchTuner:
@@ -198,9 +196,13 @@ def decisions(context: Context) -> Rung:
     reference = TorchPhone(context, context.source.android)
     expected = live(context, "pytorch", reference, TorchTuner(context), stream)
     context.progress("decisions: ExecuTorch")
-    found = phone_life(context, "executorch", stream)
-    checks = same_life(found, expected, manifest.android.quantize)
-    checks += _reply(context, reference, found, expected, stream)
+    measured = phone_life(context, "executorch", stream)
+
+    def embed(model: Transformer) -> list[Embedding]:
+        return [TorchPhone(context, model).embed(dialogue) for dialogue in stream]
+
+    checks = same_life(measured, expected, of_loop(context, embed))
+    checks += _reply(context, reference, measured, expected, stream)
     return rung("decisions", "PyTorch with the same weights", checks)
 
 
@@ -212,92 +214,96 @@ def phone_life(context: Context, name: str, stream: Sequence[Dialogue]) -> LoopO
     return live(context, name, engine, tuner, stream)
 
 
-def same_life(found: LoopOutcome, expected: LoopOutcome, quantize: str) -> list[Check]:
+def same_life(measured: LoopOutcome, expected: LoopOutcome, allowed: ScoreBounds) -> list[Check]:
     """Scores within the precision, the same choices but for ties, the same training."""
-    allowed = _SCORES[quantize]
     checks: list[Check] = []
     rows = [
         [[d.scores.eoe, d.scores.dss, d.scores.idd] for d in life.decisions if d.scores]
-        for life in (found, expected)
+        for life in (measured, expected)
     ]
-    split = _first_split(found.decisions, expected.decisions)
+    split = _first_split(measured.decisions, expected.decisions)
     until = len(expected.decisions) if split is None else split + 1
-    own, want = (np.array(part)[:until] for part in rows)
+    scores, right = (np.array(part)[:until] for part in rows)
     for column, name in enumerate(("eoe", "dss", "idd")):
-        gap = float(np.abs(own[:, column] - want[:, column]).max())
-        most = 0.0 if name == "dss" else allowed
+        gap = float(np.abs(scores[:, column] - right[:, column]).max())
+        most = {"eoe": allowed.eoe, "dss": 0.0, "idd": allowed.idd}[name]
         checks.append(
             Check(
                 "loop", f"{until} dialogues", f"score {name}", gap, gap,
                 most, "scores", gap <= most,
             )
         )  # fmt: skip
-    checks.append(_choices(found, expected, split, want, allowed))
+    checks.append(_choices(measured, expected, split, right, allowed))
     if split is not None:
         return checks
-    losses = np.array(found.losses), np.array(expected.losses)
-    checks.append(compare("loop", "one night", "losses", *losses, TABLE["float32, gradient"]))
-    held = np.array(found.held_out), np.array(expected.held_out)
-    checks.append(compare("loop", "one night", "held-out loss", *held, TABLE["float32, gradient"]))
-    if found.adapter and expected.adapter:
-        own, want = (
-            np.concatenate([v.ravel() for v in x.adapter.values()]) for x in (found, expected)
+    losses = np.array(measured.losses), np.array(expected.losses)
+    checks.append(compare("loop", "one night", "losses", *losses, TABLE["training run"]))
+    held = np.array(measured.held_out), np.array(expected.held_out)
+    checks.append(compare("loop", "one night", "held-out loss", *held, TABLE["training run"]))
+    if measured.adapter and expected.adapter:
+        trained, reference = (
+            np.concatenate([v.ravel() for v in x.adapter.values()]) for x in (measured, expected)
         )
-        checks.append(compare("loop", "one night", "adapter", own, want, TABLE["training run"]))
-    same = found.accepted == expected.accepted
-    note = "" if same else f"version {found.accepted} instead of {expected.accepted}"
+        bound = TABLE["training run"]
+        checks.append(compare("loop", "one night", "adapter", trained, reference, bound))
+    same = measured.accepted == expected.accepted
+    note = "" if same else f"version {measured.accepted} instead of {expected.accepted}"
     checks.append(stated("loop", "one night", "adapter taken or not", same, note))
     return checks
 
 
-def _first_split(found: Sequence[Decision], expected: Sequence[Decision]) -> int | None:
-    for index, (own, want) in enumerate(zip(found, expected, strict=True)):
-        if (own.bin, own.reason, own.replaced, own.domain, own.asked) != (
-            want.bin, want.reason, want.replaced, want.domain, want.asked,
-        ):  # fmt: skip
+def _first_split(measured: Sequence[Decision], expected: Sequence[Decision]) -> int | None:
+    """The first dialogue that the two loops decided differently."""
+    for index, pair in enumerate(zip(measured, expected, strict=True)):
+        one, other = ((d.bin, d.reason, d.replaced, d.domain, d.asked) for d in pair)
+        if one != other:
             return index
     return None
 
 
 def _choices(
-    found: LoopOutcome, expected: LoopOutcome, split: int | None, scores: np.ndarray, allowed: float
+    measured: LoopOutcome,
+    expected: LoopOutcome,
+    split: int | None,
+    scores: np.ndarray,
+    allowed: ScoreBounds,
 ) -> Check:
     name = "kept and replaced sets"
     case = f"{len(expected.decisions)} dialogues"
     if split is None:
         return stated("loop", case, name, True, "")
-    own, want = found.decisions[split], expected.decisions[split]
+    decision, right = measured.decisions[split], expected.decisions[split]
     # Which of the sets before could the new one's scores be told from?
     gaps = np.abs(scores[:split] - scores[split])
     margin = float(gaps[gaps > 0].min()) if (gaps > 0).any() else 1.0
     note = (
-        f"{own.id} is {'kept' if own.kept else 'refused'}, PyTorch has "
-        f"{'kept' if want.kept else 'refused'} it; the closest scores differ by {margin:.2g}"
+        f"{decision.id} is {'kept' if decision.kept else 'refused'}, PyTorch has "
+        f"{'kept' if right.kept else 'refused'} it; the closest scores differ by {margin:.2g}"
     )
-    tie = margin <= 2 * allowed and allowed > 1e-3
+    tie = margin <= 2 * max(allowed.eoe, allowed.idd) and allowed.ties
     return stated("loop", case, name, tie, note + (" (a tie)" if tie else ""))
 
 
 def _reply(
     context: Context,
     reference: TorchPhone,
-    found: LoopOutcome,
+    measured: LoopOutcome,
     expected: LoopOutcome,
     stream: Sequence[Dialogue],
 ) -> list[Check]:
     """Greedy text with the bundle's adapter. Where it parts, PyTorch's two likeliest tokens must be
     closer than the precision tells apart."""
-    own, want = found.first_reply, expected.first_reply
-    if own == want:
+    if measured.first_reply == expected.first_reply:
         return [stated("loop", "reply", "greedy text", True, "")]
     reference.use_adapter(context.bundle.android.adapter)
     _, tokens, margins = reference.greedy(stream[0].turns[:1], _WORDS)
-    theirs = context.text.encode(own)
+    written = context.text.encode(measured.first_reply)
     place = next(
-        (i for i, (a, b) in enumerate(zip(theirs, tokens, strict=False)) if a != b),
-        min(len(theirs), len(tokens), len(margins) - 1),
+        (i for i, (a, b) in enumerate(zip(written, tokens, strict=False)) if a != b),
+        min(len(written), len(tokens), len(margins) - 1),
     )
-    allowed = 0.1 if of_logits(context.bundle.android.quantize).name != "float32" else 2e-4
+    # Both of the two may be off.
+    allowed = 2.0 * (context.android_bounds or of_android(context)).largest
     tie = margins[min(place, len(margins) - 1)] <= allowed
     note = f"parts at token {place}, where PyTorch prefers its own by {margins[place]:.2g}"
     return [stated("loop", "reply", "greedy text", tie, note + (" (a tie)" if tie else ""))]

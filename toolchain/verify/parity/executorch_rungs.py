@@ -9,19 +9,18 @@ from pathlib import Path
 import numpy as np
 
 from exporters.model.lora_tensors import set_adapter
-from runtime_py.bundle.adapter import write_values
+from runtime_py.bundle.adapter_forms import write_values
 from runtime_py.bundle.manifest import Program
-from toolchain.compile.tolerances import of_adapter, of_logits, of_pooled, same_program
 from toolchain.verify.arm64 import build
 from toolchain.verify.arm64.emulate import Arm64Program, Call, RunError, refuse_cpu
 from toolchain.verify.parity import lm_checks, probes, training_checks
+from toolchain.verify.parity.allowed import of_android
 from toolchain.verify.parity.cases import EFFECT, Case
 from toolchain.verify.parity.context import Context
 from toolchain.verify.parity.native_child import run_calls
 from toolchain.verify.parity.recording import Recorded
 from toolchain.verify.parity.verdict import Check, Found, Rung, not_run, rung, stated
 
-_FLOAT, _ROUNDED = 2e-5, 0.02  # least differences inside of lm.pte that are looked at
 _ARM_STEPS = 8  # decoded tokens of a case under QEMU
 _ARM_CASES = 3
 _ARM_TOKENS = 80  # of the longest case there
@@ -60,7 +59,6 @@ def executorch(context: Context) -> Rung:
         gone = [stated("manifest", "bundle", name, False, "is missing") for name in lost]
         reason = f"the bundle has no program {names}: export it again."
         return rung("executorch", "quantized", gone, reason=reason)
-    quantize = context.bundle.android.quantize
     checks: list[Check] = []
     found: Found | None = None
     layers: list[tuple[str, float]] = []
@@ -72,8 +70,8 @@ def executorch(context: Context) -> Rung:
         )  # fmt: skip
         context.executorch = said
         checks += lm_checks.constants(said, context.bundle.manifest)
-        bounds = of_logits(quantize), of_pooled(quantize), of_adapter(quantize)
-        own = lm_checks.compared(said, context.android, context.cases, *bounds)
+        bounds = context.android_bounds = of_android(context)
+        own = lm_checks.compared(said, context.android, context.cases, bounds)
         checks += own
         context.progress("executorch: layer by layer")
         layers = _layers(context)
@@ -97,7 +95,7 @@ def _layers(context: Context) -> list[tuple[str, float]]:
     data = context.scratch / "watched.ptd"
     write_values(data, context.bundle.android.adapter, own.tensors, context.adapters[EFFECT])
     call = Call("forward", (tokens[None], np.array([0], np.int64)))
-    steps = run_calls(context.bundle.android.lm, [data], [call], watch=True).steps
+    steps = run_calls(context.bundle.android.lm, [data], [call], watch=True).instructions
     set_adapter(model, context.adapters[EFFECT])
     expected = probes.of_transformer(model, tokens)
     return probes.differences(probes.of_executorch(steps, model.spec, expected), expected)
@@ -118,11 +116,12 @@ def _place(
             "decoding differs where the same tokens in one prompt agree: it is the KV cache, its "
             f"positions or its mask (off by {failed[0].max_rel:.2g} on '{failed[0].case}').",
         )
-    model = context.source.android
+    model, bounds = context.source.android, context.android_bounds
+    assert bounds is not None
     if model.is_float:
-        return probes.first_difference(layers, _FLOAT)
+        return probes.first_difference(layers, bounds.largest)
     floor = probes.noise_floor(model, context.cases[0].tokens)
-    return probes.first_difference(layers, _ROUNDED, floor)
+    return probes.first_difference(layers, bounds.largest, floor)
 
 
 def _replayed(context: Context) -> tuple[list[Check], Found | None]:
@@ -142,7 +141,9 @@ def _replayed(context: Context) -> tuple[list[Check], Found | None]:
         if keep:
             calls = [call for call in calls if call.kind == "block_backward_saved"]
         case = f"{example.id}, {adapter}"
-        own, place, outputs = training_checks.replay(calls, _here, files, signatures, case)
+        own, place, outputs = training_checks.replay(
+            calls, _here, files, signatures, case, context.source.captured.spec, context.programs
+        )
         checks += own
         found = found or place
         if not kept or keep:
@@ -172,7 +173,6 @@ def arm64(context: Context) -> Rung:
     def there(program: Path, data: Sequence[Path], calls: Sequence[Call]) -> list[list[np.ndarray]]:
         return Arm64Program(program, data, cpu=context.cpu).run_sequence(calls)
 
-    quantize = context.bundle.android.quantize
     cases = _few(context.cases)
     adapters = {name: context.adapters[name] for name in context.adapters}
     checks: list[Check] = []
@@ -183,17 +183,16 @@ def arm64(context: Context) -> Rung:
             context.bundle, there, cases, adapters, context.scratch,
             steps=_ARM_STEPS, constants=False,
         )  # fmt: skip
-        same = same_program(quantize)
-        checks += lm_checks.compared(
-            said, context.executorch, cases, same, same, of_adapter(quantize)
-        )
+        bounds = context.android_bounds or of_android(context)
+        checks += lm_checks.compared(said, context.executorch, cases, bounds)
         context.progress("arm64: training programs")
         signatures = _training(context)
         files = {name: context.bundle.path / p.file for name, p in signatures.items()}
         outputs = training_checks.again(context.replayed, there, files)
         more, found = training_checks.judged(
-            context.replayed, outputs, signatures, "layer 0", same=True
-        )
+            context.replayed, outputs, signatures, "layer 0", context.source.captured.spec,
+            context.programs,
+        )  # fmt: skip
         checks += more
     except RunError as error:
         checks.append(stated("process", "arm64", "runs", False, str(error)))

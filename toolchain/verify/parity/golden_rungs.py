@@ -73,8 +73,8 @@ class DelegateTest:
         context = self._context
         if context.bundle.manifest.training is None:
             return None
-        own = [p for name, p in self._programs.items() if name not in ("forward", "embed")]
-        programs = _Programs(context.bundle.path, own, self._executor)
+        training = [p for name, p in self._programs.items() if name not in ("forward", "embed")]
+        programs = _Programs(context.bundle.path, training, self._executor)
         return gradient_of(context.bundle, programs, self._values, example)
 
 
@@ -125,7 +125,7 @@ def without_source(name: str, context: Context) -> Rung:
         return rung(name, "golden vectors", [failed], reason=str(error))
 
 
-def _rung(name: str, found: Sequence[SelfCheck]) -> Rung:
+def _rung(name: str, results: Sequence[SelfCheck]) -> Rung:
     checks = [
         Check(
             program=check.program,
@@ -139,7 +139,7 @@ def _rung(name: str, found: Sequence[SelfCheck]) -> Rung:
             likeness=check.likeness,
             likeness_tolerance=check.least,
         )
-        for check in found
+        for check in results
     ]
     return rung(name, "golden vectors", checks)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime_py.bundle.adapter import write_values
+from runtime_py.bundle.adapter_forms import write_values
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Manifest
 from toolchain.compile.android import PREFILL_ANDROID
-from toolchain.compile.tolerances import ADAPTER_RATIO, TABLE, Tolerance
+from toolchain.compile.tolerances import ADAPTER_RATIO, TABLE, Tolerance, of_effect
 from toolchain.verify.arm64.emulate import Call
 from toolchain.verify.parity.cases import EFFECT, INITIAL, Case
 from toolchain.verify.parity.verdict import Check, compare, stated
@@ -34,6 +34,21 @@ class Said:
     entropy: dict[str, np.ndarray]
     again: dict[str, np.ndarray]
     constants: dict[str, list[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """What ``compared`` allows. ``noise``: of logits, as a root mean square, for what is left of
+    them in an adapter's effect; None: ``adapter`` has its own bound. ``largest``: what one logit
+    may be off by, as a part of the largest. ``wide``: the expected logits
+    [rows, vocab] of an adapter and a case in float64, where that helps."""
+
+    logits: Tolerance
+    pooled: Tolerance
+    adapter: Tolerance
+    noise: float | None = None
+    largest: float = 0.0
+    wide: Callable[[str, str], np.ndarray] | None = None
 
 
 def calls_of(case: Case, prefill: int, steps: int) -> tuple[list[Call], list[int]]:
@@ -101,9 +116,7 @@ def compared(
     found: Said,
     expected: Said,
     cases: Sequence[Case],
-    logits: Tolerance,
-    pooled: Tolerance,
-    adapter: Tolerance,
+    bounds: Bounds,
     program: str = "lm",
 ) -> list[Check]:
     """``expected``'s logits may have more steps than ``found``'s."""
@@ -112,21 +125,32 @@ def compared(
     for (name, case), own in found.logits.items():
         want = expected.logits[name, case][: len(own)]
         place = f"{case}, {name}"
-        prompt = f"{program}: {known[case].prompt} tokens in"
-        checks.append(compare(prompt, place, "logits", own[:1], want[:1], logits, logits=True))
+        parts = [(f"{known[case].prompt} tokens in", slice(0, 1))]
         if len(own) > 1:
-            decoded = f"{program}: {len(own) - 1} decoded"
-            checks.append(compare(decoded, place, "logits", own[1:], want[1:], logits, logits=True))
+            parts.append((f"{len(own) - 1} decoded", slice(1, len(own))))
+        for what, rows in parts:
+
+            def wide(name: str = name, case: str = case, rows: slice = rows) -> np.ndarray:
+                assert bounds.wide is not None
+                return bounds.wide(name, case)[rows]
+
+            checks.append(
+                compare(
+                    f"{program}: {what}", place, "logits", own[rows], want[rows], bounds.logits,
+                    logits=True, wide=wide if bounds.wide else None,
+                )
+            )  # fmt: skip
+    pooled = bounds.pooled
     for case, vector in found.pooled.items():
         checks.append(compare("embed", case, "pooled", vector, expected.pooled[case], pooled))
         entropy = expected.entropy[case]
         checks.append(
             compare("embed", case, "entropy", found.entropy[case], entropy, pooled, scale=1.0)
         )
-    return checks + effects(found, expected, adapter, program)
+    return checks + effects(found, expected, bounds, program)
 
 
-def effects(found: Said, expected: Said, bound: Tolerance, program: str) -> list[Check]:
+def effects(found: Said, expected: Said, bounds: Bounds, program: str) -> list[Check]:
     """What the adapter changes, which a comparison of logits may miss where it changes little; and
     that what was in the cache before changes nothing."""
     checks = []
@@ -141,6 +165,8 @@ def effects(found: Said, expected: Said, bound: Tolerance, program: str) -> list
             for said in (found, expected)
         ]
         own, want = (np.concatenate(part) for part in rows)
+        size = float(np.sqrt((want * want).mean()))
+        bound = of_effect(bounds.adapter, bounds.noise, size)
         check = compare(program, "all", "effect of the adapter", own, want, bound)
         ratio = float(np.linalg.norm(own)) / max(float(np.linalg.norm(want)), 1e-30)
         if ratio < 1e-3:

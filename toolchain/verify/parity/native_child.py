@@ -19,11 +19,11 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
-from runtime_py.engine.native import load_module, set_threads
+from runtime_py.engine.executorch_library import load_module, set_threads
 from toolchain.verify.arm64.emulate import Call, FileSlice, OutputOf, RunError
 
 TIMEOUT_S = 1200.0
@@ -41,10 +41,10 @@ class Instruction:
 
 @dataclass(frozen=True, eq=False)
 class CallResults:
-    """``outputs`` of each call; ``steps`` of the one call where it was watched."""
+    """``outputs`` of each call; ``instructions`` of the last one, where it was watched."""
 
     outputs: list[list[np.ndarray]]
-    steps: tuple[Instruction, ...] = ()
+    instructions: tuple[Instruction, ...] = ()
 
 
 def run_calls(
@@ -56,9 +56,8 @@ def run_calls(
 ) -> CallResults:
     """All calls in one process, so a cache lasts from call to call. Raises ``RunError``.
 
-    ``watch``: also what every instruction gave; then there is one call only.
+    ``watch``: also what every instruction of the last call gave.
     """
-    assert not watch or len(calls) == 1
     with tempfile.TemporaryDirectory(prefix="attune-parity-") as scratch:
         folder = Path(scratch)
         _write(folder, program, data, calls, watch)
@@ -72,33 +71,34 @@ class _Server:
     def __init__(self) -> None:
         root = str(Path(__file__).resolve().parents[3])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.said = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the child)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the child)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "toolchain.verify.parity.native_child"],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.said,
+            stderr=self._errors,
         )
+
+        self._requests = cast(IO[bytes], self.process.stdin)
+        self._answers = cast(IO[bytes], self.process.stdout)
 
     def ask(self, folder: Path, timeout: float) -> str | None:
         """The child's answer: "" where all went well, None where it took too long."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{folder}\n".encode())
-        self.process.stdin.flush()
-        ready, _, _ = select.select([self.process.stdout], [], [], timeout)
+        self._requests.write(f"{folder}\n".encode())
+        self._requests.flush()
+        ready, _, _ = select.select([self._answers], [], [], timeout)
         if not ready:
             self.end()
             return None
-        if line := self.process.stdout.readline():
+        if line := self._answers.readline():
             return json.loads(line)
         code = self.process.wait()
         if code < 0:
             name = signal.Signals(-code).name
             return f"crashed with {name}: the file may be damaged, or memory ran out."
-        self.said.seek(0)
-        lines = self.said.read().decode(errors="replace").split("\n")
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").split("\n")
         last = [text.strip() for text in lines if text.strip()][-1:]
         return f"failed: {last[0] if last else f'exit code {code}'}"
 
@@ -161,14 +161,17 @@ def _slice(folder: Path, start: int, array: np.ndarray) -> FileSlice:
 
 
 def _read(folder: Path) -> CallResults:
-    said = json.loads((folder / "response.json").read_text(encoding="utf-8"))
+    response = json.loads((folder / "response.json").read_text(encoding="utf-8"))
     with np.load(folder / "outputs.npz", allow_pickle=False) as arrays:
-        outputs = [[arrays[f"o{i}.{j}"] for j in range(n)] for i, n in enumerate(said["outputs"])]
-        steps = tuple(
-            Instruction(name, tuple(arrays[f"s{i}.{j}"] for j in range(n)))
-            for i, (name, n) in enumerate(said["steps"])
+        outputs = [
+            [arrays[f"o{i}.{j}"] for j in range(count)]
+            for i, count in enumerate(response["outputs"])
+        ]
+        instructions = tuple(
+            Instruction(name, tuple(arrays[f"s{i}.{j}"] for j in range(count)))
+            for i, (name, count) in enumerate(response["instructions"])
         )
-    return CallResults(outputs, steps)
+    return CallResults(outputs, instructions)
 
 
 # In the child
@@ -198,24 +201,26 @@ def _serve(folder: Path) -> None:
         return torch.from_numpy(part.view(dtype).reshape(value["shape"]))
 
     outputs: list[list[Any]] = []
-    steps: list[Instruction] = []
     for call in request["calls"]:
         inputs = tuple(tensor(value) for value in call["inputs"])
-        found = module.run_method(call["method"], inputs)
-        outputs.append([v if isinstance(v, torch.Tensor) else torch.tensor(v) for v in found])
-    if watch:
-        steps = _steps(module, folder)
+        results = module.run_method(call["method"], inputs)
+        outputs.append([v if isinstance(v, torch.Tensor) else torch.tensor(v) for v in results])
+    instructions = _instructions(module, folder) if watch else []
     arrays = {f"o{i}.{j}": v.numpy() for i, row in enumerate(outputs) for j, v in enumerate(row)}
-    arrays |= {f"s{i}.{j}": v for i, step in enumerate(steps) for j, v in enumerate(step.tensors)}
-    np.savez(folder / "outputs.npz", **arrays)  # type: ignore[arg-type]
-    said = {
-        "outputs": [len(row) for row in outputs],
-        "steps": [(step.operator, len(step.tensors)) for step in steps],
+    arrays |= {
+        f"s{i}.{j}": value
+        for i, instruction in enumerate(instructions)
+        for j, value in enumerate(instruction.tensors)
     }
-    (folder / "response.json").write_text(json.dumps(said), encoding="utf-8")
+    np.savez(folder / "outputs.npz", **arrays)  # type: ignore[arg-type]
+    response = {
+        "outputs": [len(row) for row in outputs],
+        "instructions": [(one.operator, len(one.tensors)) for one in instructions],
+    }
+    (folder / "response.json").write_text(json.dumps(response), encoding="utf-8")
 
 
-def _steps(module: Any, folder: Path) -> list[Instruction]:
+def _instructions(module: Any, folder: Path) -> list[Instruction]:
     """What the call of a watched module computed, from ExecuTorch's own event log."""
     import torch
     from executorch.devtools import Inspector
@@ -223,13 +228,14 @@ def _steps(module: Any, folder: Path) -> list[Instruction]:
     log, buffer = folder / "log", folder / "buffer"
     module.write_etdump_result_to_file(str(log), str(buffer))
     blocks = Inspector(etdump_path=str(log), debug_buffer_path=str(buffer)).event_blocks
-    steps: list[Instruction] = []
+    instructions: list[Instruction] = []
     for event in [b for b in blocks if b.name == "Execute"][-1].events:
         values = [v for v in (event.debug_data or []) if isinstance(v, torch.Tensor)]
         if values and event.name != "OPERATOR_CALL":
             name = event.name.removeprefix("native_call_")
-            steps.append(Instruction(name, tuple(v.detach().numpy().copy() for v in values)))
-    return steps
+            copies = tuple(value.detach().numpy().copy() for value in values)
+            instructions.append(Instruction(name, copies))
+    return instructions
 
 
 def _main() -> None:

@@ -87,7 +87,7 @@ def _worst(report: Report) -> Markup:
     return table(("rung", "what, and on which input", *_HEADS), rows, numbers=_HEADS)
 
 
-_HEADS = ("max abs", "max rel", "likeness", "same token", "KL", "allowed")
+_HEADS = ("max abs", "max rel", "likeness", "same token", "KL", "allowed", "margin")
 
 
 def _layer(check: Check) -> str:
@@ -97,16 +97,17 @@ def _layer(check: Check) -> str:
 def _cells(check: Check) -> list[Cell]:
     if check.bound == "exact" and check.note:
         return [Cell(check.note, "bad", span=len(_HEADS))]
-    allowed = [] if check.tolerance is None else [f"≤ {check.tolerance:g}"]
+    allowed = [] if check.tolerance is None else [f"≤ {check.tolerance:.2g}"]
     likeness = ""
     if check.likeness_tolerance is not None:
-        allowed.append(f"likeness ≥ {check.likeness_tolerance:g}")
+        allowed.append(f"likeness ≥ {check.likeness_tolerance:.5g}")
         likeness = f"{check.likeness:.5f}"
     token = "" if check.same_token is None else f"{check.same_token:.0%}"
     kl = "" if check.kl is None else f"{check.kl:.1e}"
     values = [f"{check.max_abs:.1e}", f"{check.max_rel:.1e}", likeness, token, kl]
     kind = "" if check.passed else "bad"
-    return [Cell(value, kind) for value in [*values, Markup("<br>".join(allowed))]]
+    margin = "" if check.margin is None else f"{check.margin:.2g}"
+    return [Cell(value, kind) for value in [*values, Markup("<br>".join(allowed)), margin]]
 
 
 def _rung(rung: Rung) -> Markup:
@@ -132,4 +133,8 @@ def _tolerances() -> Markup:
         for row in TABLE.values()
     ]
     heads = ("precision", "max rel at most", "likeness at least", "why")
-    return table(heads, rows, numbers=heads[1:3])
+    computed = paragraph(
+        "Where no number stands, each run computes it: it is beside every figure above, with the "
+        "margin, measured as a part of allowed."
+    )
+    return join(computed, table(heads, rows, numbers=heads[1:3]))

@@ -72,9 +72,10 @@ def by_layer(report: Report) -> Markup | None:
         gaps = [min(gap, 10.0) if gap > 0 else np.nan for _, gap in rung.layers]
         axes.plot(places, gaps, ".-", color=color, lw=1.2, ms=5, label=f"{rung.rung}")
         if rung.found is not None:
+            index = _index(rung, rung.found.layer)
             axes.annotate(
                 "first difference",
-                (places[_index(rung)], gaps[_index(rung)]),
+                (places[index], gaps[index]),
                 textcoords="offset points",
                 xytext=(8, 10),
                 fontsize=8,
@@ -98,15 +99,15 @@ def _positions(places: list[str]) -> list[float]:
             before = not any(inner is not None for inner in layer_of[:index])
             positions.append(-0.5 + 0.2 * index if before else max(inside, default=0) + 1.2)
         else:
-            place = layer_of[:index].count(layer)
-            positions.append(layer + place / layer_of.count(layer))
+            earlier = layer_of[:index].count(layer)
+            positions.append(layer + earlier / layer_of.count(layer))
     return positions
 
 
-def _index(rung: Rung) -> int:
-    assert rung.found is not None
+def _index(rung: Rung, layer: int | None) -> int:
+    """The first place of a layer."""
     for index, (place, _) in enumerate(rung.layers):
-        if rung.found.layer is not None and place.startswith(f"layers.{rung.found.layer}."):
+        if layer is not None and place.startswith(f"layers.{layer}."):
             return index
     return 0
 

@@ -35,6 +35,7 @@ def _rung(rung: Rung) -> dict:
     known = asdict(rung)
     known["checks"] = [
         {key: value for key, value in asdict(check).items() if key != "histogram"}
+        | {"margin": check.margin}
         for check in rung.checks
     ]
     known["layers"] = [{"place": place, "max_rel": gap} for place, gap in rung.layers]
@@ -55,10 +56,14 @@ def worst_of(checks: Sequence[Check]) -> list[Check]:
 
 
 def _bound(check: Check) -> str:
-    parts = [] if check.tolerance is None else [f"≤ {check.tolerance:g}"]
+    parts = [] if check.tolerance is None else [f"≤ {check.tolerance:.2g}"]
     if check.likeness_tolerance is not None:
-        parts.append(f"≥ {check.likeness_tolerance:g}")
+        parts.append(f"≥ {check.likeness_tolerance:.5g}")
     return ", ".join(parts)
+
+
+def _margin(check: Check) -> str:
+    return "" if check.margin is None else f"{check.margin:.2g}"
 
 
 def _numbers(check: Check, every: bool) -> list[str]:
@@ -98,7 +103,7 @@ def _show_checks(report: Report, every: bool) -> None:
     numbers = ["max rel", "likeness"]
     if every:
         numbers = ["max abs", *numbers, "token", "KL"]
-    heads = ["rung", "", "checks", *names, *numbers, "allowed"]
+    heads = ["rung", "", "checks", *names, *numbers, "allowed", "margin"]
     texts = ["rung", "", *names, "allowed"]
     table = plain_table(heads, texts, whole=[head for head in heads if head not in names])
     for rung in report.rungs:
@@ -110,6 +115,6 @@ def _show_checks(report: Report, every: bool) -> None:
             color = "" if check.passed else "[red]"
             named = f"{color}{escape(check.program)}: {escape(check.output)}"
             cells = [named, escape(check.case)] if every else [named]
-            table.add_row(*first, *cells, *_numbers(check, every), _bound(check))
+            table.add_row(*first, *cells, *_numbers(check, every), _bound(check), _margin(check))
             first = ["", "", ""]
     output.print(table)

@@ -7,20 +7,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from exporters.model.lora_tensors import set_adapter
-from runtime_py.bundle.adapter import to_runtime
+from runtime_py.bundle.adapter_forms import to_runtime
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.streaming import StreamingEngine
-from toolchain.compile.tolerances import TABLE
+from toolchain.compile.tolerances import TABLE, of_block
+from toolchain.compile.wide import Wide
 from toolchain.verify.parity import probes, training_checks, weights_checks
+from toolchain.verify.parity.allowed import largest_logit, of_floats
 from toolchain.verify.parity.cases import EFFECT, INITIAL
 from toolchain.verify.parity.context import Context, said_by
-from toolchain.verify.parity.lm_checks import Said, compared
+from toolchain.verify.parity.lm_checks import Bounds, Said, compared
 from toolchain.verify.parity.models import eager_embedding, eager_logits
 from toolchain.verify.parity.verdict import Check, Found, Rung, compare, rung, stated
 from toolchain.verify.peft_module import set_peft_adapter
 from toolchain.verify.reference_engines import TransformerEngine
-
-_NOTICED = 2e-5  # float32's own differences inside are 1e-7 to 1e-6
 
 
 def eager(context: Context) -> Rung:
@@ -95,14 +95,23 @@ def _eager_said(context: Context) -> Said:
     return said
 
 
+def _wide_logits(context: Context, adapter: str, name: str) -> np.ndarray:
+    """Hugging Face's and PEFT's in float64."""
+    model = context.source.eager
+    set_peft_adapter(model, context.bundle.manifest.adapter.tensors, context.adapters[adapter])
+    case = next(case for case in context.cases if case.name == name)
+    with Wide():
+        return eager_logits(model, case.tokens, case.prompt - 1)
+
+
 def captured(context: Context) -> Rung:
     """The functions that become programs, in float32, against Hugging Face and PEFT."""
     manifest, models = context.bundle.manifest, context.source
     model = models.captured
     found = said_by(model, context.cases, context.adapters, manifest)
     expected = context.eager or _eager_said(context)
-    bound = TABLE["float32"]
-    checks = compared(found, expected, context.cases, bound, bound, TABLE["adapter, float32"])
+    bounds = of_floats(context, expected, lambda *which: _wide_logits(context, *which))
+    checks = compared(found, expected, context.cases, bounds)
     where, layers = None, []
     if manifest.training is not None:
         engine = StreamingEngine(
@@ -114,8 +123,10 @@ def captured(context: Context) -> Rung:
             values = context.adapters[adapter]
             set_peft_adapter(models.eager, manifest.adapter.tensors, values)
             case = f"{example.id}, {adapter}"
+            logit = largest_logit(model, example.tokens, values)
+            set_peft_adapter(models.eager, manifest.adapter.tensors, values)
             checks += training_checks.against(
-                engine, reference, context.bundle, values, example, case
+                engine, reference, context.bundle, values, example, case, model.spec, logit
             )
     tokens = _worst_case(checks, context)
     set_peft_adapter(models.eager, manifest.adapter.tensors, context.adapters[EFFECT])
@@ -123,7 +134,8 @@ def captured(context: Context) -> Rung:
     expected_places = probes.of_hugging_face(models.eager, model.spec, tokens)
     layers = probes.differences(probes.of_transformer(model, tokens), expected_places)
     if any(not check.passed for check in checks):
-        where = probes.first_difference(layers, _NOTICED) or _training_place(checks)
+        noticed = of_block(model.spec, len(tokens)).max_rel or 0.0
+        where = probes.first_difference(layers, noticed) or _training_place(checks)
     return rung("captured", "eager", checks, where, layers)
 
 
@@ -162,16 +174,17 @@ def quantized(context: Context) -> Rung:
     found: Found | None = None
     expected = context.eager or _eager_said(context)
     layers: list[tuple[str, float]] = []
-    bounds = TABLE["rounded weights"], TABLE["rounded weights"], TABLE["adapter, 8-bit weights"]
+    cost = TABLE["rounded weights"]
+    bounds = Bounds(cost, cost, TABLE["adapter, rounded weights"])
     if manifest.android is not None:
-        checks += compared(context.android, expected, context.cases, *bounds, "android lm")
+        checks += compared(context.android, expected, context.cases, bounds, "android lm")
         tokens = context.cases[0].tokens
         set_adapter(models.captured, context.adapters[INITIAL])
         places = [probes.of_transformer(m, tokens) for m in (models.android, models.captured)]
         layers = probes.differences(*places)
     if manifest.ios is not None:
         said = said_by(models.ios, context.cases, context.adapters, manifest)
-        checks += compared(said, expected, context.cases, *bounds, "ios lm")
+        checks += compared(said, expected, context.cases, bounds, "ios lm")
         context.ios = said
     if manifest.training is not None:
         context.progress("quantized: the weights file")
@@ -186,8 +199,10 @@ def quantized(context: Context) -> Rung:
             context.progress(f"quantized: training on {example.id}")
             case = f"{example.id}, {adapter}"
             values = context.adapters[adapter]
+            logit = largest_logit(models.stored, example.tokens, values)
+            spec = models.captured.spec
             checks += training_checks.against(
-                engine, reference, context.bundle, values, example, case
+                engine, reference, context.bundle, values, example, case, spec, logit
             )
     found = found or _training_place([c for c in checks if c.program in ("block + head", "adamw")])
     return rung("quantized", "eager", checks, found, layers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 
@@ -63,17 +64,16 @@ class Recorder:
         return outputs
 
 
-def _mapped(array: np.ndarray) -> bool:
-    own = getattr(array, "_mmap", None)
-    return isinstance(array, np.memmap) and own is not None and array.flags.c_contiguous
+def _mapped(array: np.ndarray) -> TypeGuard[np.memmap]:
+    """Whether the array lies in a mapped file, as it stands there."""
+    mapping = getattr(array, "_mmap", None)
+    return isinstance(array, np.memmap) and mapping is not None and array.flags.c_contiguous
 
 
 def _input(array: np.ndarray) -> Input:
     """A mapped weight as the part of its file that it is."""
     if not _mapped(array):
         return np.ascontiguousarray(array)
-    assert isinstance(array, np.memmap)
     start = np.frombuffer(array._mmap, np.uint8).ctypes.data  # type: ignore[attr-defined]
-    assert array.filename is not None
     offset = array.ctypes.data - start
-    return FileSlice(Path(array.filename), offset, array.dtype.name, array.shape)
+    return FileSlice(Path(str(array.filename)), offset, array.dtype.name, array.shape)

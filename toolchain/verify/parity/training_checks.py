@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
+from exporters.model.spec import ModelSpec
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.manifest import Program
@@ -16,14 +19,24 @@ from runtime_py.engine.examples import Example
 from runtime_py.engine.program_calls import Programs
 from runtime_py.engine.streaming import StreamingEngine, step_numbers
 from runtime_py.engine.trainer import TrainingEngine
-from toolchain.compile.tolerances import TABLE, Tolerance
+from toolchain.compile.tolerances import of_gradient, of_loss, of_optimizer
+from toolchain.compile.wide import Wide, widened
+from toolchain.verify.parity.call_bounds import bound_of, magnitude_of, pull_of
 from toolchain.verify.parity.lm_checks import Executor
 from toolchain.verify.parity.recording import Recorded, Recorder
 from toolchain.verify.parity.verdict import Check, Found, compare
 
 RATE, DECAY, CLIP = 1e-3, 0.01, 1.0
-_LEAST = 1e-2  # of a call's largest gradient: smaller ones are what is left of terms that cancel
 _STEEP = 16.0
+
+
+class WideEngine(TrainingEngine, Protocol):
+    """A reference in PyTorch. ``trained``: the leaves that its gradient is of."""
+
+    @property
+    def trained(self) -> Sequence[Tensor]: ...
+
+
 _KEEP_ALL = 1e9  # MB: so that every layer's activations are kept
 
 SAVED = {
@@ -94,25 +107,45 @@ def step(
     return loss / count, gradient
 
 
+def wide_gradient(engine: WideEngine, state: AdapterState, example: Example) -> np.ndarray:
+    """The gradient of an engine in PyTorch, computed in float64."""
+    into = state.layout.zeros()
+    with widened(engine.trained), Wide():
+        engine.gradient(state, [example], into)
+    return into
+
+
 def against(
     found: TrainingEngine,
-    expected: TrainingEngine,
+    expected: WideEngine,
     bundle: Bundle,
     values: Mapping[str, np.ndarray],
     example: Example,
     case: str,
+    spec: ModelSpec,
+    logit: float,
 ) -> list[Check]:
     """A whole step of two engines: loss, gradients, and the adapter after AdamW on the same
-    gradient, twice, so that the moments count."""
+    gradient, twice, so that the moments count. ``logit``: the largest of the example, which its
+    loss is a difference of."""
     tensors = bundle.manifest.adapter.tensors
     own, want = (AdapterState.of(tensors, values) for _ in range(2))
     start = own.parameters.copy()
     loss, gradient = step(found, own, example, bundle)
     right, wanted = step(expected, want, example, bundle)
     one = (np.array([loss]), np.array([right]))
-    checks = [compare("block + head", case, "loss", *one, TABLE["float32, loss"])]
+    bound = of_loss(spec, len(example.tokens))
+    spread = logit + abs(right)
+    checks = [compare("block + head", case, "loss", *one, bound, scale=spread)]
     views, reference = own.layout.views(gradient), want.layout.views(wanted)
-    least = _LEAST * float(np.abs(wanted).max())
+    greatest = float(np.abs(wanted).max())
+    exact: list[np.ndarray] = []
+
+    def wide(name: str) -> np.ndarray:
+        if not exact:
+            exact.append(wide_gradient(expected, AdapterState.of(tensors, values), example))
+        return want.layout.views(exact[0])[name]
+
     gradients = [
         compare(
             "block + head",
@@ -120,9 +153,10 @@ def against(
             f"gradient of {name}",
             views[name],
             reference[name],
-            TABLE["float32, gradient"],
+            of_gradient(spec, len(example.tokens)),
             layer=int(name.split(".")[1]),
-            scale=max(float(np.abs(reference[name]).max()), least),
+            scale=greatest,
+            wide=lambda name=name: wide(name),  # type: ignore[misc]
         )
         for name in reference
         if np.abs(reference[name]).max() > 0 or np.abs(views[name]).max() > 0
@@ -139,7 +173,7 @@ def against(
         found.update(found_, scaled, numbers)
         expected.update(expected_, scaled, numbers)
     moved = float(np.abs(expected_.parameters - start).max())
-    bound = TABLE["float32, gradient of one block"]
+    bound = of_optimizer(start.size, float(np.abs(start).max()), moved)
     for name in ("parameters", "mean", "square"):
         pair = getattr(found_, name), getattr(expected_, name)
         scale = moved if name == "parameters" else None
@@ -157,27 +191,19 @@ def worst(checks: Sequence[Check]) -> list[Check]:
     return [c for c in checks if not c.passed or kept[c.program, c.case] is c]
 
 
-def _bound(name: str, output: str, same: bool) -> Tolerance:
-    if same and name != "adamw":
-        return TABLE["float32, same program"]
-    if name.startswith("block_forward"):
-        return TABLE["float32, one block"]
-    if output in ("loss", "count"):
-        return TABLE["float32, loss"]
-    return TABLE["float32, gradient of one block"]
-
-
 def replay(
     calls: Sequence[Recorded],
     executor: Executor,
     files: Mapping[str, Path],
     signatures: Mapping[str, Program],
     case: str,
+    spec: ModelSpec,
+    programs: Programs,
 ) -> tuple[list[Check], Found | None, list[list[np.ndarray]]]:
     """Every recorded call once more, by ``executor``, on the same inputs. -> checks, the first call
     that differs, and what came out. Raises ``RunError``."""
     outputs = again(calls, executor, files)
-    checks, found = judged(calls, outputs, signatures, case)
+    checks, found = judged(calls, outputs, signatures, case, spec, programs)
     return checks, found, outputs
 
 
@@ -198,9 +224,10 @@ def judged(
     outputs: Sequence[Sequence[np.ndarray]],
     signatures: Mapping[str, Program],
     case: str,
-    same: bool = False,
+    spec: ModelSpec,
+    programs: Programs,
 ) -> tuple[list[Check], Found | None]:
-    """``same``: by the same program on another processor."""
+    """``programs``: the same in PyTorch, for what float32 costs where terms cancel."""
     checks: list[Check] = []
     found: Found | None = None
     for call, results in zip(calls, outputs, strict=True):
@@ -211,18 +238,36 @@ def judged(
             for tensor, want in zip(signature.outputs, call.outputs, strict=True)
             if ".lora_" in tensor.name
         ]
-        triples = list(zip(signature.outputs, results, call.outputs, strict=True))
-        for tensor, own, want in sorted(triples, key=lambda triple: _order(triple[0].name)):
-            scale = None
+        step = 0.0
+        if call.name == "adamw":
+            step = float(np.abs(call.outputs[0] - before["parameters"]).max())
+        exact: list[np.ndarray] = []
+
+        def wide(place: int, call: Recorded = call, exact: list = exact) -> np.ndarray:
+            if not exact:
+                with Wide():
+                    exact.extend(programs.call(call.name, call.inputs))
+            return exact[place]
+
+        triples = list(
+            zip(range(len(results)), signature.outputs, results, call.outputs, strict=True)
+        )
+        for place, tensor, own, want in sorted(triples, key=lambda four: _order(four[1].name)):
+            scale: float | None = None
             if call.name == "adamw" and tensor.name == "parameters":
-                scale = float(np.abs(want - before["parameters"]).max())
-            if ".lora_" in tensor.name:
-                scale = max(float(np.abs(want).max()), _LEAST * max(adapter))
-            bound = _bound(call.name, tensor.name, same)
+                scale = step
+            elif ".lora_" in tensor.name:
+                scale = max(adapter)
+            elif call.name == "head" and tensor.name == "loss":
+                scale = magnitude_of(before, float(want.item()))
+            elif call.name == "head" and tensor.name == "gradient.x":
+                scale = pull_of(before, float(np.abs(want).max()))
+            bound = bound_of(call, tensor.name, before, step, spec)
             on = f"{case}, {call.variant}" if call.variant else case
             check = compare(
-                call.kind, on, tensor.name, own, want, bound, layer=call.layer, scale=scale
-            )
+                call.kind, on, tensor.name, own, want, bound, layer=call.layer, scale=scale,
+                wide=lambda place=place, wide=wide: wide(place),  # type: ignore[misc]
+            )  # fmt: skip
             checks.append(check)
             if found is None and not check.passed:
                 operator = operator_of(tensor.name)
@@ -231,6 +276,6 @@ def judged(
                     call.layer,
                     operator,
                     f"{where}{call.kind} differs first in {operator}, by {check.max_rel:.2g} of "
-                    f"its range on '{on}' (at most {bound.max_rel:.2g} is expected).",
+                    f"its range on '{on}' (at most {check.tolerance:.2g} is expected).",
                 )
     return worst(checks), found

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from exporters.model.spec import ModelSpec, read_spec
-from runtime_py.bundle.adapter import (
+from runtime_py.bundle.adapter_forms import (
     META,
     check_runtime_file,
     from_runtime,

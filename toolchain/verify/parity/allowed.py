@@ -1,0 +1,127 @@
+"""The bounds of one run's ``lm`` checks: from the sums' length, or from a spread measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from exporters.model.lora_tensors import set_adapter
+from exporters.model.transformer import Transformer
+from runtime_py.loop.protocols import Embedding
+from toolchain.compile.spread import (
+    Rows,
+    between,
+    float_activations,
+    largest,
+    of_float16,
+    of_scores,
+)
+from toolchain.compile.tolerances import (
+    FLOAT16_ABOVE,
+    INT8_ABOVE,
+    TABLE,
+    model_terms,
+    of_int8,
+    of_model,
+    rounding,
+)
+from toolchain.compile.tolerances import of_float16 as tolerance_of_float16
+from toolchain.compile.wide import Wide
+from toolchain.verify.parity.cases import Case
+from toolchain.verify.parity.context import Context, said_by
+from toolchain.verify.parity.lm_checks import Bounds, Said
+from toolchain.verify.parity.models import Values, logits_of
+
+
+def of_floats(
+    context: Context, said: Said, wide: Callable[[str, str], np.ndarray] | None = None
+) -> Bounds:
+    """Float32 on both sides. ``said``: the expected; ``wide``: its logits in float64."""
+    tokens = max(len(case.tokens) for case in context.cases)
+    bound = of_model(context.source.captured.spec, tokens)
+    assert bound.max_rel is not None
+    largest_logit = max(float(np.abs(rows).max()) for rows in said.logits.values())
+    noise = bound.max_rel * largest_logit
+    return Bounds(bound, bound, TABLE["adapter"], noise, bound.max_rel, wide)
+
+
+def of_android(context: Context) -> Bounds:
+    """PyTorch with the weights of ``lm.pte`` against any engine that runs it."""
+    model = context.source.android
+    if not model.is_float:
+        expected = context.android
+        plain = said_by(
+            float_activations(model), context.cases, context.adapters, context.bundle.manifest
+        )
+        logits = largest([between(plain.logits[k], v) for k, v in expected.logits.items()])
+        pooled = largest([between(plain.pooled[k], v) for k, v in expected.pooled.items()])
+        return Bounds(
+            of_int8(logits),
+            of_int8(pooled, True),
+            TABLE["adapter"],
+            INT8_ABOVE * logits.rms,
+            INT8_ABOVE * logits.largest,
+        )
+    known = {case.name: case for case in context.cases}
+
+    def wide(adapter: str, case: str) -> np.ndarray:
+        set_adapter(model, context.adapters[adapter])
+        with Wide():
+            return logits_of(model, known[case].tokens, known[case].prompt - 1)
+
+    return of_floats(context, context.android, wide)
+
+
+def of_ios(
+    model: Transformer, cases: Sequence[Case], adapters: Mapping[str, Values], steps: int
+) -> Bounds:
+    """PyTorch's float32 with the package's weights against the package, whose numbers or cache are
+    float16."""
+
+    def rows_of(case: Case, values: Values) -> Rows:
+        def rows(module: Transformer) -> np.ndarray:
+            set_adapter(module, values)
+            return logits_of(module, case.tokens[: case.prompt + steps], case.prompt - 1)
+
+        return rows
+
+    measured = of_float16(model, [rows_of(c, v) for v in adapters.values() for c in cases])
+    bound = tolerance_of_float16(measured)
+    noise = FLOAT16_ABOVE * measured.rms
+    return Bounds(bound, bound, TABLE["adapter"], noise if np.isfinite(noise) else None)
+
+
+@torch.no_grad()
+def largest_logit(model: Transformer, tokens: np.ndarray, values: Values) -> float:
+    """What a loss over ``tokens`` is a difference of."""
+    set_adapter(model, values)
+    return float(np.abs(logits_of(model, tokens, 0)).max())
+
+
+@dataclass(frozen=True)
+class ScoreBounds:
+    """How far scores may be apart. ``ties``: whether a choice between closer ones may fall either
+    way, as it may where activations are rounded."""
+
+    eoe: float
+    idd: float
+    ties: bool
+
+
+def of_loop(context: Context, embed: Callable[[Transformer], Sequence[Embedding]]) -> ScoreBounds:
+    """From the length of the sums, and of int8 activations from what they do to the very dialogues
+    of the stream: entropy is a share from 0 to 1, dissimilarity a difference of cosines. ``embed``:
+    the stream, by a model."""
+    model = context.source.android
+    plain = 4.0 * rounding(model_terms(model.spec, context.bundle.manifest.policy.embed_length))
+    if model.is_float:
+        return ScoreBounds(plain, plain, ties=False)
+    made = [embed(one) for one in (float_activations(model), model)]
+    vectors = [[one.pooled for one in rows] for rows in made]
+    entropy = max(abs(a.entropy - b.entropy) for a, b in zip(*made, strict=True))
+    return ScoreBounds(
+        plain + INT8_ABOVE * entropy, plain + INT8_ABOVE * of_scores(*vectors), ties=True
+    )
