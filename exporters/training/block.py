@@ -166,11 +166,12 @@ class TrainingBlock:
             update = self._norm(t, post, update)
         return x + update * self.spec.residual_scale if self._scaled else x + update
 
-    def _add_backward(self, t: Tensors, update: Tensor | None, post: str, grad: Tensor) -> Tensor:
+    def _add_backward(
+        self, t: Tensors, saved: Tensors, update: str, post: str, grad: Tensor
+    ) -> Tensor:
         grad = grad * self.spec.residual_scale if self._scaled else grad
         if self.spec.post_norm:
-            assert update is not None
-            grad = self._norm_backward(t, post, update, grad)
+            grad = self._norm_backward(t, post, saved[update], grad)
         return grad
 
     @property
@@ -218,13 +219,13 @@ class TrainingBlock:
         s, out = self.spec, dict[str, Tensor]()
         gate, up, middle = saved["gate"], saved["up"], saved["middle"]
         active = activate(s.activation, gate)
-        update = self._add_backward(t, saved.get("down"), "mlp_post", grad)
+        update = self._add_backward(t, saved, "down", "mlp_post", grad)
         wide = self.sites["down"].backward(t, active * up, [update], out)
         branches = [wide * up * p.activation_slope(s.activation, gate), wide * active]
         normed = self.sites["gate_up"].backward(t, self._norm(t, "mlp", middle), branches, out)
         grad = grad + self._norm_backward(t, "mlp", middle, normed)
 
-        update = self._add_backward(t, saved.get("o"), "attention_post", grad)
+        update = self._add_backward(t, saved, "o", "attention_post", grad)
         mixed = self.sites["o"].backward(t, saved["mixed"], [update], out)
         q, k, v = saved["q"], saved["k"], saved["v"]
         queries, keys = q, k

@@ -51,8 +51,9 @@ def doctor(
             "python", "3.11", platform.python_version(), "ok" if python_ok else "[red]![/]"
         )
         for row in rows:
-            found = row["installed"] or "not installed"
-            table.add_row(row["package"], row["tested"], found, "ok" if row["ok"] else "[red]![/]")
+            installed = row["installed"] or "not installed"
+            ok = "ok" if row["ok"] else "[red]![/]"
+            table.add_row(row["package"], row["tested"], installed, ok)
         output.print(table)
         output.print(
             "This combination was tested."

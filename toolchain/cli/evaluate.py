@@ -12,6 +12,7 @@ from rich.table import Table
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.loop.errors import BundleError
 from runtime_py.loop.stream import read_dialogues
+from toolchain.cli.options import AndroidBundle, Dialogues, Json, SourceModel
 from toolchain.report.console import counted_progress, output, print_json
 
 if TYPE_CHECKING:  # PyTorch is loaded only once the command runs
@@ -19,19 +20,15 @@ if TYPE_CHECKING:  # PyTorch is loaded only once the command runs
 
 
 def evaluate(
-    bundle: Annotated[Path, typer.Argument(help="A bundle with an Android part.")],
-    data: Annotated[
-        Path, typer.Option(help="Dialogues: .jsonl or .jsonl.gz with id and turns in each row.")
-    ],
+    bundle: AndroidBundle,
+    data: Dialogues,
     dialogues: Annotated[int, typer.Option(help="The first so many of them.", min=1)] = 200,
     longest: Annotated[int, typer.Option(help="Tokens of a dialogue at most.", min=8)] = 512,
-    source: Annotated[
-        str | None, typer.Option(help="The model it was made from: folder, .gguf or hub id.")
-    ] = None,
+    source: SourceModel = None,
     threads: Annotated[
         int | None, typer.Option(help="Threads of both engines. Default: all cores.", min=1)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compare the Android program with PyTorch on dialogues: perplexity, tokens, logits.
 

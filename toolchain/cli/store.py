@@ -34,12 +34,12 @@ def recover(
     from runtime_py.loop.schedule import Moment
 
     now = time.time()
-    found = rescue(path, out, Moment(now, int(now // 86400)))
+    recovered = rescue(path, out, Moment(now, int(now // 86400)))
     if as_json:
-        print_json({"out": str(out), "rows": found.rows, "problems": list(found.problems)})
+        print_json({"out": str(out), "rows": recovered.rows, "problems": list(recovered.problems)})
         return
-    rows = ", ".join(f"{count} {table}" for table, count in found.rows.items() if count)
+    rows = ", ".join(f"{count} {table}" for table, count in recovered.rows.items() if count)
     output.print(f"saved: {rows or 'nothing'}")
-    for problem in found.problems:
+    for problem in recovered.problems:
         output.print(f"  {escape(problem)}")
     output.print(f"next: put [bold]{out}[/] where {path} was, beside its adapters")
