@@ -36,6 +36,8 @@ from toolchain.compile import bundle_export
 from toolchain.compile.export_input import builtin_folder
 from toolchain.compile.export_job import Progress
 from toolchain.compile.precision import ANDROID, WORST_RATIO
+from toolchain.simulate import short_life
+from toolchain.verify.parity import ladder
 
 PROMPTS = ["I am looking for a restaurant in San Jose.", "Hi! How are you?", "Where is it — 7?"]
 COUNT = 24  # tokens of a reply
@@ -486,7 +488,25 @@ def test_precisions_that_are_offered_are_known() -> None:
     assert defaults.PRECISIONS.keys() == set(defaults.TARGETS)
 
 
-def test_demo(instant_export: list[Asked], attune: Attune, tmp_path: Path) -> None:
+def once(function: Callable) -> Callable:
+    """``function``, whose later calls must fit it as well, and get what the first one gave."""
+    results: list[Any] = []
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        inspect.signature(function).bind(*arguments, **options)
+        if not results:
+            results.append(function(*arguments, **options))
+        return results[0]
+
+    return call
+
+
+def test_demo(
+    instant_export: list[Asked], attune: Attune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For machines and for people: the proof and the loop run once for both."""
+    monkeypatch.setattr(ladder, "climb", once(ladder.climb))
+    monkeypatch.setattr(short_life, "run_short_loop", once(short_life.run_short_loop))
     value = attune("demo", "--json", "--out", tmp_path / "kept").json()
     assert instant_export[0] == Asked(defaults.BUILTIN, tmp_path / "kept", {})
     assert value["reply"].strip()
