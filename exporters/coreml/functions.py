@@ -54,7 +54,7 @@ def _attends(
     return attends
 
 
-class _Body(nn.Module):
+class _HiddenStates(nn.Module):
     """``Transformer.hidden`` as a forward, which is what ``functional_call`` can call."""
 
     def __init__(self, model: Transformer) -> None:
@@ -81,7 +81,7 @@ class Cached(nn.Module):
             )
         self.spec = spec
         self.length = length
-        self.body = _Body(model)
+        self.body = _HiddenStates(model)
         self.adapter = adapter_inputs(model)
         for index in range(len(spec.layers)):
             for kind in ("k", "v"):
@@ -203,7 +203,7 @@ class Embed(nn.Module):
             )
         self.spec = model.spec
         self.length = length
-        self.body = _Body(model)
+        self.body = _HiddenStates(model)
         self.pool = Pool()
 
     def forward(self, tokens: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

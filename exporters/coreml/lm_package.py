@@ -23,7 +23,7 @@ from exporters.signature import ProgramSignature, TensorSpec
 
 
 @dataclass(frozen=True)
-class _Function:
+class _LmFunction:
     """A function to be lowered: its module, example inputs by argument name, and signature."""
 
     module: nn.Module
@@ -31,7 +31,7 @@ class _Function:
     signature: ProgramSignature
 
 
-def _functions(model: Transformer, prefill_length: int, embed_length: int) -> list[_Function]:
+def _functions(model: Transformer, prefill_length: int, embed_length: int) -> list[_LmFunction]:
     spec = model.spec
     buffers = dict(model.named_buffers())
     adapter = {name: buffers[path].clone() for name, path in adapter_inputs(model).items()}
@@ -42,7 +42,7 @@ def _functions(model: Transformer, prefill_length: int, embed_length: int) -> li
 
     def function(
         name: str, module: nn.Module, inputs: dict[str, Any], outputs: tuple[TensorSpec, ...]
-    ) -> _Function:
+    ) -> _LmFunction:
         """Its signature comes from the example ``inputs`` and the module's own states."""
         tensors = {k: v for k, v in inputs.items() if k != "adapter"} | inputs.get("adapter", {})
         states = [
@@ -57,7 +57,7 @@ def _functions(model: Transformer, prefill_length: int, embed_length: int) -> li
             outputs,
             tuple(states),
         )
-        return _Function(module, inputs, signature)
+        return _LmFunction(module, inputs, signature)
 
     logits = (TensorSpec("logits", (1, spec.vocab), "float32"),)
     vector = (

@@ -10,7 +10,6 @@ pieces, whatever the model's depth.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,93 +30,15 @@ from exporters.executorch.patches import (
     rebound,
     stand_for,
 )
-from exporters.model.lora_tensors import ENTER, LEAVE, lora_buffers
+from exporters.executorch.piece_modules import (
+    FinalPiece,
+    NormPiece,
+    PieceBody,
+    PieceFunction,
+    ShapesOnly,
+)
 from exporters.model.quantize import QuantizedLinear, share
-from exporters.model.transformer import Block, Dense, Norm, Rotation, Transformer
-
-
-class _Body(nn.Module):
-    """End of one block, beginning of the next, or one of the two."""
-
-    swap: Tensor | None
-
-    def __init__(
-        self, leave: Block | None, enter: Block | None, swap: Tensor | None, adapted: bool
-    ):
-        super().__init__()
-        self.leave, self.enter, self.adapted = leave, enter, adapted
-        self.register_buffer("swap", swap)
-
-    def forward(self, x: Tensor, mixed: Tensor | None, tables: Sequence[Tensor]) -> list[Tensor]:
-        out = []
-        if self.leave is not None and mixed is not None:
-            x = self.leave.leave(x, mixed, self.adapted)
-            out.append(x)
-        if self.enter is not None:
-            rotation = Rotation(tables[0], tables[1], self.swap) if self.swap is not None else None
-            out += self.enter.enter(x, rotation, self.adapted)
-        return out
-
-    def adapter(self) -> list[str]:
-        names = []
-        if self.adapted and self.leave is not None:
-            names += [f"leave.{name}" for name, _ in lora_buffers(self.leave, LEAVE)]
-        if self.adapted and self.enter is not None:
-            names += [f"enter.{name}" for name, _ in lora_buffers(self.enter, ENTER)]
-        return names
-
-
-class _Function(nn.Module):
-    """A body as a function of x, attention's output, cos and sin, and the adapter's tensors."""
-
-    def __init__(self, body: _Body) -> None:
-        super().__init__()
-        self.body = body
-        self.names = body.adapter()
-
-    def forward(self, *tensors: Tensor) -> list[Tensor]:
-        rest = list(tensors[1:])
-        mixed = rest.pop(0) if self.body.leave is not None else None
-        tables = [rest.pop(0), rest.pop(0)] if self.body.swap is not None else []
-        adapter = dict(zip(self.names, rest, strict=True))
-        return torch.func.functional_call(self.body, adapter, (tensors[0], mixed, tables))
-
-
-class _Final(nn.Module):
-    """The last norm and the head: x [1, 1, hidden] -> logits [1, 1, vocab]."""
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *tensors: Tensor) -> list[Tensor]:
-        return [self.model.logits(self.model.norm(tensors[0]))]
-
-
-class _Normed(nn.Module):
-    """The last norm: x [1, S, hidden]."""
-
-    def __init__(self, norm: Norm) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, *tensors: Tensor) -> list[Tensor]:
-        return [self.norm(tensors[0])]
-
-
-class _Shapes(nn.Module):
-    """Stands for a lowered piece while the program around it is traced: only shapes matter."""
-
-    def __init__(self, outputs: Sequence[tuple[int | None, ...]]) -> None:
-        super().__init__()
-        self.outputs = outputs
-
-    def forward(self, *tensors: Tensor) -> list[Tensor]:
-        length = tensors[0].shape[1]
-        return [
-            tensors[0].new_empty([length if size is None else size for size in shape])
-            for shape in self.outputs
-        ]
+from exporters.model.transformer import Dense, Norm, Transformer
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -210,7 +131,7 @@ class PieceFactory:
         rope = spec.layers[enter].rope if enter is not None else None
         index = self.model.ropes.index(rope) if rope is not None else None
         swap = getattr(self.model, f"swap_{index}") if index is not None else None
-        body = _Body(
+        body = PieceBody(
             blocks[leave] if leave is not None else None,
             blocks[enter] if enter is not None else None,
             swap,
@@ -222,7 +143,7 @@ class PieceFactory:
         if enter is not None:
             outputs.append((1, None, spec.heads, spec.head_dim))
             outputs += [(1, None, spec.kv_heads, spec.head_dim)] * 2
-        function = _Function(body)
+        function = PieceFunction(body)
         kinds = tuple(type(m).__name__ for m in body.modules())
         key = (leave is not None, enter is not None, index, adapted, kinds)
         dims = [1, 1] if leave is not None else [1]
@@ -234,15 +155,17 @@ class PieceFactory:
         shell = share(self.model)
         shell.blocks = nn.ModuleList()  # type: ignore[assignment]
         shell.table = nn.Identity()
-        return self._make(("final",), _Final(shell), [x], [], [(1, None, self.model.spec.vocab)])
+        return self._make(
+            ("final",), FinalPiece(shell), [x], [], [(1, None, self.model.spec.vocab)]
+        )
 
     def normed(self) -> LoweredBackendModule:
         x = torch.zeros(1, 8, self.model.spec.hidden)
         return self._make(
-            ("norm",), _Normed(self.model.norm), [x], [1], [(1, None, self.model.spec.hidden)]
+            ("norm",), NormPiece(self.model.norm), [x], [1], [(1, None, self.model.spec.hidden)]
         )
 
-    def _inputs(self, body: _Body, leaves: bool) -> list[Tensor]:
+    def _inputs(self, body: PieceBody, leaves: bool) -> list[Tensor]:
         spec, length = self.model.spec, min(8, self.longest)
         inputs = [torch.zeros(1, length, spec.hidden)]
         if leaves:
@@ -300,6 +223,6 @@ class PieceFactory:
         every = {buffer: name for buffer, (name, _) in _constants(stand_in).items()}
         names = {buffer: name for buffer, name in every.items() if name in held}
         shared = {name: data for name, data in held.items() if name not in names.values()}
-        shapes_only = _Shapes(outputs)
+        shapes_only = ShapesOnly(outputs)
         program = stand_for(capture(shapes_only), shapes_only)
         return _Template(lowered.processed_bytes, names, shared, program, flops)

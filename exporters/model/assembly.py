@@ -14,7 +14,7 @@ from exporters.model.spec import ModelSpec
 from exporters.model.transformer import Block, Dense, Norm, Table, Transformer
 
 
-class _Reader:
+class _StateReader:
     """Takes tensors out of a checkpoint, as float32, and remembers what it was not asked for."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
@@ -54,7 +54,7 @@ def build(
     Every tensor must be used and every one needed must be there, with its shape; all misfits are
     listed in one ``ExportError``.
     """
-    reader = _Reader(state)
+    reader = _StateReader(state)
     adapted = lora_targets(spec, lora_modules)
     norm_names = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
     if spec.post_norm:

@@ -6,17 +6,20 @@ GPTQ's integers hang on them, so they are the same bits on every processor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from exporters.errors import ExportError
 from exporters.model.deterministic import gram
 from exporters.model.deterministic_calls import SameBits
 from exporters.model.plain_attention import plain_attention
 from exporters.model.transformer import Transformer
 
 _TOGETHER = 1024  # vectors of one product
+_Hook = Callable[[nn.Module, tuple], None]
 SITES = ("qkv", "o", "gate_up", "down")
 
 
@@ -27,9 +30,9 @@ class _Tap(nn.Module):
         super().__init__()
         self.calls: list[tuple] = []
 
-    def forward(self, *args):
-        self.calls.append(args)
-        return args[0]
+    def forward(self, x: Tensor, *others: Any) -> Tensor:
+        self.calls.append((x, *others))
+        return x
 
 
 def _block_calls(model: Transformer, batches: Sequence[Tensor]) -> list[list[tuple]]:
@@ -59,15 +62,16 @@ class _Gram:
             self._flush()
 
     def _flush(self) -> None:
-        own = gram(torch.cat(self._waiting))
-        self._total = own if self._total is None else self._total.add_(own)
+        part = gram(torch.cat(self._waiting))
+        self._total = part if self._total is None else self._total.add_(part)
         self._waiting = []
 
     def result(self) -> Tensor:
-        """float32 [in, in]"""
+        """float32 [in, in]. Raises ``ExportError`` where no vector was added."""
         if self._waiting:
             self._flush()
-        assert self._total is not None
+        if self._total is None:
+            raise ExportError("the calibration text has no tokens: give one that has.")
         return self._total.float()
 
 
@@ -90,7 +94,7 @@ def walk_grams(
         inputs: dict[str, Tensor] = {}
         grams = {site: _Gram() for site in SITES}
 
-        def hook(site: str, inputs: dict[str, Tensor] = inputs):
+        def hook(site: str, inputs: dict[str, Tensor] = inputs) -> _Hook:
             def keep(module: nn.Module, args: tuple) -> None:
                 inputs[site] = args[0]
 
@@ -105,7 +109,7 @@ def walk_grams(
                 grams[site].add(vectors)
         for handle in handles:
             handle.remove()
-        yield f"blocks.{index}", {site: own.result() for site, own in grams.items()}
+        yield f"blocks.{index}", {site: part.result() for site, part in grams.items()}
         with SameBits():
             states = [block(x, *others) for x, (_, *others) in zip(states, rest, strict=True)]
     head = _Gram()
@@ -120,7 +124,7 @@ def collect_grams(model: Transformer, batches: Sequence[Tensor]) -> dict[str, Te
     """All of ``walk_grams`` of an unchanging model at once: "blocks.0.qkv" ... "head" -> [in, in].
     Holds every matrix: for a model of a billion weights that is several gigabytes."""
     return {
-        f"{block}.{site}".strip("."): own
+        f"{block}.{site}".strip("."): matrix
         for block, grams in walk_grams(model, batches)
-        for site, own in grams.items()
+        for site, matrix in grams.items()
     }

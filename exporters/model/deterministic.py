@@ -84,11 +84,13 @@ class Operand:
 
 def matmul(a: Operand, b: Operand) -> Tensor:
     """``a`` [..., M, K] times ``b`` [..., K, N], float64 [..., M, N], exactly."""
-    result: Tensor | None = None
-    for (p, unit), (q, scale) in zip(a.slices, b.slices, strict=True):
-        part = torch.matmul(p, q).mul_(unit).mul_(scale)
-        result = part if result is None else result.add_(part)
-    assert result is not None
+    parts = (
+        torch.matmul(p, q).mul_(unit).mul_(scale)
+        for (p, unit), (q, scale) in zip(a.slices, b.slices, strict=True)
+    )
+    result = next(parts)
+    for part in parts:
+        result.add_(part)
     return result
 
 

@@ -51,8 +51,8 @@ class SameBits(TorchDispatchMode):
     ) -> Any:
         space, _, name = func._schema.name.partition("::")
         given = dict(kwargs or {})
-        if space == "aten" and (own := _OWN.get(name)) is not None:
-            return own(self, *args, **given)
+        if space == "aten" and (replacement := _REPLACEMENTS.get(name)) is not None:
+            return replacement(self, *args, **given)
         known = name.rstrip("_") in _EXACT if space == "aten" else name in _INTEGERS
         if not known or given.get("alpha", 1) != 1:
             raise ExportError(
@@ -76,8 +76,14 @@ def _mm(mode: SameBits, a: Tensor, b: Tensor) -> Tensor:
     return d.matmul(d.Operand(a, True), mode.right(b)).to(a.dtype)
 
 
-def _addmm(mode: SameBits, c: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1):
-    assert beta == alpha == 1
+def _addmm(
+    mode: SameBits, c: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    if beta != 1 or alpha != 1:
+        raise ExportError(
+            f"addmm with beta {beta} and alpha {alpha} is not known to give the same bits "
+            f"everywhere: only 1 and 1 are."
+        )
     return _mm(mode, a, b) + c
 
 
@@ -110,16 +116,22 @@ def _pow(mode: SameBits, base: Any, exponent: Any) -> Tensor:
     raise ExportError(f"a power of {exponent} is not known to give the same bits everywhere.")
 
 
-def _sum(mode: SameBits, x: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = None):
+def _sum(
+    mode: SameBits, x: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = None
+) -> Tensor:
     dims = [dim] if isinstance(dim, int) else dim
     if not dims:
         return d.total(x)
-    assert len(dims) == 1
+    if len(dims) != 1:
+        raise ExportError(
+            f"a sum over dimensions {list(dims)} at once is not known to give the same bits "
+            f"everywhere: sum over one, or over all."
+        )
     result = d.sum_first(x.movedim(dims[0], 0).contiguous())
     return result.unsqueeze(dims[0]) if keepdim else result
 
 
-_OWN: dict[str, Callable[..., Any]] = {
+_REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "mm": _mm,
     "addmm": _addmm,
     "bmm": _bmm,

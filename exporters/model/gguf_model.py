@@ -37,7 +37,7 @@ def architecture_of(file: GGUFFile) -> str:
     return str(name)
 
 
-class _Reader:
+class _Hyperparameters:
     """Hyperparameters of one file, with their types checked."""
 
     def __init__(self, file: GGUFFile, name: str) -> None:
@@ -90,7 +90,7 @@ def read_config(file: GGUFFile) -> PreTrainedConfig:
     """The Hugging Face config of a GGUF file; ``ExportError`` for what it cannot say exactly."""
     name = architecture_of(file)
     kind = GGUF_ARCHITECTURES[name]
-    read = _Reader(file, name)
+    read = _Hyperparameters(file, name)
     read.check_known(COMMON | kind.more)
     head_dim, rotary = _head_sizes(read, name)
     layers = read.size("block_count")
@@ -124,7 +124,7 @@ def read_config(file: GGUFFile) -> PreTrainedConfig:
     return config
 
 
-def _head_sizes(read: _Reader, name: str) -> tuple[int, int]:
+def _head_sizes(read: _Hyperparameters, name: str) -> tuple[int, int]:
     """Channels of a head, and those of them that rotate."""
     path = read.file.path
     even = read.size("embedding_length") // read.size("attention.head_count")
@@ -137,7 +137,7 @@ def _head_sizes(read: _Reader, name: str) -> tuple[int, int]:
     return head_dim, rotary
 
 
-def _optional_values(read: _Reader, kind: GGUFArchitecture, head_dim: int) -> dict:
+def _optional_values(read: _Hyperparameters, kind: GGUFArchitecture, head_dim: int) -> dict:
     """What only some architectures, or some files, have."""
     values: dict = {}
     if read.given("attention.sliding_window"):
@@ -152,7 +152,7 @@ def _optional_values(read: _Reader, kind: GGUFArchitecture, head_dim: int) -> di
     return values
 
 
-def _rope(read: _Reader, kind: GGUFArchitecture, partial: float) -> dict:
+def _rope(read: _Hyperparameters, kind: GGUFArchitecture, partial: float) -> dict:
     theta = read.real("rope.freq_base", kind.theta)
     params: dict = {"rope_type": "default", "rope_theta": theta}
     scaling = read.file.metadata.get(f"{read.prefix}rope.scaling.type", "none")

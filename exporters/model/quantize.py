@@ -19,7 +19,8 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quant
 
 from exporters.model.calibration import walk_grams
 from exporters.model.deterministic import total
-from exporters.model.rounding import Rounded, round_gptq, round_nearest, round_search, spread_of
+from exporters.model.gptq import round_gptq, spread_of
+from exporters.model.rounding import Rounded, round_nearest, round_search
 from exporters.model.transformer import Block, Dense, Transformer
 
 _OPS = torch.ops.quantized_decomposed

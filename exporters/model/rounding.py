@@ -5,10 +5,9 @@ Two grids, both symmetric with a positive scale: 8 bits, one scale per output ch
 group of inputs, integers in [-8, 7], scales exact in bfloat16. A matrix may carry an *offset* per
 group besides, which makes its grid asymmetric: ``Rounded`` says how a program computes it.
 
-``round_nearest`` looks at each group's extremes, ``round_search`` at all its weights, and
-``round_gptq`` also at what the inputs look like, given as their Gram matrix
-(``exporters.model.calibration`` collects them). Each gives the same bits on every processor
-(``exporters.model.deterministic``): parity recomputes them and compares bytes.
+``round_nearest`` looks at each group's extremes, ``round_search`` at all its weights
+(``exporters.model.gptq`` also at what the inputs look like). Each gives the same bits on every
+processor (``exporters.model.deterministic``): parity recomputes them and compares bytes.
 """
 
 from __future__ import annotations
@@ -19,15 +18,7 @@ import torch
 from torch import Tensor
 
 from exporters.errors import ExportError
-from exporters.model.deterministic import (
-    cholesky,
-    inverse_of_lower,
-    power_of_two,
-    product,
-    sum_first,
-    sum_last,
-    total,
-)
+from exporters.model.deterministic import power_of_two, sum_first, total
 
 _RANGES = {4: (-8, 7), 8: (-127, 127)}
 # XNNPACK refuses zero and subnormal scales, and divides those of 4-bit groups by 16 once more.
@@ -88,13 +79,13 @@ def _storable(scale: Tensor, bits: int, unit: Tensor | float = 1.0) -> Tensor:
     return scale.to(torch.bfloat16).float() if bits == 4 else scale
 
 
-def _unit(weight: Tensor) -> Tensor:
+def unit_of(weight: Tensor) -> Tensor:
     """The power of two that brings the last dimension near 1, where squares neither vanish nor
     overflow, with nothing rounded on the way there or back: [..., n] -> [...]."""
     return power_of_two(torch.frexp(weight.abs().amax(-1)).exponent.clamp(-100, 120)).float()
 
 
-def _integers(weight: Tensor, scale: Tensor, offset: Tensor | None, bits: int) -> Tensor:
+def nearest_integers(weight: Tensor, scale: Tensor, offset: Tensor | None, bits: int) -> Tensor:
     """The nearest integers, as float32; ``scale`` and ``offset`` broadcast against ``weight``."""
     low, high = _RANGES[bits]
     shifted = weight if offset is None else weight - offset
@@ -120,7 +111,7 @@ def round_nearest(weight: Tensor, bits: int, group: int) -> Rounded:
 def _assign(weight: Tensor, scale: Tensor, offset: Rounded | None, bits: int) -> Rounded:
     grouped = weight.detach().float().view(*scale.shape, -1)
     shift = None if offset is None else offset.dequantize()[..., None]
-    q = _integers(grouped, scale[..., None], shift, bits)
+    q = nearest_integers(grouped, scale[..., None], shift, bits)
     return Rounded(q.flatten(1).to(torch.int8), scale, offset)
 
 
@@ -134,7 +125,7 @@ def _search_groups(
     first dimension, so that sums over a group add whole rows.
     """
     low, high = _RANGES[bits]
-    unit = _unit(groups.T)
+    unit = unit_of(groups.T)
     groups = groups / unit
     step = _covering(groups.T, bits, affine)
     least, most = groups.aminmax(dim=0)
@@ -146,7 +137,7 @@ def _search_groups(
     def consider(s: Tensor, o: Tensor) -> Tensor:
         nonlocal best, scale, offset
         shift = o if affine else None
-        q = _integers(groups, s, shift, bits)
+        q = nearest_integers(groups, s, shift, bits)
         gap = groups - q * s
         if shift is not None:
             gap = gap - shift
@@ -206,96 +197,3 @@ def round_search(
     """
     scale, offset = _search(weight, bits, group, importance, affine)
     return _assign(weight, scale, offset, bits)
-
-
-def error_rows(weight: Tensor, rounded: Rounded, gram: Tensor) -> Tensor:
-    """What rounding does to each output over the inputs that ``gram`` was made of:
-    ``(w - ŵ) H (w - ŵ)ᵀ`` for each row, float64 [out]."""
-    gap = weight.detach().float() - rounded.dequantize()
-    unit = _unit(weight.detach())
-    gap = gap / unit[:, None]
-    unit = unit.double()
-    return sum_last(product(gap, gram) * gap) * (unit * unit)
-
-
-@dataclass(frozen=True, eq=False)
-class Spread:
-    """How GPTQ spreads the error of one input over those still to come.
-
-    ``order`` int64 [in]: those of most energy first. ``u`` float32 [in, in], upper triangular, in
-    that order: with the Gram matrix H = R Rᵀ, R upper triangular, u = R⁻¹ is the Cholesky factor of
-    H⁻¹ (H⁻¹ = uᵀ u) that Frantar et al. (2022), section 4, take each step's coefficients from.
-    """
-
-    order: Tensor
-    u: Tensor
-
-
-def spread_of(gram: Tensor, damping: float = 0.01) -> Spread:
-    """For all matrices of one input; gram [in, in]. ``damping``: of the mean energy, added to each
-    input's."""
-    energy = gram.diagonal().double()
-    order = torch.argsort(energy, descending=True, stable=True)
-    h = gram[order][:, order].double()
-    added = damping * (total(energy) / energy.numel()).clamp_min(1e-30)
-    h.diagonal().add_(added)
-    # No eigenvalue is below what was added, so half of it bounds the pivots.
-    r = cholesky(h.flip(0, 1), added.item() / 2)
-    return Spread(order, inverse_of_lower(r).flip(0, 1).float())
-
-
-def _compensate(weight: Tensor, rounded: Rounded, bits: int, spread: Spread) -> Tensor:
-    """The integers of GPTQ on the grid of ``rounded``, int8 [out, in]: inputs are rounded one by
-    one, and each one's error is spread over the inputs still to come."""
-    size = weight.shape[1]
-    order, u = spread.order, spread.u
-    group = order // rounded.group
-    left = weight.detach().float()[:, order].T.contiguous()  # [in, out], so that an input is a row
-    scale = rounded.scale.T.contiguous()
-    offset = None if rounded.offset is None else rounded.offset.dequantize().T.contiguous()
-    q = torch.empty_like(left)
-    block = 64
-    for start in range(0, size, block):
-        end = min(start + block, size)
-        errors = torch.empty(end - start, weight.shape[0])
-        for i in range(start, end):
-            s, o = scale[group[i]], None if offset is None else offset[group[i]]
-            q[i] = _integers(left[i], s, o, bits)
-            error = left[i] - q[i] * s
-            if o is not None:
-                error -= o
-            errors[i - start] = error.div_(u[i, i])
-            # Two operators: a fused one rounds once, an unfused one twice.
-            left[i + 1 : end] -= u[i, i + 1 : end, None] * error
-        left[end:] -= product(u[start:end, end:].T, errors).float()
-    back = torch.empty_like(order)
-    back[order] = torch.arange(size)
-    return q[back].T.contiguous().to(torch.int8)
-
-
-def round_gptq(
-    weight: Tensor,
-    bits: int,
-    group: int,
-    gram: Tensor,
-    affine: bool = False,
-    spread: Spread | None = None,
-) -> Rounded:
-    """GPTQ (Frantar et al., 2022) on the searched grid: integers chosen for small ``error_rows``.
-
-    weight [out, in]; gram [in, in] = Σ x xᵀ over calibration inputs; ``spread`` its ``spread_of``,
-    where the caller has it already. A row for which plain rounding
-    on the same grid, or ``round_nearest``, does better by that measure keeps it.
-    """
-    searched = round_search(weight, bits, group, gram.diagonal(), affine)
-    q = _compensate(weight, searched, bits, spread or spread_of(gram))
-    best = Rounded(q, searched.scale, searched.offset)
-    others = [searched] if affine else [searched, round_nearest(weight, bits, group)]
-    error = error_rows(weight, best, gram)
-    for other in others:
-        other_error = error_rows(weight, other, gram)
-        worse = (other_error < error)[:, None]
-        q = torch.where(worse, other.q, best.q)
-        best = Rounded(q, torch.where(worse, other.scale, best.scale), best.offset)
-        error = torch.minimum(error, other_error)
-    return best

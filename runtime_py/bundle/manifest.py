@@ -20,11 +20,11 @@ MANIFEST = "manifest.json"
 CHECKSUM = "manifest.sha256"  # of the manifest itself, in hexadecimal
 
 
-class _Strict(BaseModel):
+class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Tensor(_Strict):
+class Tensor(_Section):
     """A program's input, output or state. A dimension is a size or a range such as "1..512"."""
 
     name: str
@@ -32,7 +32,7 @@ class Tensor(_Strict):
     dtype: str
 
 
-class Program(_Strict):
+class Program(_Section):
     """One callable: a method of a .pte file or a function of an .mlpackage. ``flops``: of its
     products, in one call, where shapes are fixed."""
 
@@ -48,7 +48,7 @@ class Program(_Strict):
     flops: float | None = None
 
 
-class Model(_Strict):
+class Model(_Section):
     """``heads``, ``kv_heads``: of queries, and of keys and values; ``head_dim``: channels of one;
     ``intermediate``: width of the MLP; ``context``: the most tokens."""
 
@@ -66,7 +66,7 @@ class Model(_Strict):
     context: int
 
 
-class Tokenizer(_Strict):
+class Tokenizer(_Section):
     file: str
     chat_template: str
     bos_id: int | None
@@ -74,7 +74,7 @@ class Tokenizer(_Strict):
     pad_id: int | None
 
 
-class AdapterTensor(_Strict):
+class AdapterTensor(_Section):
     """Where a LoRA tensor lives: in PEFT's file, in the programs, and in the .ptd (byte offset).
 
     ``rows``: the rows [start, end) of PEFT's tensor that this one is.
@@ -88,7 +88,7 @@ class AdapterTensor(_Strict):
     offset: int | None = None
 
 
-class Adapter(_Strict):
+class Adapter(_Section):
     rank: int
     alpha: float
     targets: tuple[str, ...]
@@ -97,7 +97,7 @@ class Adapter(_Strict):
     tensors: tuple[AdapterTensor, ...]
 
 
-class MeasuredPrecision(_Strict):
+class MeasuredPrecision(_Section):
     """A quantization that was tried, and the perplexity it has on attune's short text."""
 
     quantize: str
@@ -105,14 +105,14 @@ class MeasuredPrecision(_Strict):
     ratio_to_fp32: float
 
 
-class PlatformTarget(_Strict):
+class PlatformTarget(_Section):
     quantize: str
     chosen_by: Literal["perplexity", "user"]
     measured: tuple[MeasuredPrecision, ...] = ()
     programs: tuple[Program, ...]
 
 
-class Policy(_Strict):
+class Policy(_Section):
     """The loop's choices. ``loop``: every field of ``LoopPolicy``, by name; ``lexicons``: the
     bundle's files, in the order in which ties between domains are decided."""
 
@@ -133,7 +133,7 @@ class Policy(_Strict):
         return value
 
 
-class TrainingLayer(_Strict):
+class TrainingLayer(_Section):
     """``rope``: which of the weights file's rotary tables, or None for none; ``window``: tokens a
     query sees, itself included, or None for all before it."""
 
@@ -141,7 +141,7 @@ class TrainingLayer(_Strict):
     window: int | None
 
 
-class Optimizer(_Strict):
+class Optimizer(_Section):
     """AdamW's constants, compiled into ``adamw``."""
 
     beta1: float
@@ -149,7 +149,7 @@ class Optimizer(_Strict):
     epsilon: float
 
 
-class Training(_Strict):
+class Training(_Section):
     """What a host needs to train with the bundle's training programs, besides their signatures.
 
     ``precision``, ``head_precision``: how the weights file keeps the matrices of the blocks, and
@@ -170,7 +170,7 @@ class Training(_Strict):
     optimizer: Optimizer
 
 
-class File(_Strict):
+class File(_Section):
     path: str
     bytes: int
     sha256: str
@@ -184,7 +184,7 @@ class File(_Strict):
         return value
 
 
-class Manifest(_Strict):
+class Manifest(_Section):
     schema_version: Literal[3] = 3
     attune: str
     versions: dict[str, str]

@@ -41,17 +41,12 @@ def bench_generation(
     Raises ``BundleError`` and ``ExportError`` for what cannot be run.
     """
     opened = open_bundle(bundle)
-    files, context = opened.android, opened.manifest.model.context
-    needed = prompt_tokens + tokens
-    if needed > context:
-        raise BundleError(
-            f"{prompt_tokens} tokens of prompt and {tokens} decoded do not fit: the bundle has a "
-            f"context of {context} tokens."
-        )
+    files = opened.android
+    _refuse_beyond_context(opened, prompt_tokens, tokens)
     counts = tuple(dict.fromkeys(threads)) or (machine.usable_cores(),)
     if min(counts) < 1:
         raise BundleError(f"--threads {min(counts)} runs nothing: give at least 1.")
-    ids = text_ids(opened, needed)
+    ids = text_ids(opened, prompt_tokens + tokens)
     prompt, continuation = ids[:prompt_tokens], ids[prompt_tokens:]
     runs, names = [], {}
     with tempfile.TemporaryDirectory(prefix="attune-") as folder:
@@ -83,6 +78,15 @@ def bench_generation(
         reasons=contestants.reasons,
     )
     return GenerationReport(setting, tuple(runs))
+
+
+def _refuse_beyond_context(bundle: Bundle, prompt_tokens: int, tokens: int) -> None:
+    context = bundle.manifest.model.context
+    if prompt_tokens + tokens > context:
+        raise BundleError(
+            f"{prompt_tokens} tokens of prompt and {tokens} decoded do not fit: the bundle has a "
+            f"context of {context} tokens."
+        )
 
 
 def text_ids(bundle: Bundle, count: int) -> list[int]:

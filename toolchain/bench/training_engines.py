@@ -84,6 +84,7 @@ class TorchStepper:
         self._optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=DECAY)
 
     def step(self) -> float:
+        """-> the mean loss before the update, in nats a label."""
         model: PreTrainedModel = self._model  # type: ignore[assignment]
         model.train()
         if self._checkpointing:

@@ -122,6 +122,8 @@ def as_json(report: TrainingReport) -> dict:
 
 
 def show(report: TrainingReport) -> None:
+    """Prints a table for each number of threads: tokens a second, the share of the processor's
+    peak in FLOPs a second, peak memory in megabytes."""
     output.print(
         f"[bold]{escape(str(report.bundle.path))}[/]  a step of {len(report.sequence.tokens)} "
         f"tokens, {report.sequence.count} of them labels, base weights "

@@ -29,11 +29,12 @@ class Spread:
     rms: float
 
 
-def between(found: np.ndarray, expected: np.ndarray) -> Spread:
-    own, want = (np.atleast_2d(np.asarray(x, np.float64)) for x in (found, expected))
-    gap = own - want
-    size = max(float(np.abs(want).max()), 1e-30)
-    a, b = (x - x.mean(-1, keepdims=True) for x in (own, want))
+def between(measured: np.ndarray, expected: np.ndarray) -> Spread:
+    """Of two computations of the same numbers, [rows, n] or [n], in float64."""
+    measured, expected = (np.atleast_2d(np.asarray(x, np.float64)) for x in (measured, expected))
+    gap = measured - expected
+    size = max(float(np.abs(expected).max()), 1e-30)
+    a, b = (x - x.mean(-1, keepdims=True) for x in (measured, expected))
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         likeness = np.where(norms > 0, (a * b).sum(-1) / norms, 1.0)
@@ -74,7 +75,7 @@ def float_activations(model: Transformer) -> Transformer:
     return result
 
 
-def of_scores(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
+def of_scores(measured: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
     """The largest difference of the cosines between any two of some embeddings [n, hidden], which
     dissimilarity is made of."""
 
@@ -82,7 +83,7 @@ def of_scores(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> fl
         unit = np.stack([row / max(float(np.linalg.norm(row)), 1e-30) for row in rows])
         return unit.astype(np.float64) @ unit.T.astype(np.float64)
 
-    return float(np.abs(cosines(found) - cosines(expected)).max()) if found else 0.0
+    return float(np.abs(cosines(measured) - cosines(expected)).max()) if measured else 0.0
 
 
 @torch.no_grad()

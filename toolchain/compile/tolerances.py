@@ -41,6 +41,11 @@ class Tolerance:
     likeness: float | None
     reason: str
 
+    @property
+    def most(self) -> float:
+        """``max_rel``, infinite where there is no bound."""
+        return math.inf if self.max_rel is None else self.max_rel
+
 
 _SUMS = f"{SURE:g} √n · 2⁻²⁴ for the n terms of its sums"
 _ROWS = (

@@ -11,14 +11,14 @@ from runtime_py.loop.errors import LoopError
 from runtime_py.loop.fine_tuning import State
 
 
-class _Strict:
+class _Event:
     """Unknown fields and values of another type are errors."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclass(frozen=True)
-class LimitsSet(_Strict):
+class LimitsSet(_Event):
     """The first event. ``resident``: bytes that Python took before."""
 
     resident: int
@@ -27,7 +27,7 @@ class LimitsSet(_Strict):
 
 
 @dataclass(frozen=True)
-class AppOpened(_Strict):
+class AppOpened(_Event):
     """``place``: dialogues that the store had observed already."""
 
     place: int
@@ -35,7 +35,7 @@ class AppOpened(_Strict):
 
 
 @dataclass(frozen=True)
-class DialogueObserved(_Strict):
+class DialogueObserved(_Event):
     """Seconds measured here, of the call and of the embedding within it; ``tokens`` embedded;
     ``modelled_s``: of the device."""
 
@@ -48,7 +48,7 @@ class DialogueObserved(_Strict):
 
 
 @dataclass(frozen=True)
-class ReplyProbed(_Strict):
+class ReplyProbed(_Event):
     """ROUGE-1 of the model's own reply with the stream's."""
 
     place: int
@@ -57,7 +57,7 @@ class ReplyProbed(_Strict):
 
 
 @dataclass(frozen=True)
-class NightBegun(_Strict):
+class NightBegun(_Event):
     """``day`` counts from 0."""
 
     place: int
@@ -66,7 +66,7 @@ class NightBegun(_Strict):
 
 
 @dataclass(frozen=True)
-class StepTrained(_Strict):
+class StepTrained(_Event):
     """``tokens``: the length of the programs in use."""
 
     step: int
@@ -75,7 +75,7 @@ class StepTrained(_Strict):
 
 
 @dataclass(frozen=True)
-class NightEnded(_Strict):
+class NightEnded(_Event):
     """How fine-tuning ended, with ``losses`` of ``job`` where a run ended. Modelled seconds of
     work, and with its pauses; ``storage`` in bytes; ``domains``: sets of each in the buffer."""
 
@@ -92,21 +92,21 @@ class NightEnded(_Strict):
 
 
 @dataclass(frozen=True)
-class DiskFilled(_Strict):
+class DiskFilled(_Event):
     """Others fill the disk, and a change waits for room."""
 
     event: Literal["full"] = "full"
 
 
 @dataclass(frozen=True)
-class DiskFreed(_Strict):
+class DiskFreed(_Event):
     """The change that waited was made."""
 
     event: Literal["freed"] = "freed"
 
 
 @dataclass(frozen=True)
-class PhoneFailed(_Strict):
+class PhoneFailed(_Event):
     """The last event of a process that cannot go on; ``why`` is a sentence."""
 
     why: str
@@ -114,7 +114,7 @@ class PhoneFailed(_Strict):
 
 
 @dataclass(frozen=True)
-class StreamEnded(_Strict):
+class StreamEnded(_Event):
     """The last event of a run that is whole."""
 
     event: Literal["done"] = "done"

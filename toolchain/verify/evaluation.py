@@ -70,6 +70,7 @@ class Evaluation:
         return abs(self.ratio - 1.0) <= WORST_RATIO
 
     def as_json(self) -> dict:
+        """For ``--json``: perplexities a token, ratios and shares as plain numbers."""
         return {
             "quantize": self.quantize,
             "dialogues": self.dialogues,

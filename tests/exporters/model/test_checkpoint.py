@@ -407,6 +407,29 @@ def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
+def add_weights(
+    w: gguf.GGUFWriter, model: PreTrainedModel, name: str, quantized: gguf.GGMLQuantizationType
+) -> None:
+    """Every tensor of the model in the order and under the names of architecture ``name``."""
+    c = model.config
+    arch = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}[name]
+    names = gguf.get_tensor_name_map(arch, c.num_hidden_layers)
+    for key, tensor in model.state_dict().items():
+        if key == "lm_head.weight" and c.tie_word_embeddings:
+            continue
+        stem, leaf = key.rsplit(".", 1)
+        values = tensor.numpy()
+        if name.startswith("gemma") and key.endswith("norm.weight"):
+            values = values + 1
+        if name == "llama" and ".q_proj." in key:
+            values = permuted(values, c.num_attention_heads)
+        if name == "llama" and ".k_proj." in key:
+            values = permuted(values, c.num_key_value_heads)
+        kind = quantized if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        data = gguf.quantize(np.ascontiguousarray(values), kind)
+        w.add_tensor(f"{names.get_name(stem)}.{leaf}", data, raw_dtype=kind)
+
+
 def write_gguf(
     path: Path,
     model: PreTrainedModel,
@@ -419,7 +442,6 @@ def write_gguf(
     """A GGUF file of a Hugging Face model, as llama.cpp's converter writes it."""
     c = model.config
     name = {"gemma3_text": "gemma3"}.get(c.model_type, c.model_type)
-    arch = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}[name]
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     rope = c.rope_parameters.get("full_attention", c.rope_parameters)
     w = gguf.GGUFWriter(path, name)
@@ -457,21 +479,7 @@ def write_gguf(
     w.add_eos_token_id(2)
     if template:
         w.add_chat_template(template)
-    names = gguf.get_tensor_name_map(arch, c.num_hidden_layers)
-    for key, tensor in model.state_dict().items():
-        if key == "lm_head.weight" and c.tie_word_embeddings:
-            continue
-        stem, leaf = key.rsplit(".", 1)
-        values = tensor.numpy()
-        if name.startswith("gemma") and key.endswith("norm.weight"):
-            values = values + 1
-        if name == "llama" and ".q_proj." in key:
-            values = permuted(values, c.num_attention_heads)
-        if name == "llama" and ".k_proj." in key:
-            values = permuted(values, c.num_key_value_heads)
-        kind = quantized if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        data = gguf.quantize(np.ascontiguousarray(values), kind)
-        w.add_tensor(f"{names.get_name(stem)}.{leaf}", data, raw_dtype=kind)
+    add_weights(w, model, name, quantized)
     for key, values in (tensors or {}).items():
         w.add_tensor(key, values)
     w.write_header_to_file()

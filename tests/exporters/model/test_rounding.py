@@ -14,7 +14,8 @@ from torchao.quantization.quant_primitives import (
 )
 
 from exporters.errors import ExportError
-from exporters.model.rounding import Rounded, error_rows, round_gptq, round_nearest, round_search
+from exporters.model.gptq import error_rows, round_gptq
+from exporters.model.rounding import Rounded, round_nearest, round_search
 
 MATRICES = st.builds(
     lambda seed, rows, groups, spread, shift: _random(seed, rows, groups * 32, spread, shift),

@@ -23,7 +23,7 @@ from toolchain.verify.arm64 import build
 from toolchain.verify.arm64.emulate import Call, RunError
 from toolchain.verify.parity import ladder, parity_report
 from toolchain.verify.parity.cases import EFFECT, INITIAL
-from toolchain.verify.parity.lm_checks import Bounds, Said, effects
+from toolchain.verify.parity.lm_checks import Bounds, LmOutputs, effects
 from toolchain.verify.parity.native_child import run_calls
 from toolchain.verify.parity.parity_page import page
 from toolchain.verify.parity.verdict import RUNGS, Report, Rung, compare
@@ -246,9 +246,9 @@ def test_effect_of_an_adapter(quantize: str, scale: float, noise: float, note: s
     random = np.random.default_rng(0)
     base, effect = random.normal(size=(2, 4, 500))
 
-    def said(scale: float, noise: float) -> Said:
+    def said(scale: float, noise: float) -> LmOutputs:
         own = base + scale * effect + noise * random.normal(size=base.shape)
-        return Said({(INITIAL, "case"): base, (EFFECT, "case"): own}, {}, {}, {}, {})
+        return LmOutputs({(INITIAL, "case"): base, (EFFECT, "case"): own}, {}, {}, {}, {})
 
     # Twice what one run has, as of int8 activations; float32 has some 1e-5.
     allowed = 2.0 * noise if quantize == "8da4w" else 1e-5

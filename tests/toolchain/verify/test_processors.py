@@ -19,9 +19,9 @@ from tests.toolchain.conftest import Exported
 from tests.toolchain.verify.conftest import Faulty
 from toolchain.verify.arm64 import build
 from toolchain.verify.arm64.emulate import Arm64Program, Call
-from toolchain.verify.parity import lm_checks, training_checks
-from toolchain.verify.parity.allowed import of_android
+from toolchain.verify.parity import call_checks, lm_checks, training_checks
 from toolchain.verify.parity.cases import EFFECT
+from toolchain.verify.parity.run_bounds import of_android
 
 PLAIN = {"OMP_NUM_THREADS": "1"}
 SETTINGS = {
@@ -137,7 +137,7 @@ def test_an_older_processor(faulty: Faulty) -> None:
         for call, outputs in zip(kept, here, strict=True)
     ]
     spec = context.source.captured.spec
-    more, _ = training_checks.judged(native, older, signatures, "Haswell", spec, context.programs)
+    more, _ = call_checks.judged(native, older, signatures, "Haswell", spec, context.programs)
     failed = [check for check in [*checks, *more] if not check.passed]
     assert not failed, failed[0]
     for check in sorted([*checks, *more], key=lambda c: -(c.margin or 0.0))[:5]:

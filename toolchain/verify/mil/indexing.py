@@ -60,6 +60,8 @@ def slice_by_index(
     end_mask: Bools | None = None,
     squeeze_mask: Bools | None = None,
 ) -> Tensor:
+    """x [d₀, …], bounds one an axis -> x[begin₀:end₀:stride₀, …], without the axes of
+    ``squeeze_mask``; a mask lets an axis start at its beginning or go on to its end."""
     ranges, dropped = _ranges(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
     part, falling = _view(x, ranges)
     part = part.flip(falling) if falling else part
@@ -77,6 +79,8 @@ def slice_update(
     end_mask: Bools | None = None,
     squeeze_mask: Bools | None = None,
 ) -> Tensor:
+    """x [d₀, …] with ``update`` in the place of what ``slice_by_index`` would take, whose shape
+    ``update`` has -> [d₀, …]."""
     ranges, dropped = _ranges(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
     sizes = [len(rows) for rows in ranges]
     if list(update.shape) != [n for axis, n in enumerate(sizes) if axis not in dropped]:
@@ -159,6 +163,8 @@ def scatter_along_axis(
     mode: str = "add",
     validate_indices: bool = False,
 ) -> Tensor:
+    """data [*A, n, *C], indices and updates [*A, m, *C] with m at ``axis`` -> ``data`` in whose
+    rows ``indices`` each update is put or, by ``mode``, added, multiplied, … : [*A, n, *C]."""
     rows = _inside(indices, data.shape[axis])
     if mode == "update":
         return data.scatter(axis, rows, updates)

@@ -94,7 +94,7 @@ def read_package(path: Path) -> Package:
         raise ExportError(f"{model_path} is not a Core ML model: {error}.") from error
     if model.WhichOneof("Type") != "mlProgram":
         raise ExportError(f"{path.name} holds a {model.WhichOneof('Type')}, not an ML program.")
-    reader = _Reader(model_path.parent)
+    reader = _PackageReader(model_path.parent)
     functions = {
         name: reader.function(name, function)
         for name, function in sorted(model.mlProgram.functions.items())
@@ -134,7 +134,7 @@ def _undefined(function: MilFunction) -> list[str]:
     return undefined + [name for name in function.outputs if name not in given]
 
 
-class _Reader:
+class _PackageReader:
     """Messages of one model file into descriptions; its weight files are opened once."""
 
     def __init__(self, folder: Path) -> None:
@@ -146,6 +146,8 @@ class _Reader:
         self._text = MIL_pb2.STRING
 
     def function(self, name: str, function: Any) -> MilFunction:
+        """Of the block for the function's own opset. Raises ``ExportError`` where there is none, or
+        where it reads a value before one is given."""
         if function.opset not in function.block_specializations:
             raise ExportError(f"function '{name}' has no block for its opset {function.opset}.")
         block = function.block_specializations[function.opset]
@@ -164,6 +166,7 @@ class _Reader:
         return read
 
     def operation(self, operation: Any) -> Operation:
+        """With its attributes as arguments, but for its name, and the type of each output."""
         name = ""
         arguments: dict[str, tuple[Name | Constant, ...]] = {}
         for key, value in operation.attributes.items():

@@ -24,7 +24,7 @@ Tensors = tuple[Tensor, ...]
 Ints = tuple[int, ...]
 Bools = tuple[bool, ...]
 
-_Function = TypeVar("_Function", bound=Callable[..., Result])
+_Operator = TypeVar("_Operator", bound=Callable[..., Result])
 _NARROW = (torch.float16,)
 
 
@@ -52,18 +52,18 @@ class Kernel:
 KERNELS: dict[str, Kernel] = {}
 
 
-def moves(*names: str) -> Callable[[_Function], _Function]:
+def moves(*names: str) -> Callable[[_Operator], _Operator]:
     """Registers an operation that gives values as they came: float16 stays float16."""
     return _register(names, wide=False)
 
 
-def computes(*names: str) -> Callable[[_Function], _Function]:
+def computes(*names: str) -> Callable[[_Operator], _Operator]:
     """Registers an operation that calculates: what is float16 comes to it as float32."""
     return _register(names, wide=True)
 
 
-def _register(names: Sequence[str], wide: bool) -> Callable[[_Function], _Function]:
-    def register(function: _Function) -> _Function:
+def _register(names: Sequence[str], wide: bool) -> Callable[[_Operator], _Operator]:
+    def register(function: _Operator) -> _Operator:
         hints = get_type_hints(function)
         parameters = {
             name: (_bare(hints[name]), parameter.default is parameter.empty)

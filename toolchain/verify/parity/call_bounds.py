@@ -23,8 +23,8 @@ def bound_of(
 ) -> Tolerance:
     """``before``: the call's inputs; ``step``: of ``adamw``, how far the largest number moves."""
     if call.name == "adamw":
-        own = before["parameters"]
-        return of_optimizer(own.size, float(np.abs(own).max()), step)
+        parameters = before["parameters"]
+        return of_optimizer(parameters.size, float(np.abs(parameters).max()), step)
     tokens = before["x"].shape[2]
     if call.name.startswith("block_forward"):
         return of_block(spec, tokens)

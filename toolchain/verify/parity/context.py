@@ -20,7 +20,7 @@ from runtime_py.loop.errors import BundleError
 from toolchain.compile.training_part import EagerPrograms
 from toolchain.verify.arm64.emulate import CPU
 from toolchain.verify.parity.cases import EFFECT, INITIAL, Case
-from toolchain.verify.parity.lm_checks import Bounds, Said
+from toolchain.verify.parity.lm_checks import Bounds, LmOutputs
 from toolchain.verify.parity.models import Models, Values, embedding_of, logits_of
 from toolchain.verify.parity.recording import Recorded
 from toolchain.verify.reference_engines import PeftEngine
@@ -41,9 +41,9 @@ class Context:
     quick: bool = False
     cpu: str = CPU
     progress: Callable[[str], None] = lambda stage: None
-    eager: Said | None = None
-    ios: Said | None = None
-    executorch: Said | None = None
+    eager: LmOutputs | None = None
+    ios: LmOutputs | None = None
+    executorch: LmOutputs | None = None
     android_bounds: Bounds | None = None
     replayed: tuple[Recorded, ...] = ()
 
@@ -93,20 +93,20 @@ class Context:
         return PeftEngine(self.source.eager, tensors, self.bundle.training.optimizer)
 
     @cached_property
-    def android(self) -> Said:
+    def android(self) -> LmOutputs:
         """What PyTorch says with the weights of ``lm.pte``."""
-        return said_by(self.source.android, self.cases, self.adapters, self.bundle.manifest)
+        return outputs_of(self.source.android, self.cases, self.adapters, self.bundle.manifest)
 
 
-def said_by(
+def outputs_of(
     model: Transformer, cases: Sequence[Case], adapters: Mapping[str, Values], manifest: Manifest
-) -> Said:
-    said = Said({}, {}, {}, {}, {})
+) -> LmOutputs:
+    outputs = LmOutputs({}, {}, {}, {}, {})
     for adapter, values in adapters.items():
         set_adapter(model, values)
         for case in cases:
-            said.logits[adapter, case.name] = logits_of(model, case.tokens, case.prompt - 1)
+            outputs.logits[adapter, case.name] = logits_of(model, case.tokens, case.prompt - 1)
     for case in cases:
         tokens = case.tokens[: manifest.policy.embed_length]
-        said.pooled[case.name], said.entropy[case.name] = embedding_of(model, tokens)
-    return said
+        outputs.pooled[case.name], outputs.entropy[case.name] = embedding_of(model, tokens)
+    return outputs

@@ -19,14 +19,23 @@ from runtime_py.bundle.manifest import Program
 from toolchain.compile.tolerances import Tolerance
 from toolchain.verify.mil import interpreter as mil
 from toolchain.verify.mil.mlpackage import read_package
-from toolchain.verify.parity import probes, training_checks
-from toolchain.verify.parity.allowed import of_ios
+from toolchain.verify.parity import call_checks, probes, training_checks
 from toolchain.verify.parity.cases import EFFECT, Case
-from toolchain.verify.parity.context import Context, said_by
-from toolchain.verify.parity.lm_checks import Said, compared
+from toolchain.verify.parity.context import Context, outputs_of
+from toolchain.verify.parity.lm_checks import LmOutputs, compared
 from toolchain.verify.parity.models import Values
 from toolchain.verify.parity.recording import Recorded
-from toolchain.verify.parity.verdict import Check, Found, Rung, compare, not_run, rung, stated
+from toolchain.verify.parity.run_bounds import of_ios
+from toolchain.verify.parity.verdict import (
+    Check,
+    FirstDifference,
+    Rung,
+    compare,
+    not_run,
+    rung,
+    stated,
+    worst,
+)
 
 _KEEP = 1 << 30  # bytes of decompressed constants
 _CASES, _STEPS = 3, 4
@@ -40,9 +49,9 @@ class CoreMlLm:
         manifest = context.bundle.manifest
         self._manifest = manifest
         programs = {program.name: program for program in context.bundle.ios.target.programs}
-        wanted = ("prefill", "decode", "embed")
-        if lost := [name for name in wanted if name not in programs]:
-            raise ExportError(f"the bundle has no function {', '.join(lost)} for iOS.")
+        required = ("prefill", "decode", "embed")
+        if missing := [name for name in required if name not in programs]:
+            raise ExportError(f"the bundle has no function {', '.join(missing)} for iOS.")
         package = read_package(context.bundle.path / programs["prefill"].file)
         self.interpreter = mil.Interpreter(package, _KEEP)
         tokens = next(t for t in programs["prefill"].inputs if t.name == "tokens")
@@ -86,8 +95,8 @@ class CoreMlLm:
         padded[0, : len(tokens)] = tokens[:length]
         count = torch.tensor([min(len(tokens), length)], dtype=torch.int32)
         inputs = {"tokens": torch.from_numpy(padded), "count": count}
-        found = self.interpreter.run("embed", inputs)
-        return found["pooled"].float().numpy(), found["entropy"].float().numpy()
+        outputs = self.interpreter.run("embed", inputs)
+        return outputs["pooled"].float().numpy(), outputs["entropy"].float().numpy()
 
 
 def coreml(context: Context) -> Rung:
@@ -97,30 +106,32 @@ def coreml(context: Context) -> Rung:
     cases = few(context.cases)
     bounds = of_ios(context.source.ios, cases, context.adapters, _STEPS)
     checks: list[Check] = []
-    found: Found | None = None
+    first: FirstDifference | None = None
     layers: list[tuple[str, float]] = []
     try:
         context.progress("coreml: prefill, decode, embed")
         lm = CoreMlLm(context)
         expected = context.ios
         if expected is None:
-            expected = said_by(context.source.ios, cases, context.adapters, context.bundle.manifest)
-        said = run(lm, cases, context.adapters, 1 if context.quick else _STEPS)
-        own = compared(said, expected, cases, bounds, "ios lm")
-        own += padding(lm, cases[0], context)
+            expected = outputs_of(
+                context.source.ios, cases, context.adapters, context.bundle.manifest
+            )
+        measured = run(lm, cases, context.adapters, 1 if context.quick else _STEPS)
+        lm_checks = compared(measured, expected, cases, bounds, "ios lm")
+        lm_checks += padding(lm, cases[0], context)
         stored, place, layers = _states(lm, cases[0], context, bounds.logits)
-        checks += own + stored
-        if any(not check.passed for check in own):
-            found = place or _named(own)
+        checks += lm_checks + stored
+        if any(not check.passed for check in lm_checks):
+            first = place or _noted(lm_checks)
         if context.bundle.manifest.training is not None:
             context.progress("coreml: training programs")
             more, where = _training(context)
             checks += more
-            found = found or where
+            first = first or where
     except ExportError as error:
         checks.append(stated("package", "ios", "runs", False, str(error)))
         return rung("coreml", "quantized", checks, None, layers, str(error))
-    return rung("coreml", "quantized", checks, found or place, layers)
+    return rung("coreml", "quantized", checks, first or place, layers)
 
 
 def few(cases: Sequence[Case]) -> list[Case]:
@@ -128,20 +139,22 @@ def few(cases: Sequence[Case]) -> list[Case]:
     return short[:1] + [case for case in short[1:] if "shipped" not in case.name][: _CASES - 1]
 
 
-def run(lm: CoreMlLm, cases: Sequence[Case], adapters: Mapping[str, Values], steps: int) -> Said:
+def run(
+    lm: CoreMlLm, cases: Sequence[Case], adapters: Mapping[str, Values], steps: int
+) -> LmOutputs:
     """The cases with each adapter; states go on from case to case, as a careless host's would."""
-    said = Said({}, {}, {}, {}, {})
+    measured = LmOutputs({}, {}, {}, {}, {})
     for name, values in adapters.items():
         lm.begin()
         for case in cases:
             rows = [lm.prefill(case.tokens[: case.prompt], values)]
             for place in range(case.prompt, case.prompt + min(steps, case.steps)):
                 rows.append(lm.decode(int(case.tokens[place]), place, values))
-            said.logits[name, case.name] = np.concatenate(rows)
-        said.again[name] = lm.prefill(cases[0].tokens[: cases[0].prompt], values)
+            measured.logits[name, case.name] = np.concatenate(rows)
+        measured.again[name] = lm.prefill(cases[0].tokens[: cases[0].prompt], values)
     for case in cases:
-        said.pooled[case.name], said.entropy[case.name] = lm.embed(case.tokens)
-    return said
+        measured.pooled[case.name], measured.entropy[case.name] = lm.embed(case.tokens)
+    return measured
 
 
 def padding(lm: CoreMlLm, case: Case, context: Context) -> list[Check]:
@@ -161,17 +174,17 @@ def padding(lm: CoreMlLm, case: Case, context: Context) -> list[Check]:
     return checks
 
 
-def _named(checks: Sequence[Check]) -> Found | None:
+def _noted(checks: Sequence[Check]) -> FirstDifference | None:
     noted = [check for check in checks if not check.passed and check.note]
     if not noted:
         return None
     first = noted[0]
-    return Found(None, first.output, f"{first.program}: {first.output} is {first.note}.")
+    return FirstDifference(None, first.output, f"{first.program}: {first.output} is {first.note}.")
 
 
 def _states(
     lm: CoreMlLm, case: Case, context: Context, bound: Tolerance
-) -> tuple[list[Check], Found | None, list[tuple[str, float]]]:
+) -> tuple[list[Check], FirstDifference | None, list[tuple[str, float]]]:
     """The cache after a prompt and after decoding, beside PyTorch's keys and values: the layers in
     order, so the first that differs is the one."""
     model, values = context.source.ios, context.adapters[EFFECT]
@@ -183,45 +196,46 @@ def _states(
     for place in range(case.prompt, end):
         lm.decode(int(case.tokens[place]), place, values)
     checks: list[Check] = []
-    found: Found | None = None
+    first: FirstDifference | None = None
     layers: list[tuple[str, float]] = []
     spans = {"prefill": slice(0, case.prompt), "decode": slice(case.prompt, end)}
     for layer in range(context.bundle.manifest.model.layers):
         for kind in ("k", "v"):
-            want = expected[f"layers.{layer}.{kind}.placed"][0]  # [S, K, D]
-            own = lm.states[f"{kind}_{layer}"].float().numpy()[0].transpose(1, 0, 2)[:end]
-            size = float(np.abs(want).max())
+            reference = expected[f"layers.{layer}.{kind}.placed"][0]  # [S, K, D]
+            state = lm.states[f"{kind}_{layer}"].float().numpy()[0].transpose(1, 0, 2)[:end]
+            size = float(np.abs(reference).max())
             gaps = []
             for function, span in spans.items():
+                rows, expected_rows = state[span], reference[span]
                 check = compare(
-                    f"ios {function}", case.name, f"state {kind}_{layer}", own[span], want[span],
+                    f"ios {function}", case.name, f"state {kind}_{layer}", rows, expected_rows,
                     bound, layer=layer, scale=size,
                 )  # fmt: skip
                 checks.append(check)
                 gaps.append(check.max_rel)
-                if found is None and not check.passed:
-                    found = _state_found(check, kind, layer, function, own[span], want[span])
+                if first is None and not check.passed:
+                    first = _state_difference(check, kind, layer, function, rows, expected_rows)
             layers.append((f"layers.{layer}.{kind}.placed", max(gaps)))
-    return training_checks.worst(checks), found, layers
+    return worst(checks), first, layers
 
 
-def _state_found(
-    check: Check, kind: str, layer: int, function: str, own: np.ndarray, want: np.ndarray
-) -> Found:
+def _state_difference(
+    check: Check, kind: str, layer: int, function: str, measured: np.ndarray, expected: np.ndarray
+) -> FirstDifference:
     state = f"state {kind}_{layer}"
-    if not own.any():
+    if not measured.any():
         what = f"{function} does not write {state}: its rows are zero"
     else:
-        moved = np.abs(own[1:] - want[:-1]).max() if len(own) > 1 else np.inf
+        moved = np.abs(measured[1:] - expected[:-1]).max() if len(measured) > 1 else np.inf
         what = f"{function} writes other values into {state}, off by {check.max_rel:.2g}"
-        if moved < 0.05 * np.abs(want).max():
+        if moved < 0.05 * np.abs(expected).max():
             what = f"{function} writes {state} one position too far"
     operator = {"k": probes.OPERATORS["k.placed"], "v": probes.OPERATORS["v.placed"]}[kind]
-    name = state if not own.any() else f"{state}, {operator}"
-    return Found(layer, name, f"layer {layer}: {what}.")
+    name = state if not measured.any() else f"{state}, {operator}"
+    return FirstDifference(layer, name, f"layer {layer}: {what}.")
 
 
-def _training(context: Context) -> tuple[list[Check], Found | None]:
+def _training(context: Context) -> tuple[list[Check], FirstDifference | None]:
     """The calls of a step in float32, as PyTorch makes them, by the package's functions."""
     manifest = context.bundle.manifest
     example = context.examples[-1] if context.quick else context.examples[0]
@@ -229,29 +243,29 @@ def _training(context: Context) -> tuple[list[Check], Found | None]:
     calls: list[Recorded] = []
     for keep in (False, True):
         values = context.adapters[EFFECT]
-        made = training_checks.record(
+        recorded = training_checks.record(
             context.bundle, context.float_programs, context.float_weights, values, example, keep
         )
-        calls += [c for c in made if not keep or c.kind == "block_backward_saved"]
+        calls += [c for c in recorded if not keep or c.kind == "block_backward_saved"]
     last = manifest.model.layers - 1
     kept = [call for call in calls if call.layer in (None, 0, last)]
-    if lost := sorted({call.name for call in kept} - set(programs)):
-        raise ExportError(f"the bundle has no function {', '.join(lost)} for iOS.")
+    if missing := sorted({call.name for call in kept} - set(programs)):
+        raise ExportError(f"the bundle has no function {', '.join(missing)} for iOS.")
     file = programs["adamw"].file
     interpreter = mil.Interpreter(read_package(context.bundle.path / file), 0)
     signatures = context.float_programs.signatures
     outputs = [_call(interpreter, call, signatures[call.name]) for call in kept]
-    return training_checks.judged(
+    return call_checks.judged(
         kept, outputs, signatures, f"{example.id}, {EFFECT}",
         context.source.captured.spec, context.float_programs,
     )  # fmt: skip
 
 
-def _call(interpreter: mil.Interpreter, call: Recorded, own: Program) -> list[np.ndarray]:
+def _call(interpreter: mil.Interpreter, call: Recorded, signature: Program) -> list[np.ndarray]:
     inputs = {
         coreml_name(tensor.name): torch.from_numpy(np.array(array))
-        for tensor, array in zip(own.inputs, call.inputs, strict=True)
+        for tensor, array in zip(signature.inputs, call.inputs, strict=True)
     }
-    found = interpreter.run(call.name, inputs)
-    names = [coreml_name(tensor.name) for tensor in own.outputs]
-    return [found[f"{n}_new" if n in inputs else n].float().numpy() for n in names]
+    outputs = interpreter.run(call.name, inputs)
+    names = [coreml_name(tensor.name) for tensor in signature.outputs]
+    return [outputs[f"{n}_new" if n in inputs else n].float().numpy() for n in names]

@@ -13,13 +13,13 @@ from runtime_py.bundle.adapter_forms import write_values
 from runtime_py.bundle.manifest import Program
 from toolchain.verify.arm64 import build
 from toolchain.verify.arm64.emulate import Arm64Program, Call, RunError, refuse_cpu
-from toolchain.verify.parity import lm_checks, probes, training_checks
-from toolchain.verify.parity.allowed import of_android
+from toolchain.verify.parity import call_checks, lm_checks, probes, training_checks
 from toolchain.verify.parity.cases import EFFECT, Case
 from toolchain.verify.parity.context import Context
 from toolchain.verify.parity.native_child import run_calls
 from toolchain.verify.parity.recording import Recorded
-from toolchain.verify.parity.verdict import Check, Found, Rung, not_run, rung, stated
+from toolchain.verify.parity.run_bounds import of_android
+from toolchain.verify.parity.verdict import Check, FirstDifference, Rung, not_run, rung, stated
 
 _ARM_STEPS = 8  # decoded tokens of a case under QEMU
 _ARM_CASES = 3
@@ -41,59 +41,59 @@ def _training(context: Context) -> dict[str, Program]:
 def missing(context: Context) -> list[str]:
     """Programs that the manifest should have and has not."""
     manifest = context.bundle.manifest
-    wanted = ["forward", "embed"]
+    required = ["forward", "embed"]
     if manifest.training is not None:
         kinds = ("block_forward", "block_backward", "block_backward_saved")
-        wanted += [f"{kind}_{length}" for length in manifest.training.lengths for kind in kinds]
-        wanted += ["head", "adamw"]
-    have = {program.name for program in context.bundle.android.target.programs}
-    return [name for name in wanted if name not in have]
+        required += [f"{kind}_{length}" for length in manifest.training.lengths for kind in kinds]
+        required += ["head", "adamw"]
+    present = {program.name for program in context.bundle.android.target.programs}
+    return [name for name in required if name not in present]
 
 
 def executorch(context: Context) -> Rung:
     """Every program against PyTorch with the same weights, on the same inputs."""
     if context.bundle.manifest.android is None:
         return not_run("executorch", "the bundle has no Android part.")
-    if lost := missing(context):
-        names = ", ".join(lost)
-        gone = [stated("manifest", "bundle", name, False, "is missing") for name in lost]
+    if absent := missing(context):
+        names = ", ".join(absent)
+        absent_checks = [stated("manifest", "bundle", name, False, "is missing") for name in absent]
         reason = f"the bundle has no program {names}: export it again."
-        return rung("executorch", "quantized", gone, reason=reason)
+        return rung("executorch", "quantized", absent_checks, reason=reason)
     checks: list[Check] = []
-    found: Found | None = None
+    first: FirstDifference | None = None
     layers: list[tuple[str, float]] = []
     try:
         context.progress("executorch: lm.pte")
-        said = lm_checks.run(
+        measured = lm_checks.run(
             context.bundle, _here, context.cases, context.adapters,
             context.scratch,
         )  # fmt: skip
-        context.executorch = said
-        checks += lm_checks.constants(said, context.bundle.manifest)
+        context.executorch = measured
+        checks += lm_checks.constants(measured, context.bundle.manifest)
         bounds = context.android_bounds = of_android(context)
-        own = lm_checks.compared(said, context.android, context.cases, bounds)
-        checks += own
+        lm = lm_checks.compared(measured, context.android, context.cases, bounds)
+        checks += lm
         context.progress("executorch: layer by layer")
         layers = _layers(context)
-        if any(not check.passed for check in own):
-            found = _place(own, layers, context)
+        if any(not check.passed for check in lm):
+            first = _place(lm, layers, context, bounds.largest)
         if context.bundle.manifest.training is not None:
             more, place = _replayed(context)
             checks += more
-            found = found or place
+            first = first or place
     except RunError as error:
         checks.append(stated("process", "android", "runs", False, str(error)))
         return rung("executorch", "quantized", checks, None, layers, str(error))
-    return rung("executorch", "quantized", checks, found, layers)
+    return rung("executorch", "quantized", checks, first, layers)
 
 
 def _layers(context: Context) -> list[tuple[str, float]]:
     """What one prompt gives inside ``lm.pte``, place by place, with an adapter that has effect."""
     manifest, model = context.bundle.manifest, context.source.android
     tokens = context.cases[0].tokens
-    own = manifest.adapter
+    section = manifest.adapter
     data = context.scratch / "watched.ptd"
-    write_values(data, context.bundle.android.adapter, own.tensors, context.adapters[EFFECT])
+    write_values(data, context.bundle.android.adapter, section.tensors, context.adapters[EFFECT])
     call = Call("forward", (tokens[None], np.array([0], np.int64)))
     steps = run_calls(context.bundle.android.lm, [data], [call], watch=True).instructions
     set_adapter(model, context.adapters[EFFECT])
@@ -102,34 +102,37 @@ def _layers(context: Context) -> list[tuple[str, float]]:
 
 
 def _place(
-    checks: Sequence[Check], layers: Sequence[tuple[str, float]], context: Context
-) -> Found | None:
-    """Where ``lm.pte`` first differs. If a prompt in one call agrees, it is the cache."""
+    checks: Sequence[Check],
+    layers: Sequence[tuple[str, float]],
+    context: Context,
+    largest: float,
+) -> FirstDifference | None:
+    """Where ``lm.pte`` first differs. If a prompt in one call agrees, it is the cache.
+    ``largest``: what one logit may be off by, as a part of the largest."""
     failed = [check for check in checks if not check.passed]
     if notes := [check for check in failed if check.note]:
         sentence = f"{notes[0].program}: {notes[0].output} is {notes[0].note}."
-        return Found(None, notes[0].output, sentence)
+        return FirstDifference(None, notes[0].output, sentence)
     if all("decoded" in check.program or check.case == "all" for check in failed):
-        return Found(
+        return FirstDifference(
             None,
             "KV cache",
             "decoding differs where the same tokens in one prompt agree: it is the KV cache, its "
             f"positions or its mask (off by {failed[0].max_rel:.2g} on '{failed[0].case}').",
         )
-    model, bounds = context.source.android, context.android_bounds
-    assert bounds is not None
+    model = context.source.android
     if model.is_float:
-        return probes.first_difference(layers, bounds.largest)
+        return probes.first_difference(layers, largest)
     floor = probes.noise_floor(model, context.cases[0].tokens)
-    return probes.first_difference(layers, bounds.largest, floor)
+    return probes.first_difference(layers, largest, floor)
 
 
-def _replayed(context: Context) -> tuple[list[Check], Found | None]:
+def _replayed(context: Context) -> tuple[list[Check], FirstDifference | None]:
     signatures = _training(context)
     files = {name: context.bundle.path / program.file for name, program in signatures.items()}
     kept: list[Recorded] = []
     checks: list[Check] = []
-    found: Found | None = None
+    first: FirstDifference | None = None
     runs = [(example, adapter, False) for example, adapter in context.trained]
     runs.append((*context.trained[0], True))
     for example, adapter, keep in runs:
@@ -141,11 +144,11 @@ def _replayed(context: Context) -> tuple[list[Check], Found | None]:
         if keep:
             calls = [call for call in calls if call.kind == "block_backward_saved"]
         case = f"{example.id}, {adapter}"
-        own, place, outputs = training_checks.replay(
+        replayed, place, outputs = call_checks.replay(
             calls, _here, files, signatures, case, context.source.captured.spec, context.programs
         )
-        checks += own
-        found = found or place
+        checks += replayed
+        first = first or place
         if not kept or keep:
             kept += [
                 replace(call, outputs=tuple(result))
@@ -153,7 +156,7 @@ def _replayed(context: Context) -> tuple[list[Check], Found | None]:
                 if call.layer in (0, None)
             ]
     context.replayed = tuple(kept)
-    return checks, found
+    return checks, first
 
 
 def arm64(context: Context) -> Rung:
@@ -176,20 +179,20 @@ def arm64(context: Context) -> Rung:
     cases = _few(context.cases)
     adapters = {name: context.adapters[name] for name in context.adapters}
     checks: list[Check] = []
-    found: Found | None = None
+    first: FirstDifference | None = None
     try:
         context.progress("arm64: lm.pte")
-        said = lm_checks.run(
+        measured = lm_checks.run(
             context.bundle, there, cases, adapters, context.scratch,
             steps=_ARM_STEPS, constants=False,
         )  # fmt: skip
         bounds = context.android_bounds or of_android(context)
-        checks += lm_checks.compared(said, context.executorch, cases, bounds)
+        checks += lm_checks.compared(measured, context.executorch, cases, bounds)
         context.progress("arm64: training programs")
         signatures = _training(context)
         files = {name: context.bundle.path / p.file for name, p in signatures.items()}
-        outputs = training_checks.again(context.replayed, there, files)
-        more, found = training_checks.judged(
+        outputs = call_checks.again(context.replayed, there, files)
+        more, first = call_checks.judged(
             context.replayed, outputs, signatures, "layer 0", context.source.captured.spec,
             context.programs,
         )  # fmt: skip
@@ -197,7 +200,7 @@ def arm64(context: Context) -> Rung:
     except RunError as error:
         checks.append(stated("process", "arm64", "runs", False, str(error)))
         return rung("arm64", "executorch", checks, None, (), str(error))
-    return rung("arm64", "executorch", checks, found)
+    return rung("arm64", "executorch", checks, first)
 
 
 def _few(cases: Sequence[Case]) -> list[Case]:

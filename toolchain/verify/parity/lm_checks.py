@@ -25,7 +25,7 @@ SPEAKS = ("get_bos_id", "get_eos_ids", "get_vocab_size", "get_max_context_len")
 
 
 @dataclass(frozen=True, eq=False)
-class Said:
+class LmOutputs:
     """What one engine gave for the cases. ``logits`` [1 + steps, vocab] by adapter and case:
     after the prompt and after each decoded token; ``pooled`` and ``entropy`` by case."""
 
@@ -73,24 +73,24 @@ def run(
     *,
     steps: int = 1 << 30,
     constants: bool = True,
-) -> Said:
+) -> LmOutputs:
     """All cases with every adapter; one process for each adapter. The first case's prompt comes
     again at the end, after all others have been in the cache. Raises ``RunError``."""
     android, manifest = bundle.android, bundle.manifest
     files = {program.name: bundle.path / program.file for program in android.target.programs}
     prefill = min(PREFILL_ANDROID, manifest.model.context)
-    said = Said({}, {}, {}, {}, {})
+    measured = LmOutputs({}, {}, {}, {}, {})
     for name, values in adapters.items():
         data = android.adapter
         if name != INITIAL:
             data = scratch / "adapter.ptd"
-            own = manifest.adapter
-            write_values(data, android.adapter, own.tensors, values)
+            section = manifest.adapter
+            write_values(data, android.adapter, section.tensors, values)
         calls: list[Call] = []
-        wanted: list[tuple[Case, list[int]]] = []
+        counted_calls: list[tuple[Case, list[int]]] = []
         for case in cases:
             more, counted = calls_of(case, prefill, steps)
-            wanted.append((case, [len(calls) + index for index in counted]))
+            counted_calls.append((case, [len(calls) + index for index in counted]))
             calls += more
         more, counted = calls_of(cases[0], prefill, 0)
         last = len(calls) + counted[0]
@@ -101,83 +101,86 @@ def run(
         asked = SPEAKS if constants and name == INITIAL else ()
         calls += [Call(method) for method in asked]
         outputs = executor(files["forward"], [data], calls)
-        for case, indices in wanted:
-            said.logits[name, case.name] = np.concatenate([outputs[i][0] for i in indices])
-        said.again[name] = outputs[last][0]
+        for case, indices in counted_calls:
+            measured.logits[name, case.name] = np.concatenate([outputs[i][0] for i in indices])
+        measured.again[name] = outputs[last][0]
         first = last + 1
         for case, result in zip(embeds, outputs[first : first + len(embeds)], strict=True):
-            said.pooled[case.name], said.entropy[case.name] = result
+            measured.pooled[case.name], measured.entropy[case.name] = result
         for method, result in zip(asked, outputs[first + len(embeds) :], strict=True):
-            said.constants[method] = [int(value) for value in result]
-    return said
+            measured.constants[method] = [int(value) for value in result]
+    return measured
+
+
+def _rows_of(
+    wide: Callable[[str, str], np.ndarray] | None, adapter: str, case: str, rows: slice
+) -> Callable[[], np.ndarray] | None:
+    """Rows of ``Bounds.wide``, for when they are asked for."""
+    return None if wide is None else lambda: wide(adapter, case)[rows]
 
 
 def compared(
-    found: Said,
-    expected: Said,
+    measured: LmOutputs,
+    expected: LmOutputs,
     cases: Sequence[Case],
     bounds: Bounds,
     program: str = "lm",
 ) -> list[Check]:
-    """``expected``'s logits may have more steps than ``found``'s."""
+    """``expected``'s logits may have more steps than ``measured``'s."""
     checks: list[Check] = []
     known = {case.name: case for case in cases}
-    for (name, case), own in found.logits.items():
-        want = expected.logits[name, case][: len(own)]
+    for (name, case), logits in measured.logits.items():
+        reference = expected.logits[name, case][: len(logits)]
         place = f"{case}, {name}"
         parts = [(f"{known[case].prompt} tokens in", slice(0, 1))]
-        if len(own) > 1:
-            parts.append((f"{len(own) - 1} decoded", slice(1, len(own))))
+        if len(logits) > 1:
+            parts.append((f"{len(logits) - 1} decoded", slice(1, len(logits))))
         for what, rows in parts:
-
-            def wide(name: str = name, case: str = case, rows: slice = rows) -> np.ndarray:
-                assert bounds.wide is not None
-                return bounds.wide(name, case)[rows]
-
             checks.append(
                 compare(
-                    f"{program}: {what}", place, "logits", own[rows], want[rows], bounds.logits,
-                    logits=True, wide=wide if bounds.wide else None,
+                    f"{program}: {what}", place, "logits", logits[rows], reference[rows],
+                    bounds.logits, logits=True,
+                    wide=_rows_of(bounds.wide, name, case, rows),
                 )
             )  # fmt: skip
     pooled = bounds.pooled
-    for case, vector in found.pooled.items():
+    for case, vector in measured.pooled.items():
         checks.append(compare("embed", case, "pooled", vector, expected.pooled[case], pooled))
         entropy = expected.entropy[case]
         checks.append(
-            compare("embed", case, "entropy", found.entropy[case], entropy, pooled, scale=1.0)
+            compare("embed", case, "entropy", measured.entropy[case], entropy, pooled, scale=1.0)
         )
-    return checks + effects(found, expected, bounds, program)
+    return checks + effects(measured, expected, bounds, program)
 
 
-def effects(found: Said, expected: Said, bounds: Bounds, program: str) -> list[Check]:
+def effects(measured: LmOutputs, expected: LmOutputs, bounds: Bounds, program: str) -> list[Check]:
     """What the adapter changes, which a comparison of logits may miss where it changes little; and
     that what was in the cache before changes nothing."""
     checks = []
-    names = [case for adapter, case in found.logits if adapter == EFFECT]
-    if names and all((INITIAL, name) in found.logits for name in names):
+    names = [case for adapter, case in measured.logits if adapter == EFFECT]
+    if names and all((INITIAL, name) in measured.logits for name in names):
         rows = [
             [
-                said.logits[EFFECT, name][:n] - said.logits[INITIAL, name][:n]
+                outputs.logits[EFFECT, name][:n] - outputs.logits[INITIAL, name][:n]
                 for name in names
-                for n in [len(found.logits[EFFECT, name])]
+                for n in [len(measured.logits[EFFECT, name])]
             ]
-            for said in (found, expected)
+            for outputs in (measured, expected)
         ]
-        own, want = (np.concatenate(part) for part in rows)
-        size = float(np.sqrt((want * want).mean()))
+        effect, reference = (np.concatenate(part) for part in rows)
+        size = float(np.sqrt((reference * reference).mean()))
         bound = of_effect(bounds.adapter, bounds.noise, size)
-        check = compare(program, "all", "effect of the adapter", own, want, bound)
-        ratio = float(np.linalg.norm(own)) / max(float(np.linalg.norm(want)), 1e-30)
+        check = compare(program, "all", "effect of the adapter", effect, reference, bound)
+        ratio = float(np.linalg.norm(effect)) / max(float(np.linalg.norm(reference)), 1e-30)
         if ratio < 1e-3:
             note = "nothing: another adapter gives the same logits, so it is not used"
             check = stated(program, "all", "effect of the adapter", False, note)
         elif not 1 / ADAPTER_RATIO <= ratio <= ADAPTER_RATIO:
             check = replace(check, passed=False, note=f"{ratio:.2f} times what it should be")
         checks.append(check)
-    for adapter, logits in found.again.items():
-        case = next(name for own, name in found.logits if own == adapter)
-        before = found.logits[adapter, case][:1]
+    for adapter, logits in measured.again.items():
+        case = next(name for other, name in measured.logits if other == adapter)
+        before = measured.logits[adapter, case][:1]
         tolerance = TABLE["exact"]
         check = compare(
             program, f"{case}, {adapter}", "logits after other dialogues", logits, before, tolerance
@@ -189,17 +192,17 @@ def effects(found: Said, expected: Said, bounds: Bounds, program: str) -> list[C
     return checks
 
 
-def constants(found: Said, manifest: Manifest) -> list[Check]:
+def constants(measured: LmOutputs, manifest: Manifest) -> list[Check]:
     """What the program tells a runner, beside what the manifest says."""
-    own = manifest.tokenizer
-    wanted = {
-        "get_bos_id": [own.bos_id if own.bos_id is not None else own.eos_ids[0]],
-        "get_eos_ids": list(own.eos_ids),
+    tokenizer = manifest.tokenizer
+    expected = {
+        "get_bos_id": [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_ids[0]],
+        "get_eos_ids": list(tokenizer.eos_ids),
         "get_vocab_size": [manifest.model.vocab],
         "get_max_context_len": [manifest.model.context],
     }
     checks = []
-    for method, value in found.constants.items():
-        note = "" if value == wanted[method] else f"{value}, the manifest says {wanted[method]}"
+    for method, value in measured.constants.items():
+        note = "" if value == expected[method] else f"{value}, the manifest says {expected[method]}"
         checks.append(stated("lm", "constants", method, not note, note))
     return checks

@@ -21,7 +21,7 @@ from exporters.training.block import MATRICES
 from toolchain.verify.noise import perturbed
 from toolchain.verify.parity.native_child import Instruction
 from toolchain.verify.parity.place_recorder import PlaceRecorder
-from toolchain.verify.parity.verdict import Found
+from toolchain.verify.parity.verdict import FirstDifference
 
 OPERATORS = {
     "embedding": "token embedding",
@@ -55,18 +55,18 @@ def operator_of(place: str) -> tuple[int | None, str]:
     return int(layer), OPERATORS[operator]
 
 
-def differences(found: Values, expected: Values) -> list[tuple[str, float]]:
+def differences(measured: Values, expected: Values) -> list[tuple[str, float]]:
     """Of the places that both have, in the order of ``expected``: the largest difference as a part
     of the largest value."""
     result = []
-    for place, want in expected.items():
-        if (value := found.get(place)) is None:
+    for place, reference in expected.items():
+        if (value := measured.get(place)) is None:
             continue
-        if value.size != want.size:
+        if value.size != reference.size:
             result.append((place, float("inf")))
             continue
-        gap = np.abs(value.reshape(want.shape).astype(np.float64) - want).max()
-        size = max(float(np.abs(want).max()), 1e-30)
+        gap = np.abs(value.reshape(reference.shape).astype(np.float64) - reference).max()
+        size = max(float(np.abs(reference).max()), 1e-30)
         result.append((place, float(gap) / size if np.isfinite(gap) else float("inf")))
     return result
 
@@ -75,7 +75,7 @@ def first_difference(
     layers: Sequence[tuple[str, float]],
     tolerance: float,
     floor: Mapping[str, float] | None = None,
-) -> Found | None:
+) -> FirstDifference | None:
     """The first place beyond ``tolerance``, or beyond ``_ABOVE`` times the ``floor`` up to its
     place where that is more."""
     noise = 0.0
@@ -85,7 +85,7 @@ def first_difference(
         if not gap <= allowed:
             layer, operator = operator_of(place)
             where = "outside of the layers" if layer is None else f"layer {layer}"
-            return Found(
+            return FirstDifference(
                 layer,
                 operator,
                 f"{where}: the first difference is in the {operator}, {gap:.2g} of its range "

@@ -13,12 +13,20 @@ from runtime_py.engine.streaming import StreamingEngine
 from toolchain.compile.tolerances import TABLE, of_block
 from toolchain.compile.wide import Wide
 from toolchain.verify.parity import probes, training_checks, weights_checks
-from toolchain.verify.parity.allowed import largest_logit, of_floats
 from toolchain.verify.parity.cases import EFFECT, INITIAL
-from toolchain.verify.parity.context import Context, said_by
-from toolchain.verify.parity.lm_checks import Bounds, Said, compared
+from toolchain.verify.parity.context import Context, outputs_of
+from toolchain.verify.parity.lm_checks import Bounds, LmOutputs, compared
 from toolchain.verify.parity.models import eager_embedding, eager_logits
-from toolchain.verify.parity.verdict import Check, Found, Rung, compare, rung, stated
+from toolchain.verify.parity.run_bounds import largest_logit, of_floats
+from toolchain.verify.parity.verdict import (
+    Check,
+    FirstDifference,
+    Rung,
+    compare,
+    rung,
+    stated,
+    worst,
+)
 from toolchain.verify.peft_module import set_peft_adapter
 from toolchain.verify.reference_engines import TransformerEngine
 
@@ -27,72 +35,74 @@ def eager(context: Context) -> Rung:
     """Hugging Face and PEFT themselves: that the bundle's text, tokens and adapter are theirs."""
     manifest, models = context.bundle.manifest, context.source
     checkpoint = models.source.checkpoint
-    own = manifest.tokenizer
+    tokenizer = manifest.tokenizer
     checks = [
-        _same("end tokens", list(own.eos_ids), list(checkpoint.eos_ids)),
+        _same("end tokens", list(tokenizer.eos_ids), list(checkpoint.eos_ids)),
         _same("chat template", context.text.template, checkpoint.chat_template),
     ]
     for case in context.cases[:3]:
         decoded = str(context.text.tokenizer.decode(case.tokens.tolist()))
-        found = context.text.encode(decoded)
-        wanted = checkpoint.tokenizer(decoded, add_special_tokens=False)["input_ids"]
-        checks.append(_same(f"tokens of '{case.name}'", found, wanted))
-    adapter, found_adapter = _adapter(context)
+        encoded = context.text.encode(decoded)
+        expected = checkpoint.tokenizer(decoded, add_special_tokens=False)["input_ids"]
+        checks.append(_same(f"tokens of '{case.name}'", encoded, expected))
+    adapter, first = _adapter(context)
     checks += adapter
-    said = _eager_said(context)
-    for (name, on), logits in said.logits.items():
+    outputs = _eager_outputs(context)
+    for (name, on), logits in outputs.logits.items():
         largest = float(np.abs(logits).max())
         note = "" if np.isfinite(largest) else "NaN or infinite"
         checks.append(stated("lm", f"{on}, {name}", "logits are finite", not note, note))
-    return rung("eager", "the source", checks, found_adapter)
+    return rung("eager", "the source", checks, first)
 
 
-def _same(output: str, found: object, expected: object) -> Check:
+def _same(output: str, measured: object, expected: object) -> Check:
     note = (
-        "" if found == expected else f"{found!r:.60} in the bundle, {expected!r:.60} in the source"
+        ""
+        if measured == expected
+        else f"{measured!r:.60} in the bundle, {expected!r:.60} in the source"
     )
     return stated("text", "bundle", output, not note, note)
 
 
-def _adapter(context: Context) -> tuple[list[Check], Found | None]:
+def _adapter(context: Context) -> tuple[list[Check], FirstDifference | None]:
     """The adapter as PEFT reads it, and as the programs are given it."""
     manifest = context.bundle.manifest
-    wanted = context.source.as_read
+    as_read = context.source.as_read
     forms = {"programs' form": context.adapters[INITIAL]}
     again = to_runtime(read_peft(context.bundle.peft), manifest.adapter.tensors)
-    forms["manifest's places"] = {name: again[name] for name in wanted}
+    forms["manifest's places"] = {name: again[name] for name in as_read}
     checks: list[Check] = []
-    first: Found | None = None
+    first: FirstDifference | None = None
     for form, values in forms.items():
-        own = []
-        for name, want in wanted.items():
+        form_checks = []
+        for name, expected in as_read.items():
             padded = np.zeros(values[name].shape, np.float32)
-            padded[tuple(slice(0, n) for n in want.shape)] = want
+            padded[tuple(slice(0, n) for n in expected.shape)] = expected
             check = compare("adapter", form, name, values[name], padded, TABLE["exact"])
-            own.append(check)
+            form_checks.append(check)
             if first is None and not check.passed:
                 layer = int(name.split(".")[1])
                 sentence = (
                     f"layer {layer}: {name} in the {form} of the adapter is not PEFT's, off by "
                     f"{check.max_rel:.2g} of its range."
                 )
-                first = Found(layer, "LoRA " + name.split(".", 2)[2], sentence)
-        checks += training_checks.worst(own)
+                first = FirstDifference(layer, "LoRA " + name.split(".", 2)[2], sentence)
+        checks += worst(form_checks)
     return checks, first
 
 
-def _eager_said(context: Context) -> Said:
+def _eager_outputs(context: Context) -> LmOutputs:
     model = context.source.eager
-    said = Said({}, {}, {}, {}, {})
+    outputs = LmOutputs({}, {}, {}, {}, {})
     for name, values in context.adapters.items():
         set_peft_adapter(model, context.bundle.manifest.adapter.tensors, values)
         for case in context.cases:
-            said.logits[name, case.name] = eager_logits(model, case.tokens, case.prompt - 1)
+            outputs.logits[name, case.name] = eager_logits(model, case.tokens, case.prompt - 1)
     for case in context.cases:
         tokens = case.tokens[: context.bundle.manifest.policy.embed_length]
-        said.pooled[case.name], said.entropy[case.name] = eager_embedding(model, tokens)
-    context.eager = said
-    return said
+        outputs.pooled[case.name], outputs.entropy[case.name] = eager_embedding(model, tokens)
+    context.eager = outputs
+    return outputs
 
 
 def _wide_logits(context: Context, adapter: str, name: str) -> np.ndarray:
@@ -108,11 +118,11 @@ def captured(context: Context) -> Rung:
     """The functions that become programs, in float32, against Hugging Face and PEFT."""
     manifest, models = context.bundle.manifest, context.source
     model = models.captured
-    found = said_by(model, context.cases, context.adapters, manifest)
-    expected = context.eager or _eager_said(context)
+    measured = outputs_of(model, context.cases, context.adapters, manifest)
+    expected = context.eager or _eager_outputs(context)
     bounds = of_floats(context, expected, lambda *which: _wide_logits(context, *which))
-    checks = compared(found, expected, context.cases, bounds)
-    where, layers = None, []
+    checks = compared(measured, expected, context.cases, bounds)
+    first, layers = None, []
     if manifest.training is not None:
         engine = StreamingEngine(
             context.float_programs, context.float_weights, context.bundle.training
@@ -135,8 +145,8 @@ def captured(context: Context) -> Rung:
     layers = probes.differences(probes.of_transformer(model, tokens), expected_places)
     if any(not check.passed for check in checks):
         noticed = of_block(model.spec, len(tokens)).max_rel or 0.0
-        where = probes.first_difference(layers, noticed) or _training_place(checks)
-    return rung("captured", "eager", checks, where, layers)
+        first = probes.first_difference(layers, noticed) or _training_place(checks)
+    return rung("captured", "eager", checks, first, layers)
 
 
 def _worst_case(checks: Sequence[Check], context: Context) -> np.ndarray:
@@ -147,19 +157,21 @@ def _worst_case(checks: Sequence[Check], context: Context) -> np.ndarray:
     return context.cases[0].tokens
 
 
-def _training_place(checks: Sequence[Check]) -> Found | None:
+def _training_place(checks: Sequence[Check]) -> FirstDifference | None:
     """Where only training differs: the last layer with a wrong gradient, since the backward goes
     from the last layer to the first."""
     failed = [check for check in checks if not check.passed]
     if not failed:
         return None
     if failed[0].program == "adamw":
-        return Found(None, "adamw", f"adamw: {failed[0].output} is off by {failed[0].max_rel:.2g}.")
+        return FirstDifference(
+            None, "adamw", f"adamw: {failed[0].output} is off by {failed[0].max_rel:.2g}."
+        )
     layered = [check for check in failed if check.layer is not None]
     if not layered:
         return None
     last = max(layered, key=lambda check: check.layer or 0)
-    return Found(
+    return FirstDifference(
         last.layer,
         last.output,
         f"layer {last.layer}: the {last.output} is off by {last.max_rel:.2g} of its range on "
@@ -171,8 +183,8 @@ def quantized(context: Context) -> Rung:
     """The weights that the bundle has: are they the source's, and what did rounding cost."""
     manifest, models = context.bundle.manifest, context.source
     checks: list[Check] = []
-    found: Found | None = None
-    expected = context.eager or _eager_said(context)
+    first: FirstDifference | None = None
+    expected = context.eager or _eager_outputs(context)
     layers: list[tuple[str, float]] = []
     cost = TABLE["rounded weights"]
     bounds = Bounds(cost, cost, TABLE["adapter, rounded weights"])
@@ -183,13 +195,13 @@ def quantized(context: Context) -> Rung:
         places = [probes.of_transformer(m, tokens) for m in (models.android, models.captured)]
         layers = probes.differences(*places)
     if manifest.ios is not None:
-        said = said_by(models.ios, context.cases, context.adapters, manifest)
-        checks += compared(said, expected, context.cases, bounds, "ios lm")
-        context.ios = said
+        measured = outputs_of(models.ios, context.cases, context.adapters, manifest)
+        checks += compared(measured, expected, context.cases, bounds, "ios lm")
+        context.ios = measured
     if manifest.training is not None:
         context.progress("quantized: the weights file")
         bundle = context.bundle
-        stored, found = weights_checks.training_file(
+        stored, first = weights_checks.training_file(
             bundle.training_weights, bundle.training, models.simulated
         )
         checks += stored
@@ -204,5 +216,5 @@ def quantized(context: Context) -> Rung:
             checks += training_checks.against(
                 engine, reference, context.bundle, values, example, case, spec, logit
             )
-    found = found or _training_place([c for c in checks if c.program in ("block + head", "adamw")])
-    return rung("quantized", "eager", checks, found, layers)
+    first = first or _training_place([c for c in checks if c.program in ("block + head", "adamw")])
+    return rung("quantized", "eager", checks, first, layers)

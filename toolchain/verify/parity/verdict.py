@@ -63,7 +63,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Found:
+class FirstDifference:
     """The first place where two rungs differ: a layer (None outside of the blocks), an operator,
     and a sentence with both and the size of the difference."""
 
@@ -82,7 +82,7 @@ class Rung:
     reason: str = ""
     against: str = ""
     checks: tuple[Check, ...] = ()
-    found: Found | None = None
+    found: FirstDifference | None = None
     layers: tuple[tuple[str, float], ...] = ()
     seconds: float = 0.0
 
@@ -103,10 +103,10 @@ class Report:
         return any(rung.status == "failed" for rung in self.rungs)
 
 
-def _likeness(found: np.ndarray, expected: np.ndarray, rows: bool) -> float:
+def _likeness(measured: np.ndarray, expected: np.ndarray, rows: bool) -> float:
     """Correlation; of each row the smallest where ``rows``. Constant rows count as alike where
     they are equal."""
-    pairs = zip(found, expected, strict=True) if rows else [(found.ravel(), expected.ravel())]
+    pairs = zip(measured, expected, strict=True) if rows else [(measured.ravel(), expected.ravel())]
     least = 1.0
     for a, b in pairs:
         a, b = a - a.mean(), b - b.mean()
@@ -127,11 +127,20 @@ def _histogram(gap: np.ndarray, scale: float) -> tuple[int, ...]:
     return tuple(int(n) for n in np.histogram(places, [*_BINS, np.inf])[0])
 
 
+def _misfit(measured: np.ndarray, expected: np.ndarray) -> str:
+    """Why no difference can be taken of the two; empty where one can."""
+    if measured.shape != expected.shape:
+        return f"shape {list(measured.shape)} instead of {list(expected.shape)}"
+    if not np.isfinite(expected).all():
+        return "the reference's values are NaN or infinite"
+    return "" if np.isfinite(measured).all() else "the program's values are NaN or infinite"
+
+
 def compare(
     program: str,
     case: str,
     output: str,
-    found: np.ndarray,
+    measured: np.ndarray,
     expected: np.ndarray,
     tolerance: Tolerance,
     *,
@@ -143,39 +152,33 @@ def compare(
     """``logits``: [rows, vocab]. ``scale``: what differences are measured by, where that is not the
     largest value expected. ``wide``: the expected values in float64, asked for where the format
     alone does not explain a difference: terms that cancel lose more than that, in PyTorch too."""
-    own = np.asarray(found, np.float64)
-    want = np.asarray(expected, np.float64)
-    if own.shape != want.shape:
+    measured, expected = (np.asarray(values, np.float64) for values in (measured, expected))
+    if note := _misfit(measured, expected):
         return Check(
             program, case, output, math.inf, math.inf, tolerance.max_rel, tolerance.name, False,
-            layer=layer, note=f"shape {list(own.shape)} instead of {list(want.shape)}",
+            layer=layer, note=note,
         )  # fmt: skip
-    if not (np.isfinite(own).all() and np.isfinite(want).all()):
-        where = "the program's" if np.isfinite(want).all() else "the reference's"
-        return Check(
-            program, case, output, math.inf, math.inf, tolerance.max_rel, tolerance.name, False,
-            layer=layer, note=f"{where} values are NaN or infinite",
-        )  # fmt: skip
-    gap = np.abs(own - want)
+    gap = np.abs(measured - expected)
     largest = float(gap.max()) if gap.size else 0.0
-    size = scale if scale is not None else float(np.abs(want).max()) if want.size else 0.0
+    size = scale if scale is not None else float(np.abs(expected).max()) if expected.size else 0.0
     size = max(size, 1e-30)
-    norms = float(np.linalg.norm(own) * np.linalg.norm(want))
-    cosine = float((own * want).sum() / norms) if norms > 0 else (1.0 if largest == 0 else 0.0)
+    norms = float(np.linalg.norm(measured) * np.linalg.norm(expected))
+    cosine = 1.0 if largest == 0 else 0.0
+    if norms > 0:
+        cosine = float((measured * expected).sum() / norms)
     bounded = logits or tolerance.likeness is not None
-    likeness = _likeness(own, want, logits) if bounded else cosine
-    if wide is not None and tolerance.max_rel is not None and largest / size > tolerance.max_rel:
-        own_spread = ABOVE * float(np.abs(wide() - want).max()) / size
-        if own_spread > tolerance.max_rel:
-            tolerance = replace(tolerance, max_rel=own_spread)
-    passed = tolerance.max_rel is None or largest / size <= tolerance.max_rel
-    if tolerance.likeness is not None and want.size > 1:
+    likeness = _likeness(measured, expected, logits) if bounded else cosine
+    if wide is not None and largest / size > tolerance.most:
+        spread = ABOVE * float(np.abs(wide() - expected).max()) / size
+        tolerance = replace(tolerance, max_rel=max(tolerance.most, spread))
+    passed = largest / size <= tolerance.most
+    if tolerance.likeness is not None and expected.size > 1:
         passed &= likeness >= tolerance.likeness
     kl = same = None
     if logits:
-        p, q = _log_softmax(want), _log_softmax(own)
+        p, q = _log_softmax(expected), _log_softmax(measured)
         kl = float((np.exp(p) * (p - q)).sum(-1).mean())
-        same = float((own.argmax(-1) == want.argmax(-1)).mean())
+        same = float((measured.argmax(-1) == expected.argmax(-1)).mean())
     return Check(
         program=program,
         case=case,
@@ -195,6 +198,16 @@ def compare(
     )
 
 
+def worst(checks: Sequence[Check]) -> list[Check]:
+    """Of each program and case the check that strains its tolerance most; all that fail stay."""
+    kept: dict[tuple[str, str], Check] = {}
+    for check in checks:
+        key = (check.program, check.case)
+        if key not in kept or check.strain > kept[key].strain:
+            kept[key] = check
+    return [c for c in checks if not c.passed or kept[c.program, c.case] is c]
+
+
 def stated(program: str, case: str, output: str, passed: bool, note: str) -> Check:
     """A check that is a yes or a no."""
     gap = 0.0 if passed else 1.0
@@ -205,16 +218,16 @@ def rung(
     name: str,
     against: str,
     checks: Sequence[Check],
-    found: Found | None = None,
+    first: FirstDifference | None = None,
     layers: Sequence[tuple[str, float]] = (),
     reason: str = "",
 ) -> Rung:
     """Passed if every check is."""
     failed = [check for check in checks if not check.passed]
     if failed and not reason:
-        reason = found.sentence if found else _sentence(failed)
+        reason = first.sentence if first else _sentence(failed)
     return Rung(
-        name, "failed" if failed else "passed", reason, against, tuple(checks), found, tuple(layers)
+        name, "failed" if failed else "passed", reason, against, tuple(checks), first, tuple(layers)
     )
 
 

@@ -29,7 +29,7 @@ from toolchain.verify.parity.stored_matrix import (
     shapes_of,
     values_of,
 )
-from toolchain.verify.parity.verdict import Check, Found, stated
+from toolchain.verify.parity.verdict import Check, FirstDifference, stated
 
 _MOST = 10  # differing tensors that a report lists
 _ULP = 2.0**-23  # float32's step at 1
@@ -75,7 +75,7 @@ class _Weights:
 
 def training_file(
     path: Path, training: Training, model: Transformer
-) -> tuple[list[Check], Found | None]:
+) -> tuple[list[Check], FirstDifference | None]:
     """Every tensor of the weights file ``path`` against the weights of ``model``, the transformer
     that computes as the bundle's ``lm`` does. -> the checks, and the first tensor that is wrong."""
     try:
@@ -112,7 +112,7 @@ def training_file(
         )
         for fault in faults[:_MOST]
     ]  # fmt: skip
-    return checks, Found(layer, operator, f"{sentence}{faults[0].note}.")
+    return checks, FirstDifference(layer, operator, f"{sentence}{faults[0].note}.")
 
 
 def _misshapen(weights: BaseWeights, tensor: str, shape: tuple[int, ...]) -> WeightFault | None:

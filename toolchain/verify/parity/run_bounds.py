@@ -31,21 +31,20 @@ from toolchain.compile.tolerances import (
 from toolchain.compile.tolerances import of_float16 as tolerance_of_float16
 from toolchain.compile.wide import Wide
 from toolchain.verify.parity.cases import Case
-from toolchain.verify.parity.context import Context, said_by
-from toolchain.verify.parity.lm_checks import Bounds, Said
+from toolchain.verify.parity.context import Context, outputs_of
+from toolchain.verify.parity.lm_checks import Bounds, LmOutputs
 from toolchain.verify.parity.models import Values, logits_of
 
 
 def of_floats(
-    context: Context, said: Said, wide: Callable[[str, str], np.ndarray] | None = None
+    context: Context, expected: LmOutputs, wide: Callable[[str, str], np.ndarray] | None = None
 ) -> Bounds:
-    """Float32 on both sides. ``said``: the expected; ``wide``: its logits in float64."""
+    """Float32 on both sides. ``wide``: the expected logits in float64."""
     tokens = max(len(case.tokens) for case in context.cases)
     bound = of_model(context.source.captured.spec, tokens)
-    assert bound.max_rel is not None
-    largest_logit = max(float(np.abs(rows).max()) for rows in said.logits.values())
-    noise = bound.max_rel * largest_logit
-    return Bounds(bound, bound, TABLE["adapter"], noise, bound.max_rel, wide)
+    largest_logit = max(float(np.abs(rows).max()) for rows in expected.logits.values())
+    noise = bound.most * largest_logit
+    return Bounds(bound, bound, TABLE["adapter"], noise, bound.most, wide)
 
 
 def of_android(context: Context) -> Bounds:
@@ -53,7 +52,7 @@ def of_android(context: Context) -> Bounds:
     model = context.source.android
     if not model.is_float:
         expected = context.android
-        plain = said_by(
+        plain = outputs_of(
             float_activations(model), context.cases, context.adapters, context.bundle.manifest
         )
         logits = largest([between(plain.logits[k], v) for k, v in expected.logits.items()])
@@ -119,9 +118,9 @@ def of_loop(context: Context, embed: Callable[[Transformer], Sequence[Embedding]
     plain = 4.0 * rounding(model_terms(model.spec, context.bundle.manifest.policy.embed_length))
     if model.is_float:
         return ScoreBounds(plain, plain, ties=False)
-    made = [embed(one) for one in (float_activations(model), model)]
-    vectors = [[one.pooled for one in rows] for rows in made]
-    entropy = max(abs(a.entropy - b.entropy) for a, b in zip(*made, strict=True))
+    streams = [embed(one) for one in (float_activations(model), model)]
+    vectors = [[one.pooled for one in rows] for rows in streams]
+    entropy = max(abs(a.entropy - b.entropy) for a, b in zip(*streams, strict=True))
     return ScoreBounds(
         plain + INT8_ABOVE * entropy, plain + INT8_ABOVE * of_scores(*vectors), ties=True
     )
