@@ -25,6 +25,7 @@ from runtime_py.engine.program_calls import Programs
 from runtime_py.engine.streaming import StreamingEngine
 from tests import tiny
 from toolchain.compile.adapter_layout import layout
+from toolchain.compile.autograd import summed_loss
 from toolchain.compile.tolerances import model_terms, rounding
 from toolchain.compile.training_part import manifest_program, training_spec, write_training
 from toolchain.verify.mil.interpreter import Interpreter
@@ -108,20 +109,30 @@ def example_of(count: int = 28, seed: int = 1) -> Example:
     return Example(f"random-{seed}", tokens.numpy(), labels.numpy())
 
 
+@torch.no_grad()
+def bounds_of(kit: Kit, examples: Sequence[Example]) -> tuple[float, float]:
+    """What float32 may do (``tolerances``) to the examples' summed loss, in nats, and to its
+    gradient, as a part of the largest number of that. A loss is a difference of logits."""
+    terms = model_terms(kit.spec.model, max(len(example.tokens) for example in examples))
+    total = 0.0
+    for example in examples:
+        logits = kit.peft(torch.from_numpy(example.tokens)[None]).logits
+        total += example.count * float(logits.abs().max()) + float(summed_loss(logits, example))
+    return rounding(terms) * total, rounding(3 * terms)
+
+
 def check_gradient(kit: Kit, engine: StreamingEngine, example: Example) -> None:
-    """Loss and gradients within float32's rounding of the sums that they are (``tolerances``)."""
+    """Loss and gradients within float32's rounding of the sums that they are."""
     state = kit.state()
     into = state.layout.zeros()
     loss, count = engine.gradient(state, [example], into)
     expected, grads = peft_gradient(kit.peft, kit.tensors, [example])
-    with torch.no_grad():
-        logit = float(kit.peft(torch.from_numpy(example.tokens)[None]).logits.abs().max())
-    terms = model_terms(kit.spec.model, len(example.tokens))
+    loss_bound, gradient_bound = bounds_of(kit, [example])
     assert count == example.count
-    assert abs(loss - expected) <= rounding(terms) * (count * logit + expected)
+    assert abs(loss - expected) <= loss_bound
     views = state.layout.views(into)
     assert views.keys() == grads.keys()
-    bound = rounding(3 * terms) * max(float(np.abs(grad).max()) for grad in grads.values())
+    bound = gradient_bound * max(float(np.abs(grad).max()) for grad in grads.values())
     for name, grad in grads.items():
         assert np.abs(grad).max() > 100 * bound, "the case shows nothing"
         assert float(np.abs(views[name] - grad).max()) <= bound, name

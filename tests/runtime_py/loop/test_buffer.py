@@ -10,12 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime_py.loop.buffer import Buffer, Candidate, Scores
+from runtime_py.loop.metrics import UNIT
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import Embedding
 from runtime_py.loop.random_stream import SplitMix64
 from runtime_py.loop.replacement import POLICIES, choose
 from runtime_py.loop.words import words
 from tests.runtime_py.loop.toy import HIDDEN, LEXICONS, ToyEngine, dialogue
+
+HALF_GRID = 2.0**-21  # a score is rounded to 2^-20
+# The components of both directions are rounded by half a unit; and float64, which is 2^29 finer.
+IDD = HALF_GRID + HIDDEN**0.5 / UNIT + 2.0**-45
 
 
 @settings(max_examples=60, deadline=None)
@@ -35,8 +40,8 @@ def test_scores_and_sums_against_loops(seed: int, places: list[int]) -> None:
                 norms = np.linalg.norm(own) * np.linalg.norm(vector)
                 distances.append(1 - float(own @ vector) / norms)
         expected = sum(distances) / len(distances) if distances else 1.0
-        assert new.scores.idd == pytest.approx(expected, abs=2e-6)
-        assert new.scores.eoe == pytest.approx(embedding.entropy, abs=5e-7)
+        assert new.scores.idd == pytest.approx(expected, abs=IDD, rel=0)
+        assert new.scores.eoe == pytest.approx(embedding.entropy, abs=HALF_GRID, rel=0)
         buffer.put(bin, new)
         pooled[bin], domains[bin] = own, new.domain
         if number % 7 == 0:

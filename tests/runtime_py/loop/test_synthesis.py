@@ -51,7 +51,7 @@ def test_tries_until_one_lies_within_the_bounds() -> None:
     found = paraphrase(text, engine, stream, LoopPolicy())
     assert found is not None
     assert (found.text, found.tries) == ("one two five", 3)
-    assert found.rouge1 == pytest.approx(4 / 7)
+    assert found.rouge1 == 4 / 7
     seeds = [plain.next() >> 1 for _ in range(3)]
     assert [asked[2] for asked in engine.asked] == seeds
     assert found.seed == seeds[2]

@@ -1,12 +1,14 @@
 """Faults that real exports have had, one a test: each must be caught at its rung, by its name.
 
 A bundle is changed and signed anew, so that hashes do not tell; or a program, or the engine that
-calls it, is replaced by one with the fault.
+calls it, is replaced by one with the fault. Where a check measures, the fault must lie clearly above
+what is allowed, and the clean bundle clearly below it in the same run: between ``CLEAN`` and
+``SEEN`` of what is allowed there is nothing. ``-s`` prints both margins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +29,11 @@ from runtime_py.bundle import manifest as m
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.loop.errors import BundleError
-from tests.toolchain.verify.conftest import Faulty, own_models, rewrite, signed
+from tests.toolchain.conftest import Exported
+from tests.toolchain.verify.conftest import Faulty, own_models, rewrite
 from toolchain.compile.training_part import manifest_program
 from toolchain.verify.arm64.emulate import Call
-from toolchain.verify.parity import executorch_rungs
+from toolchain.verify.parity import executorch_rungs, ladder
 from toolchain.verify.parity.models import Models
 from toolchain.verify.parity.native_child import run_calls
 from toolchain.verify.parity.verdict import Rung
@@ -39,20 +42,49 @@ WEIGHTS = "training/base.safetensors"
 MODEL = "ios/model.mlpackage/Data/com.apple.CoreML/model.mlmodel"
 
 
-def caught(rung: Rung, *words: str, layer: int | None = None) -> None:
-    """The rung failed and its reason has the words; ``layer`` is the one that it names."""
+CLEAN, SEEN = 0.7, 2.0  # margins: a clean bundle's are at most the one, a fault's at least the other
+CLIMBED = ("eager", "captured", "quantized", "executorch", "coreml")
+Clean = Mapping[str, Rung]
+
+
+def margins(rung: Rung, passed: bool) -> list[tuple[float, str]]:
+    """Of the checks that measure and have this result, the worst last; with what they are of."""
+    return sorted(
+        (check.margin, f"{check.program}: {check.output} on {check.case}")
+        for check in rung.checks
+        if check.margin is not None and check.passed == passed
+    )
+
+
+@pytest.fixture(scope="module")
+def clean(both: Exported, models: Models, tmp_path_factory: pytest.TempPathFactory) -> Clean:
+    """Rungs of the bundle as it was exported, run before any fault is planted."""
+    bundle = open_bundle(both.bundle)
+    context = ladder.open_context(bundle, tmp_path_factory.mktemp("clean"), quick=True)
+    context = replace(context, models=models)
+    return {name: ladder.run_rung(name, context) for name in CLIMBED}
+
+
+def caught(clean: Clean, rung: Rung, *words: str, layer: int | None = None) -> None:
+    """The rung failed and its reason has the words; ``layer`` is the one that it names. What its
+    failed checks measured, if they do, is far from what a clean bundle has."""
     assert rung.status == "failed", f"{rung.rung} passed"
     for word in words:
         assert word in rung.reason, rung.reason
     if layer is not None:
         assert rung.found is not None, rung.reason
         assert rung.found.layer == layer, rung.reason
+    usual, measured = margins(clean[rung.rung], True), margins(rung, False)
+    print(f"{rung.rung}: clean {usual[-1:]}, fault {measured[-1:] or 'stated'}")
+    if measured:
+        assert measured[-1][0] >= SEEN, measured[-1]
+        assert usual[-1][0] <= CLEAN, usual[-1]
 
 
 # What a file of the bundle holds
 
 
-def test_a_transposed_weight(faulty: Faulty) -> None:
+def test_a_transposed_weight(faulty: Faulty, clean: Clean) -> None:
     file = faulty.bundle / WEIGHTS
     precision = PRECISIONS["int4"]
     weights = BaseWeights(file)
@@ -62,10 +94,10 @@ def test_a_transposed_weight(faulty: Faulty) -> None:
     turned = precision.encode(precision.decode(parts)[0].T.contiguous())
     for part, value in turned.items():
         rewrite(file, f"layers.1.q.{part}", lambda old, value=value: value.numpy())
-    caught(faulty.climb("quantized"), "q projection", "layers.1.q", layer=1)
+    caught(clean, faulty.climb("quantized"), "q projection", "layers.1.q", layer=1)
 
 
-def test_one_flipped_byte_in_the_weights_file(faulty: Faulty) -> None:
+def test_one_flipped_byte_in_the_weights_file(faulty: Faulty, clean: Clean) -> None:
     def flip(old: np.ndarray) -> np.ndarray:
         new = old.copy()
         new.reshape(-1).view(np.uint8)[777] ^= 1
@@ -74,17 +106,17 @@ def test_one_flipped_byte_in_the_weights_file(faulty: Faulty) -> None:
     rewrite(faulty.bundle / WEIGHTS, "layers.3.up.q", flip)
     with pytest.raises(BundleError, match=WEIGHTS):
         open_bundle(faulty.bundle)  # the hash tells, before any rung
-    caught(faulty.climb("quantized"), "up projection", "in 1 of", layer=3)
+    caught(clean, faulty.climb("quantized"), "up projection", "in 1 of", layer=3)
 
 
-def test_scales_of_another_group_size(faulty: Faulty) -> None:
+def test_scales_of_another_group_size(faulty: Faulty, clean: Clean) -> None:
     """Scales of groups of 64 where groups have 32."""
     file = faulty.bundle / WEIGHTS
     rewrite(file, "layers.2.down.scale", lambda s: np.repeat(s[:, :, ::2], 2, axis=2))
-    caught(faulty.climb("quantized"), "down projection (scale)", layer=2)
+    caught(clean, faulty.climb("quantized"), "down projection (scale)", layer=2)
 
 
-def test_rotary_tables_of_another_base(faulty: Faulty) -> None:
+def test_rotary_tables_of_another_base(faulty: Faulty, clean: Clean) -> None:
     """One per cent more, as the training programs are given it."""
     file = faulty.bundle / WEIGHTS
     inv_freq = np.array(faulty.models.captured.ropes[0].inv_freq)
@@ -95,20 +127,20 @@ def test_rotary_tables_of_another_base(faulty: Faulty) -> None:
         return np.cos(np.outer(other, np.arange(old.shape[2])))[None]
 
     rewrite(file, "rope.0.cos", table)
-    caught(faulty.climb("quantized"), "rotary table (0.cos)")
+    caught(clean, faulty.climb("quantized"), "rotary table (0.cos)")
 
 
-def test_a_lora_scale_off_by_two(faulty: Faulty) -> None:
+def test_a_lora_scale_off_by_two(faulty: Faulty, clean: Clean) -> None:
     change_ptd(faulty, "layers.2.self_attn.k_proj.scale", lambda array: array * 2)
-    caught(faulty.climb("eager"), "layers.2.self_attn.k_proj.scale", layer=2)
+    caught(clean, faulty.climb("eager"), "layers.2.self_attn.k_proj.scale", layer=2)
 
 
-def test_swapped_q_and_k_lora(faulty: Faulty) -> None:
+def test_swapped_q_and_k_lora(faulty: Faulty, clean: Clean) -> None:
     names = [f"layers.1.self_attn.{which}_proj.lora_A" for which in "qk"]
     values = {name: read_ptd(faulty, name) for name in names}
     for name, other in zip(names, reversed(names), strict=True):
         change_ptd(faulty, name, lambda array, other=other: values[other])
-    caught(faulty.climb("eager"), "layers.1.self_attn.q_proj.lora_A", layer=1)
+    caught(clean, faulty.climb("eager"), "layers.1.self_attn.q_proj.lora_A", layer=1)
 
 
 def read_ptd(faulty: Faulty, name: str) -> np.ndarray:
@@ -133,13 +165,13 @@ def no_training(manifest: m.Manifest) -> m.Manifest:
     return manifest.model_copy(update={"training": None})
 
 
-def test_the_wrong_end_of_text_token(faulty: Faulty) -> None:
+def test_the_wrong_end_of_text_token(faulty: Faulty, clean: Clean) -> None:
     def change(manifest: m.Manifest) -> m.Manifest:
         tokenizer = manifest.tokenizer.model_copy(update={"eos_ids": (7,)})
         return no_training(manifest).model_copy(update={"tokenizer": tokenizer})
 
-    caught(faulty.climb("eager", change=change), "end tokens", "[7]")
-    caught(faulty.climb("executorch", change=change), "get_eos_ids")
+    caught(clean, faulty.climb("eager", change=change), "end tokens", "[7]")
+    caught(clean, faulty.climb("executorch", change=change), "get_eos_ids")
 
 
 # What the transformer computes that programs are captured from
@@ -156,7 +188,7 @@ def with_captured(clean: Models, change: Callable[[ModelSpec], ModelSpec]) -> Mo
     return models
 
 
-def test_a_rope_base_off_by_one_percent(faulty: Faulty) -> None:
+def test_a_rope_base_off_by_one_percent(faulty: Faulty, clean: Clean) -> None:
     def change(spec: ModelSpec) -> ModelSpec:
         def other(rope: Rope) -> Rope:
             n = len(rope.inv_freq)
@@ -167,15 +199,15 @@ def test_a_rope_base_off_by_one_percent(faulty: Faulty) -> None:
         return replace(spec, layers=tuple(replace(y, rope=other(y.rope)) for y in spec.layers))
 
     models = with_captured(faulty.models, change)
-    caught(faulty.climb("captured", models), "rotary embedding")
+    caught(clean, faulty.climb("captured", models), "rotary embedding")
 
 
-def test_an_epsilon_that_is_off(faulty: Faulty) -> None:
+def test_an_epsilon_that_is_off(faulty: Faulty, clean: Clean) -> None:
     models = with_captured(faulty.models, lambda spec: replace(spec, norm_eps=spec.norm_eps * 10))
-    caught(faulty.climb("captured", models), "norm before attention", layer=0)
+    caught(clean, faulty.climb("captured", models), "norm before attention", layer=0)
 
 
-def test_a_lost_entry_of_the_causal_mask(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_entry_of_the_causal_mask(faulty: Faulty, clean: Clean, monkeypatch: pytest.MonkeyPatch) -> None:
     right = exporters.model.transformer.visible
 
     def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
@@ -185,7 +217,7 @@ def test_a_lost_entry_of_the_causal_mask(faulty: Faulty, monkeypatch: pytest.Mon
         return seen
 
     monkeypatch.setattr(exporters.model.transformer, "visible", visible)
-    caught(faulty.climb("captured"), "attention", layer=0)
+    caught(clean, faulty.climb("captured"), "attention", layer=0)
 
 
 # What a program of training.pte computes
@@ -209,7 +241,7 @@ def relowered(faulty: Faulty, wrong: Sequence, file: str) -> Callable[[m.Manifes
     return change
 
 
-def test_adamw_without_bias_correction(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adamw_without_bias_correction(faulty: Faulty, clean: Clean, monkeypatch: pytest.MonkeyPatch) -> None:
     right = AdamW.forward
 
     def forward(self: AdamW, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -219,16 +251,16 @@ def test_adamw_without_bias_correction(faulty: Faulty, monkeypatch: pytest.Monke
     monkeypatch.setattr(AdamW, "forward", forward)
     change = relowered(faulty, [adamw_program(faulty.models.training_spec)], "android/adamw.pte")
     monkeypatch.undo()
-    caught(faulty.climb("executorch", change=change), "adamw", "parameters")
+    caught(clean, faulty.climb("executorch", change=change), "adamw", "parameters")
 
 
-def test_an_epsilon_that_is_off_in_a_lowered_block(faulty: Faulty) -> None:
+def test_an_epsilon_that_is_off_in_a_lowered_block(faulty: Faulty, clean: Clean) -> None:
     spec = faulty.models.training_spec
     wrong = replace(spec, model=replace(spec.model, norm_eps=1e-2))
     assert faulty.models.bundle.manifest.training is not None
     length = max(faulty.models.bundle.manifest.training.lengths)
     change = relowered(faulty, block_programs(wrong, length)[:1], "android/block.pte")
-    caught(faulty.climb("executorch", change=change), "block_forward", "norm before it", layer=0)
+    caught(clean, faulty.climb("executorch", change=change), "block_forward", "norm before it", layer=0)
 
 
 # How an engine calls lm.pte
@@ -245,17 +277,17 @@ def moved(call: Call, by: int) -> Call:
 
 
 def test_an_adapter_that_is_silently_unused(
-    faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+    faulty: Faulty, clean: Clean, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def engine(program: Path, data: Sequence[Path], calls: Calls) -> list[list[np.ndarray]]:
         own = [faulty.bundle / "android/adapter.ptd" for _ in data]
         return run_calls(program, own, calls).outputs
 
     monkeypatch.setattr(executorch_rungs, "_here", engine)
-    caught(faulty.climb("executorch", change=no_training), "effect of the adapter", "not used")
+    caught(clean, faulty.climb("executorch", change=no_training), "effect of the adapter", "not used")
 
 
-def test_a_kv_position_off_by_one(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kv_position_off_by_one(faulty: Faulty, clean: Clean, monkeypatch: pytest.MonkeyPatch) -> None:
     def engine(program: Path, data: Sequence[Path], calls: Calls) -> list[list[np.ndarray]]:
         wrong = [
             moved(call, 1) if call.method == "forward" and call.inputs[1][0] else call
@@ -264,10 +296,10 @@ def test_a_kv_position_off_by_one(faulty: Faulty, monkeypatch: pytest.MonkeyPatc
         return run_calls(program, data, wrong).outputs
 
     monkeypatch.setattr(executorch_rungs, "_here", engine)
-    caught(faulty.climb("executorch", change=no_training), "KV cache")
+    caught(clean, faulty.climb("executorch", change=no_training), "KV cache")
 
 
-def test_a_stale_cache_between_calls(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stale_cache_between_calls(faulty: Faulty, clean: Clean, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new dialogue is put behind the last one, as if that still were in the context."""
 
     def engine(program: Path, data: Sequence[Path], calls: Calls) -> list[list[np.ndarray]]:
@@ -278,7 +310,7 @@ def test_a_stale_cache_between_calls(faulty: Faulty, monkeypatch: pytest.MonkeyP
         return run_calls(program, data, wrong).outputs
 
     monkeypatch.setattr(executorch_rungs, "_here", engine)
-    caught(faulty.climb("executorch", change=no_training), "the cache is stale")
+    caught(clean, faulty.climb("executorch", change=no_training), "the cache is stale")
 
 
 # What an .mlpackage says
@@ -295,7 +327,7 @@ def edit_package(faulty: Faulty, function: str, edit: Callable) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def test_a_core_ml_state_that_is_not_written(faulty: Faulty) -> None:
+def test_a_core_ml_state_that_is_not_written(faulty: Faulty, clean: Clean) -> None:
     def edit(block) -> None:
         kept = [
             op
@@ -306,10 +338,10 @@ def test_a_core_ml_state_that_is_not_written(faulty: Faulty) -> None:
         block.operations.extend(kept)
 
     edit_package(faulty, "decode", edit)
-    caught(faulty.climb("coreml"), "decode does not write state v_3", layer=3)
+    caught(clean, faulty.climb("coreml"), "decode does not write state v_3", layer=3)
 
 
-def test_an_epsilon_that_is_off_in_a_core_ml_norm(faulty: Faulty) -> None:
+def test_an_epsilon_that_is_off_in_a_core_ml_norm(faulty: Faulty, clean: Clean) -> None:
     """Of the third block, by what changes its input by a few hundredths."""
 
     def edit(block) -> None:
@@ -319,29 +351,32 @@ def test_an_epsilon_that_is_off_in_a_core_ml_norm(faulty: Faulty) -> None:
         const.attributes["val"].immediateValue.tensor.floats.values[0] = 5e-3
 
     edit_package(faulty, "prefill", edit)
-    caught(faulty.climb("coreml"), "prefill writes other values into state k_2", layer=2)
+    caught(clean, faulty.climb("coreml"), "prefill writes other values into state k_2", layer=2)
 
 
-def test_a_padding_token_that_is_counted(faulty: Faulty) -> None:
+def test_a_padding_token_that_is_counted(faulty: Faulty, clean: Clean) -> None:
     def edit(block) -> None:
         op = next(op for op in block.operations if op.type == "less")
         op.type = "less_equal"
 
     edit_package(faulty, "embed", edit)
-    caught(faulty.climb("coreml"), "padding", "counted")
+    caught(clean, faulty.climb("coreml"), "padding", "counted")
 
 
-def test_one_flipped_byte_in_a_package(faulty: Faulty) -> None:
+def test_one_flipped_byte_in_a_package(faulty: Faulty, clean: Clean) -> None:
     path = faulty.bundle / "ios/model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
     content = bytearray(path.read_bytes())
     for place in range(len(content) // 2, len(content) // 2 + 4096):
         content[place] ^= 0x80
     path.write_bytes(bytes(content))
-    assert faulty.climb("coreml").status == "failed"
+    caught(clean, faulty.climb("coreml"))
 
 
-def test_a_clean_bundle_is_clean(faulty: Faulty) -> None:
-    signed(faulty.bundle)
-    for rung in ("eager", "captured", "quantized", "executorch", "coreml"):
-        found = faulty.climb(rung)
-        assert found.status == "passed", found.reason
+@pytest.mark.parametrize("name", CLIMBED)
+def test_a_clean_bundle_is_clean(clean: Clean, name: str) -> None:
+    rung = clean[name]
+    assert rung.status == "passed", rung.reason
+    assert rung.checks
+    print(f"{name}: {margins(rung, True)[-3:]}")
+    for margin, what in margins(rung, True):
+        assert margin <= CLEAN, what

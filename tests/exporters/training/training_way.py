@@ -1,0 +1,54 @@
+"""Where several steps of training lead, by one engine and by another.
+
+AdamW divides by the root of a square, which amplifies the last digits of small gradients: no bound
+follows from the number format. How much it is shows PyTorch, with float32 gradients beside float64
+ones, on the same examples in the same run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime_py.bundle.adapter_state import AdapterState
+from toolchain.compile.tolerances import ABOVE, TABLE
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """``losses`` of the steps; by each trained tensor its ``values`` at the end, and how far the
+    number that ``moved`` most came."""
+
+    losses: np.ndarray
+    values: dict[str, np.ndarray]
+    moved: dict[str, float]
+
+    @classmethod
+    def of(cls, start: AdapterState, end: AdapterState, losses: np.ndarray) -> Way:
+        values = {name: end.tensors[name] for name in end.layout.places}
+        moved = {n: float(np.abs(v - start.tensors[n]).max()) for n, v in values.items()}
+        return cls(np.asarray(losses, np.float64), values, moved)
+
+
+def apart(found: Way, expected: Way) -> tuple[float, float]:
+    """The largest difference of a loss as a part of the largest loss, and of a number of the
+    adapter as a part of how far its tensor moved."""
+    losses = float(np.abs(found.losses - expected.losses).max() / np.abs(expected.losses).max())
+    values = (
+        float(np.abs(found.values[name] - value).max()) / expected.moved[name]
+        for name, value in expected.values.items()
+    )
+    return losses, max(values)
+
+
+def check_same_way(found: Way, single: Way, wide: Way) -> None:
+    """``single``: PyTorch's with float32 gradients, ``wide``: with float64 ones. Never more than
+    the limit on power of the ladder's own training runs, which is one per cent."""
+    most = TABLE["training run"].max_rel
+    assert most is not None
+    pairs = zip(("losses", "adapter"), apart(found, wide), apart(single, wide), strict=True)
+    for what, gap, spread in pairs:
+        bound = min(ABOVE * spread, most)
+        print(f"{what}: {gap:.2g} apart, {bound:.2g} allowed")
+        assert gap <= bound, what
