@@ -33,6 +33,7 @@ from runtime_py.bundle.adapter_forms import to_runtime
 from runtime_py.bundle.flat_tensor import ALIGNMENT, locate, read_ptd, write_ptd
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.lm import ExecutorchLm
+from runtime_py.loop.errors import AdapterError
 from tests import tiny
 from toolchain.compile.adapter_layout import layout
 from toolchain.compile.tolerances import rounding
@@ -427,8 +428,8 @@ def test_a_damaged_ptd_file_is_refused(tmp_path: Path) -> None:
     for size in (0, 3, 8, 30, len(whole) - 60):
         path.write_bytes(whole[:size])
         for read in (read_ptd, locate):
-            with pytest.raises(ExportError, match=r"x\.ptd is not a whole \.ptd file"):
+            with pytest.raises(AdapterError, match=r"x\.ptd is not a whole \.ptd file"):
                 read(path)
     path.write_bytes(b"PK" * 100)
-    with pytest.raises(ExportError, match="not a whole"):
+    with pytest.raises(AdapterError, match="not a whole"):
         read_ptd(path)
