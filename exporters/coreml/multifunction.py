@@ -72,9 +72,10 @@ def check(package: Path, expected: Sequence[ProgramSignature], ideal: int, const
             continue
         other = written[signature.name]
         for kind in ("inputs", "outputs", "states"):
-            want, got = set(getattr(signature, kind)), set(getattr(other, kind))
-            for spec in sorted(want ^ got, key=lambda s: s.name):
-                where = "lacks" if spec in want else "has unexpectedly"
+            expected_specs = set(getattr(signature, kind))
+            written_specs = set(getattr(other, kind))
+            for spec in sorted(expected_specs ^ written_specs, key=lambda s: s.name):
+                where = "lacks" if spec in expected_specs else "has unexpectedly"
                 differences.append(
                     f"{signature.name} {where} among its {kind} {spec.name} "
                     f"{list(spec.shape)} {spec.dtype}"

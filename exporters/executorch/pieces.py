@@ -188,17 +188,17 @@ class PieceFactory:
             self._templates[key] = self._lower(function, inputs, dims, outputs)
         template = self._templates[key]
         constants = _constants(function)
-        if lost := sorted(template.names.keys() - constants.keys()):
-            raise ExportError(f"the blocks of {self.model.spec.architecture} differ: {lost}.")
+        if missing := sorted(template.names.keys() - constants.keys()):
+            raise ExportError(f"the blocks of {self.model.spec.architecture} differ: {missing}.")
         blob = template.blob
-        held: dict[str, bytes] = {}
+        data_by_name: dict[str, bytes] = {}
         for buffer, generic in template.names.items():
             name, data = constants[buffer]
             blob = blob.replace(generic.encode(), name.encode())
-            held[name] = data
+            data_by_name[name] = data
         self.flops += template.flops
         self.count += 1
-        return rebound(blob, held | template.shared, template.shapes)
+        return rebound(blob, data_by_name | template.shared, template.shapes)
 
     def _lower(
         self,

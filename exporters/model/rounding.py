@@ -180,8 +180,8 @@ def _search(
         part = grouped[start : start + rows]
         count = part.shape[0]
         columns = part.permute(2, 0, 1).reshape(group, -1)  # [group, rows * groups]
-        found = _search_groups(columns, each.repeat(1, count), bits, affine)
-        for whole, piece in zip((scale, offset), found, strict=True):
+        best = _search_groups(columns, each.repeat(1, count), bits, affine)
+        for whole, piece in zip((scale, offset), best, strict=True):
             whole[start : start + count] = piece.view(count, groups)
     return scale, round_nearest(offset, 8, groups) if affine else None
 

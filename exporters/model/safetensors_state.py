@@ -136,9 +136,9 @@ def _shards(folder: Path) -> list[Path]:
         )
     files = [folder / s for s in shards]
     there = {name for path in files for name in _open(path).keys()}  # noqa: SIM118
-    if lost := sorted(set(names) - there):
+    if absent := sorted(set(names) - there):
         raise ExportError(
-            f"{index} lists {len(lost)} tensors that no shard has ({', '.join(lost[:3])}); "
+            f"{index} lists {len(absent)} tensors that no shard has ({', '.join(absent[:3])}); "
             f"the files are not of one download."
         )
     return files

@@ -89,4 +89,4 @@ def ratio(one: Timing, other: Timing) -> float:
     """How many times as fast ``one`` is: the median over rounds, each round compared with itself,
     since what slows one round down slows both."""
     pairs = zip(one.seconds, other.seconds, strict=True)
-    return statistics.median(theirs / ours for ours, theirs in pairs)
+    return statistics.median(other_s / one_s for one_s, other_s in pairs)

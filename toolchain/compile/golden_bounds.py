@@ -51,8 +51,8 @@ def tolerances(
         pooled = of_int8(largest([between(a[0], b[0]) for a, b in vectors]), pooled=True)
         gap = max(abs(a[1] - b[1]) for a, b in vectors)
         entropy = replace(plain, max_rel=(plain.max_rel or 0.0) + INT8_ABOVE * gap)
-    found = {"logits": logits, "pooled": pooled, "entropy": entropy}
-    return {name: bound(tolerance) for name, tolerance in found.items()}
+    tolerances = {"logits": logits, "pooled": pooled, "entropy": entropy}
+    return {name: bound(tolerance) for name, tolerance in tolerances.items()}
 
 
 def bound(tolerance: Tolerance) -> dict:

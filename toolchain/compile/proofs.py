@@ -23,8 +23,8 @@ LEAST_CHANGE = 1e-3  # of the logits' range: what an adapter with an effect chan
 PROMPT = 32  # tokens of the check
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+def _relative(measured: Tensor, expected: Tensor) -> float:
+    return ((measured - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
 
 
 @torch.no_grad()
@@ -94,9 +94,9 @@ def android_program(
         spread = of_int8(model, [lambda one: one(tokens)[0].numpy()])
         most, least = math.inf, 1.0 - INT8_ABOVE**2 / 2.0 * spread.unlike
     lm = ExecutorchLm(program, adapter)
-    found = lm.prefill(tokens)
+    prompt_logits = lm.prefill(tokens)
     stepwise = lm.all_logits(tokens)[:, -1]
-    for name, logits in (("in one call", found), ("token by token", stepwise)):
+    for name, logits in (("in one call", prompt_logits), ("token by token", stepwise)):
         error = _relative(logits, expected)
         likeness = torch.corrcoef(torch.cat([logits, expected]))[0, 1].item()
         if model.is_float and error > most:
@@ -113,7 +113,7 @@ def android_program(
     write_ptd(trial, with_effect(arrays))
     changed = ExecutorchLm(program, trial).prefill(tokens)
     trial.unlink()
-    if not _relative(changed, found) > LEAST_CHANGE:
+    if not _relative(changed, prompt_logits) > LEAST_CHANGE:
         raise ExportError(
             "another adapter file does not change the logits of lm.pte: the adapter is not bound."
         )

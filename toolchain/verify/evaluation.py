@@ -95,13 +95,13 @@ def perturbed_logits(model: Transformer, tokens: Tensor, seed: int) -> Tensor:
         return model(tokens)
 
 
-def difference(found: Tensor, expected: Tensor) -> Difference:
+def difference(measured: Tensor, expected: Tensor) -> Difference:
     """Of logits [1, S, V]."""
-    gap = found - expected
+    gap = measured - expected
     return Difference(
         largest=(gap.abs().max() / expected.abs().max()).item(),
         rms=(gap.norm() / expected.norm()).item(),
-        same_token=(found.argmax(-1) == expected.argmax(-1)).float().mean().item(),
+        same_token=(measured.argmax(-1) == expected.argmax(-1)).float().mean().item(),
     )
 
 
@@ -166,8 +166,8 @@ def evaluate(
     first = texts[0]
     stage("PyTorch, the same weights", total)
     expected = model(first)
-    ours = _Watched(model, progress)
-    pytorch = perplexity(ours, texts)
+    on_torch = _Watched(model, progress)
+    pytorch = perplexity(on_torch, texts)
     float32 = pytorch
     if model is not plain:
         stage("PyTorch, float32", total)
@@ -180,11 +180,14 @@ def evaluate(
     stage("ExecuTorch, token by token", total)
     with silenced():
         lm = ExecutorchLm(files.lm, files.adapter, threads)
-    theirs = _Watched(lm.all_logits, progress)
-    executorch = perplexity(theirs, texts)
+    on_executorch = _Watched(lm.all_logits, progress)
+    executorch = perplexity(on_executorch, texts)
     start = max(shared_prefix(texts), 1) - 1  # the first position whose next token counts
     same = torch.cat(
-        [a[start:-1] == b[start:-1] for a, b in zip(theirs.tokens, ours.tokens, strict=True)]
+        [
+            a[start:-1] == b[start:-1]
+            for a, b in zip(on_executorch.tokens, on_torch.tokens, strict=True)
+        ]
     )
     return Evaluation(
         quantize=files.target.quantize,

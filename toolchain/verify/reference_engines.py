@@ -39,18 +39,18 @@ def peft_gradient(
     """
     places = peft_parameters(model, tensors)
     # A fused module of PEFT's is several of the programs' tensors.
-    wanted = list({id(parameter): parameter for parameter, _ in places.values()}.values())
-    trainable = [parameter.requires_grad for parameter in wanted]
-    for parameter in wanted:
+    parameters = list({id(parameter): parameter for parameter, _ in places.values()}.values())
+    trainable = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
         parameter.requires_grad_()
     try:
         with torch.enable_grad():
             loss = torch.stack([_loss(model, example) for example in examples]).sum()
-            grads = torch.autograd.grad(loss, wanted)
+            grads = torch.autograd.grad(loss, parameters)
     finally:
-        for parameter, before in zip(wanted, trainable, strict=True):
+        for parameter, before in zip(parameters, trainable, strict=True):
             parameter.requires_grad_(before)
-    of = {id(parameter): grad for parameter, grad in zip(wanted, grads, strict=True)}
+    of = {id(parameter): grad for parameter, grad in zip(parameters, grads, strict=True)}
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     return loss.item(), {
         name: padded(of[id(parameter)][rows], shapes[name])

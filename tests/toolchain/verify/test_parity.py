@@ -246,14 +246,14 @@ def test_effect_of_an_adapter(quantize: str, scale: float, noise: float, note: s
     random = np.random.default_rng(0)
     base, effect = random.normal(size=(2, 4, 500))
 
-    def said(scale: float, noise: float) -> LmOutputs:
-        own = base + scale * effect + noise * random.normal(size=base.shape)
-        return LmOutputs({(INITIAL, "case"): base, (EFFECT, "case"): own}, {}, {}, {}, {})
+    def outputs(scale: float, noise: float) -> LmOutputs:
+        adapted = base + scale * effect + noise * random.normal(size=base.shape)
+        return LmOutputs({(INITIAL, "case"): base, (EFFECT, "case"): adapted}, {}, {}, {}, {})
 
     # Twice what one run has, as of int8 activations; float32 has some 1e-5.
     allowed = 2.0 * noise if quantize == "8da4w" else 1e-5
     bounds = Bounds(TABLE["float32"], TABLE["float32"], TABLE["adapter"], allowed)
-    (check,) = effects(said(scale, noise), said(1.0, noise), bounds, "lm")
+    (check,) = effects(outputs(scale, noise), outputs(1.0, noise), bounds, "lm")
     assert check.passed == (note is None)
     assert (note or "") in check.note
 

@@ -56,8 +56,8 @@ class _Library:
         self._strings = self.offset(self.value(_DT_STRTAB))
 
     def value(self, tag: int) -> int:
-        for _, found, value in self.dynamic:
-            if found == tag:
+        for _, other, value in self.dynamic:
+            if other == tag:
                 return value
         raise ValueError(f"its dynamic section lacks the entry {tag}")
 

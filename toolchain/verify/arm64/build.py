@@ -141,13 +141,13 @@ def _filled(target: Path, make: Callable[[Path], None]) -> Path:
 
 def _wheel(cache: Path) -> Path:
     """ExecuTorch's headers and ARM64 libraries, of the version that is installed here."""
-    wanted = version("executorch").split("+")[0]
+    release = version("executorch").split("+")[0]
 
     def download(part: Path) -> None:
-        pip = [sys.executable, "-m", "pip", "download", f"executorch=={wanted}", "--dest", part]
+        pip = [sys.executable, "-m", "pip", "download", f"executorch=={release}", "--dest", part]
         options = ["--platform", WHEEL_PLATFORM, "--python-version", "3.11", "--no-deps"]
         options += ["--only-binary=:all:", "--quiet", "--disable-pip-version-check", "--retries=1"]
-        doing = f"the download of ExecuTorch {wanted} for ARM64, which is needed once,"
+        doing = f"the download of ExecuTorch {release} for ARM64, which is needed once,"
         _output_of(pip + options, doing, _DOWNLOAD_S)
         for wheel in part.glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
@@ -155,7 +155,7 @@ def _wheel(cache: Path) -> Path:
                 archive.extractall(part, [n for n in archive.namelist() if n.startswith(prefixes)])
             wheel.unlink()
 
-    return _filled(cache / f"executorch-{wanted}-aarch64", download) / "executorch"
+    return _filled(cache / f"executorch-{release}-aarch64", download) / "executorch"
 
 
 def _sysroot(compiler: Path) -> Path:

@@ -65,11 +65,11 @@ class BlobFile:
         sentinel, code, size, start, _ = _HEADER.unpack(header)
         if sentinel != _SENTINEL:
             raise ExportError(f"{where} has no header there: the file is damaged.")
-        found = _NAMES.get(code, f"type {code}")
-        wanted = (count * bits + 7) // 8
-        if found != dtype or size != wanted:
+        stored = _NAMES.get(code, f"type {code}")
+        expected = (count * bits + 7) // 8
+        if stored != dtype or size != expected:
             raise ExportError(
-                f"{where} is {found} in {size} bytes where the program has {dtype} in {wanted}: "
+                f"{where} is {stored} in {size} bytes where the program has {dtype} in {expected}: "
                 f"program and weights do not belong together."
             )
         if start + size > len(self._bytes):

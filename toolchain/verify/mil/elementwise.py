@@ -177,10 +177,10 @@ def identity(x: Tensor) -> Tensor:
 def cast(x: Tensor, dtype: str) -> Tensor:
     """Floats to integers by truncation; integers to narrower ones modulo their range; what is not
     zero is true."""
-    wanted = find_dtype(dtype)
-    if x.dtype.is_floating_point and wanted.carrier in _INTEGERS:
+    target = find_dtype(dtype)
+    if x.dtype.is_floating_point and target.carrier in _INTEGERS:
         x = x.to(torch.int64)
-    result = x.to(wanted.carrier)
-    if wanted.name == "uint16":  # carried in int32
+    result = x.to(target.carrier)
+    if target.name == "uint16":  # carried in int32
         result = result & 0xFFFF
     return result

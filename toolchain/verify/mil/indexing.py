@@ -125,7 +125,10 @@ def gather(
     if not batch_dims:
         taken = x.index_select(axis, rows.flatten())
         return taken.reshape(*x.shape[:axis], *rows.shape, *x.shape[axis + 1 :])
-    parts = [gather(part, own, axis - 1, batch_dims - 1) for part, own in zip(x, rows, strict=True)]
+    parts = [
+        gather(part, its_rows, axis - 1, batch_dims - 1)
+        for part, its_rows in zip(x, rows, strict=True)
+    ]
     return torch.stack(parts)
 
 
@@ -147,7 +150,10 @@ def gather_nd(
 ) -> Tensor:
     if not batch_dims:
         return x[_tuples(indices, x.shape)]
-    parts = [gather_nd(part, own, batch_dims - 1) for part, own in zip(x, indices, strict=True)]
+    parts = [
+        gather_nd(part, its_indices, batch_dims - 1)
+        for part, its_indices in zip(x, indices, strict=True)
+    ]
     return torch.stack(parts)
 
 

@@ -124,7 +124,7 @@ class Interpreter:
             written = self._tensor(_held(given, values), operation.name)
             name = _state(operation, state, called)
             if not called.states[name].admits(written):
-                raise ExportError(f"{operation.name} writes {_said(written)} into state '{name}'.")
+                raise ExportError(f"{operation.name} writes {_shown(written)} into state '{name}'.")
             current[name] = written
             return dict.fromkeys(operation.outputs, written)
         arguments = self._arguments(operation.arguments, values)
@@ -185,7 +185,7 @@ def _computed(
         if result.dtype.is_floating_point and carrier.is_floating_point:
             result = result.to(carrier)
         if not declared.admits(result):
-            raise ExportError(f"{what} gives {_said(result)} where {declared} is declared.")
+            raise ExportError(f"{what} gives {_shown(result)} where {declared} is declared.")
         rounded[name] = result
     return rounded
 
@@ -234,19 +234,19 @@ def _zeros(name: str, declared: TensorType) -> Tensor:
     return torch.zeros(sizes, dtype=declared.dtype.carrier)
 
 
-def _said(tensor: Tensor) -> str:
+def _shown(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _check(called: MilFunction, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> None:
     """Raises ``ExportError`` with every input and state that is missing or does not fit."""
     misfits = [
-        f"{kind} '{name}' is {_said(given[name]) if name in given else 'missing'}, not {declared}"
-        for kind, wanted, given in (
+        f"{kind} '{name}' is {_shown(given[name]) if name in given else 'missing'}, not {declared}"
+        for kind, expected, given in (
             ("input", called.inputs, inputs),
             ("state", called.states, states),
         )
-        for name, declared in wanted.items()
+        for name, declared in expected.items()
         if name not in given or not declared.admits(given[name])
     ]
     misfits += [f"input '{name}' is not known" for name in inputs if name not in called.inputs]

@@ -136,9 +136,11 @@ def from_immediate(tensor: Any, declared: TensorType) -> Tensor:
     shape = _sizes(declared)
     if field == "bytes":
         data = np.frombuffer(tensor.bytes.values, np.uint8).copy()
-        wanted = (math.prod(shape) * declared.dtype.bits + 7) // 8
-        if len(data) != wanted:
-            raise ExportError(f"a constant of type {declared} has {len(data)} bytes, not {wanted}.")
+        expected = (math.prod(shape) * declared.dtype.bits + 7) // 8
+        if len(data) != expected:
+            raise ExportError(
+                f"a constant of type {declared} has {len(data)} bytes, not {expected}."
+            )
         return from_bytes(data, declared)
     if field not in ("floats", "ints", "bools"):
         raise ExportError(f"a constant of type {declared} is kept as {field}, which is unknown.")

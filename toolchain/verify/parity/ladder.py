@@ -64,9 +64,9 @@ def climb(
     with tempfile.TemporaryDirectory(prefix="attune-parity-") as scratch:
         context = open_context(bundle, Path(scratch), source=source, quick=quick, cpu=cpu)
         context.progress = progress
-        wanted = _needed(rungs or RUNGS)
+        needed = _needed(rungs or RUNGS)
         results = [
-            run_rung(name, context) if name in wanted else not_run(name, NOT_ASKED)
+            run_rung(name, context) if name in needed else not_run(name, NOT_ASKED)
             for name in RUNGS
         ]
         texts = {case.name: case.text for case in context.cases}
