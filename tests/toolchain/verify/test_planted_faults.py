@@ -18,7 +18,7 @@ import torch
 from coremltools.proto import Model_pb2
 from torch import Tensor
 
-import exporters.model.transformer
+import exporters.model.plain_attention
 from exporters.executorch.training_program import lower_training
 from exporters.model.assembly import build
 from exporters.model.spec import ModelSpec, Rope
@@ -208,7 +208,7 @@ def test_an_epsilon_that_is_off(faulty: Faulty, clean: Clean) -> None:
 
 
 def test_a_lost_entry_of_the_causal_mask(faulty: Faulty, clean: Clean, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = exporters.model.transformer.visible
+    right = exporters.model.plain_attention.visible
 
     def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
         seen = right(queries, keys, window)
@@ -216,7 +216,7 @@ def test_a_lost_entry_of_the_causal_mask(faulty: Faulty, clean: Clean, monkeypat
             seen[9, 4] = False
         return seen
 
-    monkeypatch.setattr(exporters.model.transformer, "visible", visible)
+    monkeypatch.setattr(exporters.model.plain_attention, "visible", visible)
     caught(clean, faulty.climb("captured"), "attention", layer=0)
 
 
