@@ -1,7 +1,7 @@
 """Faults that real exports have had, one a test: each must be caught at its rung, by its name.
 
 A bundle is changed and signed anew, so that hashes do not tell; or a program, or the engine that
-calls it, is replaced by one with the fault. Where a check measures, the fault must lie clearly above
+calls it, is replaced by one with the fault. Where a check measures, the fault lies clearly above
 what is allowed, and the clean bundle clearly below it in the same run: between ``CLEAN`` and
 ``SEEN`` of what is allowed there is nothing. ``-s`` prints both margins.
 """
@@ -42,7 +42,10 @@ WEIGHTS = "training/base.safetensors"
 MODEL = "ios/model.mlpackage/Data/com.apple.CoreML/model.mlmodel"
 
 
-CLEAN, SEEN = 0.7, 2.0  # margins: a clean bundle's are at most the one, a fault's at least the other
+CLEAN, SEEN = (
+    0.7,
+    2.0,
+)  # margins: a clean bundle's are at most the one, a fault's at least the other
 CLIMBED = ("eager", "captured", "quantized", "executorch", "coreml")
 Clean = Mapping[str, Rung]
 
@@ -207,7 +210,9 @@ def test_an_epsilon_that_is_off(faulty: Faulty, clean: Clean) -> None:
     caught(clean, faulty.climb("captured", models), "norm before attention", layer=0)
 
 
-def test_a_lost_entry_of_the_causal_mask(faulty: Faulty, clean: Clean, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_entry_of_the_causal_mask(
+    faulty: Faulty, clean: Clean, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = exporters.model.plain_attention.visible
 
     def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
@@ -241,7 +246,9 @@ def relowered(faulty: Faulty, wrong: Sequence, file: str) -> Callable[[m.Manifes
     return change
 
 
-def test_adamw_without_bias_correction(faulty: Faulty, clean: Clean, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adamw_without_bias_correction(
+    faulty: Faulty, clean: Clean, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = AdamW.forward
 
     def forward(self: AdamW, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -260,7 +267,9 @@ def test_an_epsilon_that_is_off_in_a_lowered_block(faulty: Faulty, clean: Clean)
     assert faulty.models.bundle.manifest.training is not None
     length = max(faulty.models.bundle.manifest.training.lengths)
     change = relowered(faulty, block_programs(wrong, length)[:1], "android/block.pte")
-    caught(clean, faulty.climb("executorch", change=change), "block_forward", "norm before it", layer=0)
+    caught(
+        clean, faulty.climb("executorch", change=change), "block_forward", "norm before it", layer=0
+    )
 
 
 # How an engine calls lm.pte
@@ -284,10 +293,14 @@ def test_an_adapter_that_is_silently_unused(
         return run_calls(program, own, calls).outputs
 
     monkeypatch.setattr(executorch_rungs, "_here", engine)
-    caught(clean, faulty.climb("executorch", change=no_training), "effect of the adapter", "not used")
+    caught(
+        clean, faulty.climb("executorch", change=no_training), "effect of the adapter", "not used"
+    )
 
 
-def test_a_kv_position_off_by_one(faulty: Faulty, clean: Clean, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kv_position_off_by_one(
+    faulty: Faulty, clean: Clean, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def engine(program: Path, data: Sequence[Path], calls: Calls) -> list[list[np.ndarray]]:
         wrong = [
             moved(call, 1) if call.method == "forward" and call.inputs[1][0] else call
@@ -299,7 +312,9 @@ def test_a_kv_position_off_by_one(faulty: Faulty, clean: Clean, monkeypatch: pyt
     caught(clean, faulty.climb("executorch", change=no_training), "KV cache")
 
 
-def test_a_stale_cache_between_calls(faulty: Faulty, clean: Clean, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stale_cache_between_calls(
+    faulty: Faulty, clean: Clean, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A new dialogue is put behind the last one, as if that still were in the context."""
 
     def engine(program: Path, data: Sequence[Path], calls: Calls) -> list[list[np.ndarray]]:
