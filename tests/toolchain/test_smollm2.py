@@ -24,15 +24,18 @@ from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.flat_tensor import write_ptd
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft
-from runtime_py.engine.examples import Example
+from runtime_py.engine.examples import IGNORED, Example
 from runtime_py.engine.lm import ExecutorchLm
 from runtime_py.engine.stock_runner import StockRunner
 from runtime_py.engine.streaming import open_training
 from runtime_py.engine.trainer import Settings, train
 from runtime_py.loop.dialogue import Turn
+from tests import tiny
+from tests.exporters.training.training_way import Way, check_same_way
 from toolchain.bench.training_engines import peft_model
 from toolchain.bench.training_speed import pick_sequence
 from toolchain.compile.bundle_export import export
+from toolchain.compile.tolerances import ABOVE
 from toolchain.verify.reference_engines import PeftEngine, peft_gradient
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -40,6 +43,7 @@ GGUF = SHARED / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA = SHARED / "data" / "dev"
 PROMPTS, REPLY = 5, 64  # prompts, tokens of a reply
 STEPS = 8  # of training an adapter
+NAMES = ("streamed", "float32", "float64")  # runs of training
 TEXTS = ("dolly", "empathetic")  # what each adapter learns
 
 pytestmark = [
@@ -158,9 +162,13 @@ def test_one_program_with_two_adapters_equals_peft(
         text = next(iter(found[name]))
         tokens = checkpoint.tokenizer(text, add_special_tokens=False, return_tensors="pt")
         with torch.no_grad():
-            expected = model(tokens["input_ids"]).logits
+            single = model(tokens["input_ids"]).logits.double()
+            double = model.double()(tokens["input_ids"]).logits
         lm = ExecutorchLm(bundle / "android" / "lm.pte", file)
-        assert (lm.all_logits(tokens["input_ids"]) - expected).abs().max() < 1e-3
+        logits = lm.all_logits(tokens["input_ids"]).double()
+        bound = ABOVE * tiny.relative(single, double)
+        assert bound < 1e-2  # a wrong constant of 1 % is seen
+        assert tiny.relative(logits, double) <= bound
     first, second = found.values()
     assert first != second
 
@@ -197,11 +205,21 @@ def _off(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float
     return max(float(np.abs(found[n] - e).max() / np.abs(e).max()) for n, e in expected.items())
 
 
-def _cosine(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
-    return min(
-        float((found[n] * e).sum() / np.sqrt((found[n] ** 2).sum() * (e**2).sum()))
+def _unlike(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """The largest 1 − cosine of a tensor."""
+    return max(
+        1.0 - float((found[n] * e).sum() / np.sqrt((found[n] ** 2).sum() * (e**2).sum()))
         for n, e in expected.items()
     )
+
+
+@torch.no_grad()
+def _losses(model: PeftModel, example: Example) -> np.ndarray:
+    """Of each label, in nats, float64."""
+    logits = model(torch.from_numpy(example.tokens)[None]).logits[0, :-1]
+    labels = torch.from_numpy(example.labels)[1:]
+    loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    return loss.double().numpy()
 
 
 def test_gradients_are_exact(
@@ -212,7 +230,8 @@ def test_gradients_are_exact(
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Every LoRA gradient of one real dialogue, against float32 and float64."""
+    """Every LoRA gradient of one real dialogue, against float64: off by no more than ``ABOVE``
+    times what float32 in PyTorch is."""
     state = _state(trained, manifest, tmp_path / "lora")
     engine = open_training(Bundle(bundle, manifest))
     flat = state.layout.zeros()
@@ -222,16 +241,20 @@ def test_gradients_are_exact(
     tensors = manifest.adapter.tensors
     loss32, gradients = peft_gradient(trained, tensors, [sequence])
     single = {n: g.astype(np.float64) for n, g in gradients.items()}
-    loss64, double = peft_gradient(copy.deepcopy(trained).double(), tensors, [sequence])
+    wide = copy.deepcopy(trained).double()
+    loss64, double = peft_gradient(wide, tensors, [sequence])
+    # Of the sum, differences of either sign might cancel by chance: each label's counts.
+    loss_bound = ABOVE * np.abs(_losses(trained, sequence) - _losses(wide, sequence)).sum()
+    record_property("loss off float64, float32's, allowed", str((loss, loss32, loss64, loss_bound)))
     record_property("off float32", _off(found, single))
     record_property("off float64", _off(found, double))
     record_property("float32 off float64", _off(single, double))
-    record_property("cosine", _cosine(found, single))
-    assert abs(loss - loss32) <= 1e-5 * loss32
-    assert _off(found, single) <= 1e-3
-    assert _cosine(found, single) >= 0.999999
-    assert _off(found, double) <= 3 * _off(single, double)
-    assert abs(loss - loss64) <= max(3 * abs(loss32 - loss64), 1e-6 * loss64)
+    record_property("unlike float64", _unlike(found, double))
+    record_property("float32 unlike float64", _unlike(single, double))
+    assert abs(loss - loss64) <= loss_bound < 1e-2 * loss64
+    assert _off(found, double) <= ABOVE * _off(single, double) < 1e-2
+    # Of two such vectors 1 − cosine is half the square of the difference.
+    assert _unlike(found, double) <= ABOVE**2 * _unlike(single, double) + 2.0**-48
 
 
 def test_twenty_steps(
@@ -239,20 +262,19 @@ def test_twenty_steps(
 ) -> None:
     assert manifest.training is not None
     optimizer, own = manifest.training.optimizer, Settings(epochs=20, batch=1, save_every=100)
-    states = [_state(trained, manifest, tmp_path / name) for name in ("a", "b")]
-    start = {n: v.copy() for n, v in states[0].tensors.items()}
+    start, *states = (_state(trained, manifest, tmp_path / name) for name in ("start", *NAMES))
     engines = (
         open_training(Bundle(bundle, manifest)),
         PeftEngine(trained, manifest.adapter.tensors, optimizer),
+        PeftEngine(copy.deepcopy(trained).double(), manifest.adapter.tensors, optimizer),
     )
-    losses = []
-    for state, engine, name in zip(states, engines, "ab", strict=True):
+    ways = []
+    for state, engine, name in zip(states, engines, NAMES, strict=True):
         outcome = train(engine, state, [sequence], own, optimizer, tmp_path / f"run-{name}")
         assert outcome is not None
-        losses.append(outcome.losses)
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
-    assert losses[0][-1] < losses[0][0]
-    for name in states[0].layout.places:
-        found, expected = (state.tensors[name] for state in states)
-        assert np.abs(found - expected).max() <= 1e-2 * np.abs(expected).max(), name
-        assert np.abs(expected - start[name]).max() > 0
+        assert outcome.losses[-1] < outcome.losses[0]
+        ways.append(Way.of(start, state, np.array(outcome.losses)))
+    found, single, wide = ways
+    assert min(single.moved.values()) > 0
+    sizes = {name: float(np.abs(value).max()) for name, value in single.values.items()}
+    check_same_way(found, single, wide, sizes)

@@ -3,7 +3,6 @@ float32 with a float16 cache, does to the same model and tokens in the same run.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,18 +16,6 @@ from exporters.model.spec import LayerSpec, ModelSpec
 from exporters.model.transformer import Transformer
 from toolchain.compile import spread
 from toolchain.compile.tolerances import FLOAT16_ABOVE, model_terms, of_float16, rounding
-
-
-def entropy_bound(norms: Tensor, off: float) -> float:
-    """How far the entropy −Σ p ln p / ln n of ``norms`` [n] may be from what it is, where each norm
-    may be ``off`` by this part of it: to first order Σ p |ln p + H| / ln n times that, of a second
-    order n · off² at most, and what float32 does to the sum itself."""
-    n = len(norms)
-    if n == 1:
-        return 0.0
-    p = norms.double() / norms.double().sum()
-    leaning = (p * (p.log() - (p * p.log()).sum()).abs()).sum().item()
-    return (off * leaning + n * off * off) / math.log(n) + rounding(2 * n)
 
 
 def _half_cache(spec: ModelSpec, layer: LayerSpec) -> Attend:

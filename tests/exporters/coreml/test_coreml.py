@@ -21,7 +21,8 @@ from exporters.model.projection import LoRA
 from exporters.model.spec import read_spec
 from exporters.model.transformer import Norm, Transformer
 from exporters.signature import ProgramSignature
-from tests.exporters.coreml.half_bounds import entropy_bound, measured
+from tests.bounds import entropy_bound
+from tests.exporters.coreml.half_bounds import measured
 from tests.toolchain.verify.mil_values import Package
 from toolchain.compile.tolerances import HALF, model_terms, rounding
 

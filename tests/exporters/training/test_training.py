@@ -36,6 +36,7 @@ from tests.exporters.training.training_kit import (
     make_kit,
 )
 from toolchain.compile.precision import ANDROID
+from toolchain.compile.tolerances import SINGLE, rounding
 from toolchain.compile.training_part import EagerPrograms, lower_programs, training_spec
 from toolchain.verify.reference_engines import PeftEngine, peft_gradient
 
@@ -289,10 +290,12 @@ def test_coreml_computes_what_peft_computes(kind: str, tmp_path: Path) -> None:
     norm = engine.update(found, gradient, numbers)
     assert norm > numbers.clip
     reference = PeftEngine(kit.peft, kit.tensors, optimizer)
-    assert norm == pytest.approx(reference.update(expected, gradient, numbers), rel=1e-5)
+    bound = rounding(gradient.size)  # of the norm, and of what it divides
+    assert norm == pytest.approx(reference.update(expected, gradient, numbers), rel=bound, abs=0)
     for name in ("parameters", "mean", "square"):
         want = torch.from_numpy(getattr(expected, name))
-        assert tiny.relative(torch.from_numpy(getattr(found, name)), want) <= 1e-4, name
+        gap = tiny.relative(torch.from_numpy(getattr(found, name)), want)
+        assert gap <= 2 * bound + 4 * SINGLE, name  # twice: of the square
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

@@ -73,7 +73,7 @@ def test_twenty_steps_are_those_of_torch_and_peft(kit: Kit, engine, tmp_path: Pa
     assert losses["streamed"][-1] < losses["streamed"][0]
     found, single, wide = (Way.of(kit.state(), states[name], losses[name]) for name in engines)
     assert min(single.moved.values()) > 1e-3  # it did learn
-    check_same_way(found, single, wide)
+    check_same_way(found, single, wide, single.moved)
 
 
 def test_accumulation_is_one_large_batch(kit: Kit, engine) -> None:

@@ -12,6 +12,7 @@ import torch
 from runtime_py.bundle.bundle import open_bundle
 from tests.toolchain.conftest import Attune
 from toolchain.compile.source import find_source, float_model
+from toolchain.compile.tolerances import model_terms, rounding
 from toolchain.verify.evaluation import difference, perturbed_logits
 
 DIALOGUES = [
@@ -93,8 +94,8 @@ def test_difference_against_a_closed_form() -> None:
     expected = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])
     found = expected + torch.tensor([[[0.0, 0.0], [4.5, 0.0]]])
     gap = difference(found, expected)
-    assert gap.largest == pytest.approx(4.5 / 4)
-    assert gap.rms == pytest.approx(4.5 / 5)
+    assert gap.largest == 4.5 / 4
+    assert gap.rms == pytest.approx(4.5 / 5, rel=2.0**-23, abs=0)  # a division in float32
     assert gap.same_token == 0.5
 
 
@@ -109,5 +110,6 @@ def test_perturbation_is_small_and_leaves_the_model_alone(
     tokens = torch.arange(20)[None]
     before = model(tokens)
     changed = perturbed_logits(model, tokens, 0)
-    assert 0 < difference(changed, before).largest < 1e-5  # nothing is rounded to int8 here
+    # A bit of noise on every embedding, and nothing is rounded to int8 here.
+    assert 0 < difference(changed, before).largest <= rounding(model_terms(model.spec, 20))
     assert torch.equal(model(tokens), before)

@@ -33,7 +33,8 @@ from exporters.model.spec import read_spec
 from exporters.model.transformer import Transformer
 from exporters.signature import ProgramSignature
 from tests import tiny
-from tests.exporters.coreml.half_bounds import entropy_bound, measured
+from tests.bounds import entropy_bound
+from tests.exporters.coreml.half_bounds import measured
 from tests.toolchain.verify.mil_values import Package as Folded
 from toolchain.compile.tolerances import ABOVE, FLOAT16_ABOVE, HALF, rounding
 from toolchain.verify.mil.blob import BlobFile

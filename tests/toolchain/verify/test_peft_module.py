@@ -20,6 +20,7 @@ from runtime_py.loop.errors import AdapterError
 from tests import tiny
 from toolchain.compile.adapter_layout import layout
 from toolchain.compile.autograd import autograd_gradient
+from toolchain.compile.tolerances import model_terms, rounding
 from toolchain.verify.peft_module import padded, peft_values, set_peft_adapter
 from toolchain.verify.reference_engines import peft_gradient
 
@@ -95,10 +96,12 @@ def test_both_references_have_the_same_gradient(pair: Pair) -> None:
         examples.append(Example(f"random-{seed}", tokens, labels))
     loss, gradients = peft_gradient(pair.peft, pair.tensors, examples)
     whole = autograd_gradient(pair.model, pair.values, examples)
-    assert whole.loss == pytest.approx(loss, rel=1e-5)
+    terms = model_terms(pair.model.spec, 24)
+    total = loss + whole.largest_logit * sum(example.count for example in examples)
+    assert abs(whole.loss - loss) <= rounding(terms) * total < 1e-2 * loss
+    bound = rounding(3 * terms) * max(np.abs(expected).max() for expected in gradients.values())
     assert gradients.keys() == whole.gradients.keys()
     assert gradients.keys() == AdapterState.of(pair.tensors, pair.values).layout.places.keys()
     for name, expected in gradients.items():
-        assert np.abs(expected).max() > 0
-        gap = np.abs(whole.gradients[name] - expected).max() / np.abs(expected).max()
-        assert gap <= 1e-4, name
+        assert np.abs(expected).max() > 100 * bound, "the case shows nothing"
+        assert np.abs(whole.gradients[name] - expected).max() <= bound, name

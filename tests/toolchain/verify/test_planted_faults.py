@@ -1,8 +1,8 @@
 """Faults that real exports have had, one a test: each must be caught at its rung, by its name.
 
 A bundle is changed and signed anew, so that hashes do not tell; or a program, or the engine that
-calls it, is replaced by one with the fault. Where a check measures, the fault must lie clearly
-above what is allowed, and the clean bundle clearly below it in the same run: between ``CLEAN`` and
+calls it, is replaced by one with the fault. Where a check measures, the fault lies clearly above
+what is allowed, and the clean bundle clearly below it in the same run: between ``CLEAN`` and
 ``SEEN`` of what is allowed there is nothing. ``-s`` prints both margins.
 """
 
