@@ -88,15 +88,23 @@ def clean(said: dict, rungs: Sequence[str]) -> None:
 
 
 def export_and_climb(
-    folder: Path, kind: str, precision: str, pair: tuple[str, str], rungs: Sequence[str]
+    folder: Path,
+    kind: str,
+    precision: str,
+    pair: tuple[str, str],
+    rungs: Sequence[str],
+    *,
+    layers: int = 2,
+    quick: bool = False,
 ) -> None:
     """A tiny random model, exported under one setting; ``rungs`` of its bundle under another."""
-    source = tiny.save_checkpoint(folder / "source", kind, max_position_embeddings=128)
+    sizes = {"max_position_embeddings": 128, "num_hidden_layers": layers}
+    source = tiny.save_checkpoint(folder / "source", kind, **sizes)
     export = ["export", source, "--out", folder / "bundle", "--target", "android"]
     export += ["--quantize", precision, "--context", 96, "--train-lengths", 48]
     done = child(SETTINGS[pair[0]], "-m", "toolchain", *export)
     assert done.returncode == 0, done.stderr
-    options = [word for rung in rungs for word in ("--rung", rung)]
+    options = [word for rung in rungs for word in ("--rung", rung)] + ["--quick"] * quick
     said = report(folder / "bundle", SETTINGS[pair[1]], "--source", source, *options)
     assert said["precisions"] == {"android": precision}
     clean(said, rungs)
@@ -108,7 +116,8 @@ def test_export_and_parity_on_unlike_processors(tmp_path: Path) -> None:
     instructions, threads = zip(*(in_force(SETTINGS[name]) for name in pair), strict=True)
     assert instructions[0] == "DEFAULT" != instructions[1]
     assert threads == ("1", "2")
-    export_and_climb(tmp_path, "llama", "8da4w", pair, ("captured", "quantized", "executorch"))
+    rungs = ("captured", "quantized", "executorch")
+    export_and_climb(tmp_path, "llama", "8da4w", pair, rungs, layers=1, quick=True)
 
 
 @pytest.mark.full
