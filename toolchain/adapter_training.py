@@ -151,6 +151,8 @@ def train_adapter(
     split = _split(opened, data, held_out, refuse_long, notify)
     values = to_runtime(load_adapter(adapter) if adapter else read_peft(opened.peft), tensors)
     state = AdapterState.of(tensors, values)
+    with writing(out):  # told before anything is computed
+        (out / RUN).mkdir(parents=True, exist_ok=True)
     epoch = -(-len(split.training) // settings.batch)
     progress = _Progress(engine, state, split.held_out, epoch, on_step)
     outcome = _run(opened, engine, state, split.training, settings, out / RUN, progress)
@@ -180,8 +182,6 @@ def _run(
     on_step: Callable[[StepReport], None],
 ) -> TrainingOutcome:
     """Trains ``state`` in place, or goes on from what ``folder`` has."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     weights = bundle.training.weights
     outcome = train(
         engine,
@@ -248,8 +248,7 @@ def _split(
 def _write(out: Path, trained: dict) -> None:
     """The trained values (by the programs' names) in the runtime's form and in PEFT's."""
     write_ptd(out / PTD, trained)
-    with replacing(out / PEFT) as folder:
-        write_peft(folder, from_runtime(trained, str(out / PTD)))
+    write_peft(out / PEFT, from_runtime(trained, str(out / PTD)), replace=True)
 
 
 def _draw(path: Path, losses: Sequence[float], curve: Sequence[tuple[int, float]]) -> None:

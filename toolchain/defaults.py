@@ -1,5 +1,5 @@
 """What the commands offer and what holds where nobody chooses, for the command line, whose help
-shows it, and for the libraries that it calls. Nothing heavy is imported here."""
+shows it, and for the libraries that it calls. Neither PyTorch nor ExecuTorch is imported here."""
 
 from __future__ import annotations
 

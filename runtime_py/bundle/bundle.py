@@ -86,9 +86,11 @@ class Bundle:
     def android(self) -> AndroidPart:
         """Raises ``BundleError`` where the bundle was not exported for Android."""
         target, adapter = self.manifest.android, self.manifest.adapter.runtime
-        if target is None or adapter is None:
+        if target is None:
             raise BundleError(f"{self.path} has no Android part: export it with --target android.")
-        forward = next(program for program in target.programs if program.name == "forward")
+        if adapter is None:
+            raise BundleError(f"{self.path} has no adapter file for Android: export it anew.")
+        forward = _program(target, "forward", "Android")
         return AndroidPart(target, self.path / forward.file, self.path / adapter)
 
     @property

@@ -81,14 +81,14 @@ def read_peft(folder: Path) -> PeftAdapter:
     return adapter
 
 
-def write_peft(folder: Path, adapter: PeftAdapter) -> None:
+def write_peft(folder: Path, adapter: PeftAdapter, replace: bool = False) -> None:
     """Write an adapter folder that ``peft.PeftModel.from_pretrained`` loads, whole or not at all.
 
     Values are rounded to nearest even in ``adapter.dtype``: unchanged if they were read in it.
-    Raises ``AdapterError`` if the folder exists or the adapter is unsound, ``WriteError`` if
-    writing fails.
+    Raises ``AdapterError`` if the adapter is unsound, or the folder exists and is not to be
+    ``replace``d, ``WriteError`` if writing fails.
     """
-    if os.path.lexists(folder):
+    if os.path.lexists(folder) and not replace:
         raise AdapterError(f"{folder} exists already; choose another name or remove it.")
     check_config(adapter.config, folder / _CONFIG)
     _check_tensors(adapter, "the adapter to write")

@@ -17,8 +17,13 @@ from executorch.kernels import quantized  # noqa: F401  (quantized_decomposed::*
 
 from runtime_py.engine.native import silenced
 
-(_LLAMA,) = Path(str(custom_ops.__file__)).parent.glob("*custom_ops_aot_lib.*")
-torch.ops.load_library(_LLAMA)  # llama::* kernels
+_LLAMA = sorted(Path(str(custom_ops.__file__)).parent.glob("*custom_ops_aot_lib.*"))
+if len(_LLAMA) != 1:
+    raise ImportError(
+        f"executorch has {len(_LLAMA)} libraries of LLM kernels where 1.5.1 has one: see attune "
+        f"doctor, and install attune-mobile in a fresh environment."
+    )
+torch.ops.load_library(_LLAMA[0])  # llama::* kernels
 
 
 def set_threads(threads: int) -> None:

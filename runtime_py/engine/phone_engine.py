@@ -76,9 +76,8 @@ class PhoneEngine:
             self.release()
         self._method = method
         if self._lm is None:
-            from runtime_py.engine.lm import (
-                ExecutorchLm,  # heavy; whoever only counts calls has no need
-            )
+            # Heavy, and whoever only counts calls has no need of it.
+            from runtime_py.engine.lm import ExecutorchLm
 
             program = self._program
             try:

@@ -28,7 +28,7 @@ class WriteError(LoopError):
 
 
 class DiskFull(WriteError):  # noqa: N818
-    """No space is left. The same holds; once there is space it can be done again."""
+    """No space is left. Nothing of it is there, and what was there before is."""
 
 
 class BundleError(AttuneError):

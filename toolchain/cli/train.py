@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -90,7 +89,7 @@ def train(
             notify=lambda text: None if as_json else bar.console.print(text),
         )
     if as_json:
-        print_json(json.loads(json.dumps(trained.as_json())))
+        print_json(trained.as_json())
     else:
         _summary(trained, bundle, out)
 

@@ -69,10 +69,10 @@ def export(
     _check_out(out, force)
     _check_choices(targets, chosen, train_weights)
     _check_adapter(request)
+    progress("read the checkpoint")
+    source = read_input(model, request, context, chat_template)
     with replacing(out) as folder:
         folder.mkdir()
-        progress("read the checkpoint")
-        source = read_input(model, request, context, chat_template)
         job = prepare(folder, source, train_weights, train_lengths, progress)
         results = _compile(job, tuple(dict.fromkeys(targets)), chosen, progress)
         progress("write the bundle")

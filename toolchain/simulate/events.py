@@ -14,7 +14,7 @@ from runtime_py.loop.fine_tuning import State
 class _Event:
     """Unknown fields and values of another type are errors."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class LifePlan:
     answers by itself too, for ROUGE-1. ``model_replies``: the assistant's last turn is the model's
     own, and the stream's is what the user would rather have. ``lean``: see ``PhoneEngine``."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
     bundle: Path
     stream: Path

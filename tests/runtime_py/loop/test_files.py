@@ -91,7 +91,7 @@ def test_a_block_that_raises_changes_nothing(
 def test_a_block_that_writes_nothing_changes_nothing(write: Write, tmp_path: Path) -> None:
     path = tmp_path / "x"
     write(path, "old")
-    with pytest.raises(FileNotFoundError), replacing(path):
+    with pytest.raises(ValueError, match="nothing was written"), replacing(path):
         pass
     assert content_of(path) == "old"
     assert names(tmp_path) == ["x"]
@@ -125,17 +125,68 @@ def test_a_disk_that_refuses(tmp_path: Path) -> None:
         write_file(tmp_path / "file" / "x", "new")
     assert not isinstance(caught.value, DiskFull)
     assert "\n" not in str(caught.value)
-    with pytest.raises(WriteError, match="cannot be written"):
-        write_folder(tmp_path / "file", "new")  # a folder does not take a file's place
+    with pytest.raises(WriteError, match="is a file, and a folder is to be written"):
+        write_folder(tmp_path / "file", "new")
     assert content_of(tmp_path / "file") == ""
     with pytest.raises(WriteError, match="cannot be written"):
         write_file(tmp_path / ("x" * 250), "new")
     assert names(tmp_path) == ["file"]
 
 
-def test_an_error_that_is_not_the_disks_is_handed_on(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="Input/output error"), replacing(tmp_path / "x"):
+def test_a_disk_that_fails_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(WriteError, match="Input/output error"), replacing(tmp_path / "x"):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_what_a_block_reads_elsewhere_is_not_blamed_on_the_path(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    for name, error in (("in", IsADirectoryError), ("in/none", FileNotFoundError)):
+        with pytest.raises(error), replacing(tmp_path / "out" / "x"):
+            (tmp_path / name).read_bytes()
+    assert names(tmp_path / "out") == []
+
+
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path / "x", "old")
+    with pytest.raises(WriteError, match="is a folder, and a file is to be written"):
+        write_file(tmp_path / "x", "new")
+    with (
+        pytest.raises(WriteError, match="is a folder, and a file is to be written"),
+        replacing(tmp_path / "x") as beside,
+    ):
+        beside.write_text("new")
+    assert content_of(tmp_path / "x") == "old"
+    with pytest.raises(WriteError, match="is no name for a file"):
+        write_file(Path("."), "new")
+    with pytest.raises(WriteError, match="neither a file nor a folder"):
+        write_file(Path("/dev/null"), "new")
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    write_file(tmp_path / "x", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    write_file(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert content_of(tmp_path / "x") == "new"
+
+
+def test_an_interrupt_between_two_renames_leaves_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rename = tmp_path / "x", Path.rename
+    write_folder(path, "old")
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name.endswith(".part"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(path, "new")
+    assert content_of(path) == "old"
+    assert names(tmp_path) == ["x"]
 
 
 def test_a_folder_that_stood_aside_in_vain_comes_back(

@@ -1,4 +1,4 @@
-"""A ladder's report for a terminal and for machines; ``page`` has the one for a browser."""
+"""A ladder's report for a terminal and for machines; ``parity_page`` has the one for a browser."""
 
 from __future__ import annotations
 
