@@ -60,11 +60,15 @@ def bound(tolerance: Tolerance) -> dict:
 
 
 def close_scores(
-    target: str, model: Transformer, read: Reading, dialogues: Sequence[Tokens]
+    target: str,
+    model: Transformer,
+    read: Reading,
+    dialogues: Sequence[Tokens],
+    known: Sequence[tuple[np.ndarray, float]],
 ) -> tuple[float, float]:
     """Entropies and dissimilarities that the precision cannot tell apart. The second are
     differences of cosines. Of the first, what all norms of a dialogue have in common cancels: left
-    are the sums over channels and tokens."""
+    are the sums over channels and tokens. ``known``: what ``model`` gives for ``dialogues``."""
     longest = max(map(len, dialogues), default=1)
     entropy = rounding(model.spec.hidden + longest)
     plain = 4 * rounding(model_terms(model.spec, longest))
@@ -73,7 +77,7 @@ def close_scores(
     if model.is_float or not dialogues:
         return entropy, plain
     other = float_activations(model)
-    rows = [[read.embedding(m, ids) for ids in dialogues] for m in (other, model)]
+    rows = [[read.embedding(other, ids) for ids in dialogues], list(known)]
     gap = max(abs(a[1] - b[1]) for a, b in zip(*rows, strict=True))
     vectors = [[pooled for pooled, _ in row] for row in rows]
     return entropy + INT8_ABOVE * gap, plain + INT8_ABOVE * of_scores(*vectors)

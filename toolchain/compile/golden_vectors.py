@@ -215,11 +215,13 @@ def _decisions(
     policy = {"selection": "paper", "bins": _BINS, "seed": 0}
     loop = StorelessSelection(policy_of(policy), read_lexicons(), reference.model.spec.hidden)
     few = [ids[:embed_length] for _, ids in list(stream.values())[:_STREAM]]
-    close = close_scores(target, reference.model, _READING, few)
+    known = [_embedding(reference.model, ids) for ids in few]
+    close = close_scores(target, reference.model, _READING, few, known)
     dialogues, expected = [], []
-    for name, (text, ids) in stream.items():
+    for number, (name, (text, ids)) in enumerate(stream.items()):
         tokens = ids[:embed_length]
-        pooled, entropy = _embedding(reference.model, tokens)
+        first = number < len(known)
+        pooled, entropy = known[number] if first else _embedding(reference.model, tokens)
         embedding = Embedding(pooled.astype(np.float32), entropy)
         if len(loop.buffer) == _BINS:
             new = loop.buffer.measure(name, 0, words(text), embedding, read_lexicons())

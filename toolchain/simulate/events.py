@@ -14,7 +14,7 @@ from runtime_py.loop.fine_tuning import State
 class _Event:
     """Unknown fields and values of another type are errors."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,10 @@ PhoneEvent = (
     | PhoneFailed
     | StreamEnded
 )
-_ADAPTER: TypeAdapter[PhoneEvent] = TypeAdapter(Annotated[PhoneEvent, Field(discriminator="event")])
+_ADAPTER: TypeAdapter[PhoneEvent] = TypeAdapter(
+    Annotated[PhoneEvent, Field(discriminator="event")],
+    config=ConfigDict(ser_json_inf_nan="constants"),  # what diverged is not finite
+)
 
 
 def to_line(event: PhoneEvent) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ EVENTS: list[PhoneEvent] = [
     events.StepTrained(1, 64),
     NIGHT,
     replace(NIGHT, state="not_due", job=None, losses=()),
+    replace(NIGHT, losses=(math.inf, 1.0)),  # training that diverged
     events.DiskFilled(),
     events.DiskFreed(),
     events.PhoneFailed("a sentence,\nof two lines."),
