@@ -25,11 +25,19 @@ from toolchain.compile.spread import Spread
 SINGLE, HALF = 2.0**-24, 2.0**-11  # half a step of float32 and of float16 at 1
 SURE = 8.0
 ABOVE = 8.0  # times PyTorch's own float32 against its float64, where sums cancel
-# Two roundings to int8 differ by √2 of what each has. Twice that, so 4 times where it is squared.
-INT8_ABOVE = 2.0 * math.sqrt(2.0)
-FLOAT16_ABOVE = 4.0  # times PyTorch's own float16 against its float32
-FLOAT16_MOST = 0.05  # a limit on power
-ADAPTER_RATIO = 4 / 3  # a limit on power, either way: of what an adapter changes to what it should
+# Two engines that round to int8 each their own way differ by √2 of what int8 does to float32, and
+# by 2 of its 1 − correlation, which is a square. Of either, twice that.
+INT8_ABOVE, INT8_UNLIKE = 2.0 * math.sqrt(2.0), 2.0 * 2.0
+FLOAT16_ABOVE = 4.0  # times PyTorch's own float16 against its float32; squared for 1 − correlation
+
+# Limits on power: whatever a run measures, a bound is never wider.
+LEAST_LIKE = 0.9  # of logits, with int8 activations: a wrong weight or mask gives less
+LEAST_LIKE_POOLED = 0.99  # of a mean over all tokens, in which single roundings nearly cancel
+FLOAT16_MOST = 0.05
+FLOAT16_LIKE = (0.99, 0.999)  # correlation that float16 must have: at least, and at most
+GRADIENT_MOST = 1e-2  # of a tensor's largest gradient: a wrong formula, scale or mask gives a tenth
+GRADIENT_SMALL = 1e-2  # of the step's largest: what is smaller is left of terms that cancel
+ADAPTER_RATIO = 4 / 3  # either way: of what an adapter changes to what it should
 
 
 @dataclass(frozen=True)
@@ -70,14 +78,15 @@ _ROWS = (
         None,
         None,
         f"{_SUMS} there and back through all layers, as a part of the largest gradient, or "
-        f"{ABOVE:g} times PyTorch's own float32 against float64",
+        f"{ABOVE:g} times PyTorch's own float32 against float64. At most {GRADIENT_MOST:g} of the "
+        f"tensor's own largest, or of {GRADIENT_SMALL:g} of the step's: a limit on power",
     ),
     Tolerance(
         "float32, gradient of one block",
         None,
         None,
         f"{_SUMS} there and back through one block, as a part of the largest gradient of the call: "
-        "smaller ones are what is left of terms that cancel",
+        "smaller ones are what is left of terms that cancel. The same limit on power as of a step",
     ),
     Tolerance(
         "float32, optimizer",
@@ -92,15 +101,26 @@ _ROWS = (
         None,
         "a last bit turns some roundings of activations the other way, and later layers see other "
         "inputs (docs/quantization.md). At worst all turn: then two engines differ by √2 of what "
-        "int8 activations do to float32 ones with the same weights. Twice that, measured here",
+        "int8 activations do to float32 ones with the same weights, measured here, and by 2 of its "
+        f"1 − correlation. Twice either, but never below {LEAST_LIKE:g}, which a wrong weight or "
+        "mask is: a limit on power",
     ),
-    Tolerance("int8 activations, pooled", None, None, "the same of the mean over all tokens"),
+    Tolerance(
+        "int8 activations, pooled",
+        None,
+        None,
+        f"the same of the mean over all tokens, never below {LEAST_LIKE_POOLED:g}",
+    ),
     Tolerance(
         "float16",
         None,
         None,
-        f"{FLOAT16_ABOVE:g} times what float16 in PyTorch does to the same module on these inputs, "
-        f"at least 8 half-steps (2⁻¹¹), up to {FLOAT16_MOST:g}",
+        f"{FLOAT16_ABOVE:g} times what float16 in PyTorch does to the same module on these inputs: "
+        "twice, as a package may keep sums in float16 where PyTorch keeps them in float32, and "
+        "twice, as the largest of many differences falls otherwise in another order. "
+        f"At least 8 half-steps (2⁻¹¹), up to {FLOAT16_MOST:g}. 1 − correlation is a square: "
+        f"{FLOAT16_ABOVE**2:g} times; a correlation of {FLOAT16_LIKE[1]:g} suffices, below "
+        f"{FLOAT16_LIKE[0]:g} none does. The last and the {FLOAT16_MOST:g} are limits on power",
     ),
     Tolerance(
         "rounded weights",
@@ -184,21 +204,32 @@ def of_optimizer(numbers: int, largest: float, step: float) -> Tolerance:
 
 def of_int8(spread: Spread, pooled: bool = False) -> Tolerance:
     """``spread``: of int8 activations against float32 ones."""
-    likeness = 1.0 - INT8_ABOVE**2 / 2.0 * spread.unlike
+    likeness = 1.0 - INT8_UNLIKE * spread.unlike
     if not pooled:
-        return _of("int8 activations", None, likeness)
-    return _of("int8 activations, pooled", INT8_ABOVE * spread.largest, likeness)
+        return _of("int8 activations", None, max(LEAST_LIKE, likeness))
+    most = INT8_ABOVE * spread.largest
+    return _of("int8 activations, pooled", most, max(LEAST_LIKE_POOLED, likeness))
 
 
 def of_float16(spread: Spread) -> Tolerance:
-    """``spread``: of PyTorch's float16 against its float32."""
-    off = FLOAT16_ABOVE * spread.largest
-    return _of("float16", min(max(off, 8 * HALF), FLOAT16_MOST) if math.isfinite(off) else 8 * HALF)
+    """``spread``: of PyTorch's float16 against its float32. Where that is not finite it excuses
+    nothing: the format's own half-steps are left."""
+    off, likeness = FLOAT16_ABOVE * spread.largest, 1.0 - FLOAT16_ABOVE**2 * spread.unlike
+    least, enough = FLOAT16_LIKE
+    if not (math.isfinite(off) and math.isfinite(likeness)):
+        return _of("float16", 8 * HALF, enough)
+    return _of("float16", min(max(off, 8 * HALF), FLOAT16_MOST), min(max(likeness, least), enough))
+
+
+def gradient_limit(tensor: float, step: float) -> float:
+    """A limit on power, as a part of ``step``, the largest gradient of a step or a call;
+    ``tensor``: the largest of one tensor."""
+    return GRADIENT_MOST * max(tensor / max(step, 1e-30), GRADIENT_SMALL)
 
 
 def of_effect(row: Tolerance, noise: float | None, effect: float) -> Tolerance:
     """``noise``: what the logits may be off by, ``effect``: root mean square of what the adapter
-    changes in them. None: the row's own bound."""
+    changes in them. None: the row's own bound, which it must have."""
     if noise is None:
         return row
     r = math.sqrt(2.0) * noise / max(effect, 1e-30)

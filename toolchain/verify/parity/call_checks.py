@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from exporters.model.spec import ModelSpec
 from runtime_py.bundle.manifest import Program
 from runtime_py.engine.program_calls import Programs
+from toolchain.compile.tolerances import gradient_limit
 from toolchain.compile.wide import Wide
 from toolchain.verify.parity.call_bounds import bound_of, magnitude_of, pull_of
 from toolchain.verify.parity.lm_checks import Executor
@@ -138,9 +140,23 @@ def _of_call(
         compare(
             call.kind, case, name, measured, expected, bound_of(call, name, before, step, spec),
             layer=call.layer, scale=_scale(call, names, place, before, step), wide=wide.of(place),
+            limit=_limit(call, names, place),
         )
         for name, place, measured, expected in sorted(outputs, key=lambda row: _order(row[0]))
     ]  # fmt: skip
+
+
+def _largest_gradient(call: Recorded, names: Sequence[str]) -> float:
+    """Of the adapter, in a call with these outputs."""
+    pairs = zip(names, call.outputs, strict=True)
+    return max(float(np.abs(array).max()) for name, array in pairs if ".lora_" in name)
+
+
+def _limit(call: Recorded, names: Sequence[str], place: int) -> float:
+    """What an output's bound may never be above, whatever PyTorch's float32 is off by."""
+    if ".lora_" not in names[place]:
+        return math.inf
+    return gradient_limit(float(np.abs(call.outputs[place]).max()), _largest_gradient(call, names))
 
 
 def _scale(
@@ -156,10 +172,7 @@ def _scale(
     if call.name == "adamw" and name == "parameters":
         return step
     if ".lora_" in name:
-        adapter = [
-            array for other, array in zip(names, call.outputs, strict=True) if ".lora_" in other
-        ]
-        return max(float(np.abs(array).max()) for array in adapter)
+        return _largest_gradient(call, names)
     if call.name == "head" and name == "loss":
         return magnitude_of(before, float(expected.item()))
     if call.name == "head" and name == "gradient.x":

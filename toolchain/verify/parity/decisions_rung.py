@@ -142,9 +142,8 @@ def same_life(measured: LoopOutcome, expected: LoopOutcome, allowed: ScoreBounds
     split = _first_split(measured.decisions, expected.decisions)
     until = len(expected.decisions) if split is None else split + 1
     scores, right = (np.array(part)[:until] for part in rows)
-    for column, name in enumerate(("eoe", "dss", "idd")):
+    for column, (name, most) in enumerate(allowed.each.items()):
         gap = float(np.abs(scores[:, column] - right[:, column]).max())
-        most = {"eoe": allowed.eoe, "dss": 0.0, "idd": allowed.idd}[name]
         checks.append(
             Check(
                 "loop", f"{until} dialogues", f"score {name}", gap, gap,
@@ -191,15 +190,22 @@ def _choices(
     if split is None:
         return stated("loop", case, name, True, "")
     decision, right = measured.decisions[split], expected.decisions[split]
-    # Which of the sets before could the new one's scores be told from?
-    gaps = np.abs(scores[:split] - scores[split])
-    margin = float(gaps[gaps > 0].min()) if (gaps > 0).any() else 1.0
+    margins = closest(scores[: split + 1])
     note = (
         f"{decision.id} is {'kept' if decision.kept else 'refused'}, PyTorch has "
-        f"{'kept' if right.kept else 'refused'} it; the closest scores differ by {margin:.2g}"
+        f"{'kept' if right.kept else 'refused'} it; the closest scores differ by "
+        + ", ".join(f"{margin:.2g} ({score})" for score, margin in margins.items())
     )
-    tie = margin <= 2 * max(allowed.eoe, allowed.idd) and allowed.ties
+    tie = allowed.tied(margins)
     return stated("loop", case, name, tie, note + (" (a tie)" if tie else ""))
+
+
+def closest(scores: np.ndarray) -> dict[str, float]:
+    """How near the last row of ``scores`` [n, 3] is to another, by score; equal ones are no choice
+    that the precision could turn."""
+    gaps = np.abs(scores[:-1] - scores[-1])
+    nearest = np.where(gaps > 0, gaps, np.inf).min(0, initial=np.inf)
+    return dict(zip(("eoe", "dss", "idd"), nearest.tolist(), strict=True))
 
 
 def _reply(

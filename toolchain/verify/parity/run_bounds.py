@@ -90,12 +90,18 @@ def of_ios(
     measured = of_float16(model, [rows_of(c, v) for v in adapters.values() for c in cases])
     bound = tolerance_of_float16(measured)
     noise = FLOAT16_ABOVE * measured.rms
-    return Bounds(bound, bound, TABLE["adapter"], noise if np.isfinite(noise) else None)
+    if not np.isfinite(noise):  # PyTorch's float16 overflows: the format's own half-steps are left
+        noise = bound.most * max(
+            largest_logit(model, case.tokens[: case.prompt + steps], values)
+            for values in adapters.values()
+            for case in cases
+        )
+    return Bounds(bound, bound, TABLE["adapter"], noise)
 
 
 @torch.no_grad()
 def largest_logit(model: Transformer, tokens: np.ndarray, values: Values) -> float:
-    """What a loss over ``tokens`` is a difference of."""
+    """Over ``tokens``: what their loss is a difference of."""
     set_adapter(model, values)
     return float(np.abs(logits_of(model, tokens, 0)).max())
 
@@ -108,6 +114,16 @@ class ScoreBounds:
     eoe: float
     idd: float
     ties: bool
+
+    @property
+    def each(self) -> dict[str, float]:
+        """By score. DSS counts words: it is exact."""
+        return {"eoe": self.eoe, "dss": 0.0, "idd": self.idd}
+
+    def tied(self, margins: Mapping[str, float]) -> bool:
+        """Whether a score, each by its own bound, is so near another's that both being off may turn
+        a choice. ``margins``: by score."""
+        return self.ties and any(margins[name] <= 2.0 * most for name, most in self.each.items())
 
 
 def of_loop(context: Context, embed: Callable[[Transformer], Sequence[Embedding]]) -> ScoreBounds:

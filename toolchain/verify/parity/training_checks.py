@@ -18,7 +18,13 @@ from runtime_py.engine.examples import Example
 from runtime_py.engine.program_calls import Programs
 from runtime_py.engine.streaming import StreamingEngine, step_numbers
 from runtime_py.engine.trainer import TrainingEngine
-from toolchain.compile.tolerances import Tolerance, of_gradient, of_loss, of_optimizer
+from toolchain.compile.tolerances import (
+    Tolerance,
+    gradient_limit,
+    of_gradient,
+    of_loss,
+    of_optimizer,
+)
 from toolchain.compile.wide import Wide, widened
 from toolchain.verify.parity.recording import Recorded, Recorder
 from toolchain.verify.parity.verdict import Check, compare, worst
@@ -136,8 +142,8 @@ def _gradient_checks(
     scale: float,
     exact: Callable[[], Mapping[str, np.ndarray]],
 ) -> list[Check]:
-    """Gradients by adapter tensor, but for those that are 0 on both sides. ``exact``: the expected
-    ones in float64."""
+    """Gradients by adapter tensor, but for those that are 0 on both sides. ``scale``: the step's
+    largest; ``exact``: the expected ones in float64."""
 
     def wide(name: str) -> Callable[[], np.ndarray]:
         return lambda: exact()[name]
@@ -153,6 +159,7 @@ def _gradient_checks(
             layer=int(name.split(".")[1]),
             scale=scale,
             wide=wide(name),
+            limit=gradient_limit(float(np.abs(expected[name]).max()), scale),
         )
         for name in expected
         if np.abs(expected[name]).max() > 0 or np.abs(measured[name]).max() > 0

@@ -136,6 +136,22 @@ def _misfit(measured: np.ndarray, expected: np.ndarray) -> str:
     return "" if np.isfinite(measured).all() else "the program's values are NaN or infinite"
 
 
+def _within(
+    tolerance: Tolerance,
+    off: float,
+    expected: np.ndarray,
+    size: float,
+    wide: Callable[[], np.ndarray] | None,
+    limit: float,
+) -> Tolerance:
+    """The tolerance of a difference ``off``, a part of ``size``; the others as in ``compare``."""
+    most = tolerance.most
+    if wide is not None and most < off <= limit:
+        most = max(most, ABOVE * float(np.abs(wide() - expected).max()) / size)
+    most = min(most, limit)
+    return replace(tolerance, max_rel=most if math.isfinite(most) else None)
+
+
 def compare(
     program: str,
     case: str,
@@ -148,10 +164,17 @@ def compare(
     layer: int | None = None,
     scale: float | None = None,
     wide: Callable[[], np.ndarray] | None = None,
+    limit: float = math.inf,
 ) -> Check:
     """``logits``: [rows, vocab]. ``scale``: what differences are measured by, where that is not the
     largest value expected. ``wide``: the expected values in float64, asked for where the format
-    alone does not explain a difference: terms that cancel lose more than that, in PyTorch too."""
+    alone does not explain a difference: terms that cancel lose more than that, in PyTorch too.
+    ``limit``: what ``max_rel`` may never be above, a limit on power. Raises ``ValueError`` where
+    the tolerance bounds nothing."""
+    if tolerance.max_rel is None and tolerance.likeness is None:
+        raise ValueError(
+            f"{program}: {output} on '{case}' has no bound ({tolerance.name}); give it one."
+        )
     measured, expected = (np.asarray(values, np.float64) for values in (measured, expected))
     if note := _misfit(measured, expected):
         return Check(
@@ -168,9 +191,7 @@ def compare(
         cosine = float((measured * expected).sum() / norms)
     bounded = logits or tolerance.likeness is not None
     likeness = _likeness(measured, expected, logits) if bounded else cosine
-    if wide is not None and largest / size > tolerance.most:
-        spread = ABOVE * float(np.abs(wide() - expected).max()) / size
-        tolerance = replace(tolerance, max_rel=max(tolerance.most, spread))
+    tolerance = _within(tolerance, largest / size, expected, size, wide, limit)
     passed = largest / size <= tolerance.most
     if tolerance.likeness is not None and expected.size > 1:
         passed &= likeness >= tolerance.likeness
