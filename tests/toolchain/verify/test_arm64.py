@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,12 +56,20 @@ ON_X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86-64 
 
 
 @pytest.fixture(scope="module")
-def runners() -> None:
-    """Builds both runners, or skips with the reason why they cannot be had."""
+def runners() -> Iterator[None]:
+    """Builds both runners, or skips with the reason why they cannot be had. They and this process,
+    where ExecuTorch's attention uses PyTorch's threads, have one thread each: with another number
+    sums are split elsewhere."""
     for native in (False, True):
         found = building.prepare(native)
         if isinstance(found, str):
             pytest.skip(found)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
