@@ -40,10 +40,10 @@ def replacing(path: Path) -> Iterator[Path]:
     back. At most one at a time for a path and process. Raises ``DiskFull`` and ``WriteError`` for a
     disk that is full or cannot be written; any other exception is the block's own.
     """
-    path = Path(os.path.realpath(path)) if path.is_symlink() else path
-    _check(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     with writing(path):
+        path = Path(os.path.realpath(path)) if path.is_symlink() else path
+        _check(path)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear(path)
         try:
@@ -103,7 +103,8 @@ def _disk_full(path: Path) -> DiskFull:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all."""
-    _check_kind(path, folder=False)
+    with writing(path):
+        _check_kind(path, folder=False)
     with replacing(path) as beside:
         beside.write_bytes(data)
 

@@ -161,6 +161,9 @@ def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
         write_file(Path("."), "new")
     with pytest.raises(WriteError, match="neither a file nor a folder"):
         write_file(Path("/dev/null"), "new")
+    for write in (write_file, lambda path, text: write_bytes(path, text.encode())):
+        with pytest.raises(WriteError, match="File name too long"):
+            write(tmp_path / ("x" * 300), "new")
 
 
 def test_a_link_is_followed(tmp_path: Path) -> None:
