@@ -123,8 +123,8 @@ def check(files: Files, tolerance: float) -> None:
     """``forward`` with its KV cache over several calls of one process, and ``embed``."""
     expected = in_python(files)
     native = in_runner(files, native=True)
-    # The same kernels, in another process and without Python. Not the same bits: MKL, which
-    # attention multiplies with, sums otherwise where its operands lie elsewhere in memory.
+    # The same kernels, in another process and without Python. Not the same bits: loaded again, a
+    # program gives other last ones within one process and with one thread too.
     assert largest(native, expected) < tolerance
     arm = in_runner(files, native=False)
     assert largest(arm, expected) < tolerance
