@@ -19,8 +19,9 @@ from toolchain.compile.android import ADAPTER
 from toolchain.compile.export_job import ExportJob, TargetResult
 from toolchain.compile.tested_versions import tested_versions
 
-PEFT, TOKENIZER, CHAT_TEMPLATE, LEXICON_FOLDER = (
+PEFT, CONFIG, TOKENIZER, CHAT_TEMPLATE, LEXICON_FOLDER = (
     "adapter",
+    "config.json",
     "tokenizer.json",
     "chat_template.jinja",
     "lexicons",
@@ -90,6 +91,7 @@ def _model(job: ExportJob) -> m.Model:
         head_dim=spec.head_dim,
         intermediate=spec.intermediate,
         context=spec.context,
+        config=CONFIG,
     )
 
 
