@@ -41,11 +41,12 @@ ARROWS: dict[str, set[str]] = {
         "toolchain.compile", "toolchain.defaults", "toolchain.report", "exporters", "runtime_py",
     },
     "toolchain.simulate": {"toolchain.compile", "toolchain.report", "exporters", "runtime_py"},
+    "toolchain.streams": {"runtime_py"},
     "toolchain.bench": {
         "toolchain.verify", "toolchain.compile", "toolchain.report", "exporters", "runtime_py",
     },
     "toolchain.cli": {
-        "toolchain.bench", "toolchain.simulate", "toolchain.verify", "toolchain.adapter_training",
+        "toolchain.bench", "toolchain.simulate", "toolchain.streams", "toolchain.verify", "toolchain.adapter_training",
         "toolchain.defaults", "toolchain.compile", "toolchain.report", "exporters", "runtime_py",
     },
     "toolchain.__main__": {"toolchain.cli"},
