@@ -36,8 +36,8 @@ UNTRAINED = ("base", "instruction", "base_cut")  # no dialogue is observed for t
 
 # Of the experiment, not of the policy, with what holds where a plan says nothing.
 OPTIONS: dict[str, Value] = {
-    "observed": 800,  # dialogues of the stream
-    "tests": 200,  # dialogues that nothing has seen, which the scores are of
+    "observed": 0,  # dialogues of the stream; 0: as many as its recipe has, 800 of a dataset alone
+    "tests": 0,  # that nothing has seen and the scores are of; 0: as the recipe, 200 of a dataset
     "answers": 0,  # the user gives at most; 0: as many as the policy's questions get
     "steps": 0,  # of training, the same for every row; 0: what the policy's budget gives
     "nights": 1,  # of fine-tuning, spread evenly over what is observed

@@ -35,7 +35,7 @@ def run_cell(cell: Cell, world: Place) -> CellResult:
 
 
 def scored(cell: Cell) -> CellResult:
-    tests = int(cell.options["tests"])
+    tests = int(cell.options["tests"]) or 200
     shared = np.random.default_rng([len(cell.stream), 1])  # of the dialogues
     own = np.random.default_rng(int(cell.key, 16))
     labels = shared.integers(5, 80, tests)
