@@ -41,15 +41,17 @@ ARROWS: dict[str, set[str]] = {
         "toolchain.compile", "toolchain.defaults", "toolchain.report", "exporters", "runtime_py",
     },
     "toolchain.simulate": {"toolchain.compile", "toolchain.report", "exporters", "runtime_py"},
+    "toolchain.streams": {"runtime_py"},
     "toolchain.study": {
-        "toolchain.verify", "toolchain.simulate", "toolchain.adapter_training",
+        "toolchain.streams", "toolchain.verify", "toolchain.simulate", "toolchain.adapter_training",
         "toolchain.compile", "toolchain.defaults", "toolchain.report", "exporters", "runtime_py",
     },
     "toolchain.bench": {
         "toolchain.verify", "toolchain.compile", "toolchain.report", "exporters", "runtime_py",
     },
     "toolchain.cli": {
-        "toolchain.bench", "toolchain.study", "toolchain.simulate", "toolchain.verify",
+        "toolchain.bench", "toolchain.study", "toolchain.simulate", "toolchain.streams",
+        "toolchain.verify",
         "toolchain.adapter_training", "toolchain.defaults", "toolchain.compile",
         "toolchain.report", "exporters", "runtime_py",
     },

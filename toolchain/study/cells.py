@@ -38,6 +38,7 @@ UNTRAINED = ("base", "instruction", "base_cut")  # no dialogue is observed for t
 OPTIONS: dict[str, Value] = {
     "observed": 0,  # dialogues of the stream; 0: as many as its recipe has, 800 of a dataset alone
     "tests": 0,  # that nothing has seen and the scores are of; 0: as the recipe, 200 of a dataset
+    "rows": "",  # of the datasets: a name in ROW_SETS, empty: the recipe's own
     "answers": 0,  # the user gives at most; 0: as many as the policy's questions get
     "steps": 0,  # of training, the same for every row; 0: what the policy's budget gives
     "nights": 1,  # of fine-tuning, spread evenly over what is observed
@@ -63,6 +64,7 @@ ESTIMATORS: dict[str, str] = {
     "nuclear": "nuclear norm of the logits",
 }
 SCORES_OF_SELECTION = ("eoe", "dss", "idd")
+ROW_SETS = ("development", "judging", "all")  # what is tuned on, and what never is
 PRECISIONS = ("8da4w", "8da8w", "float32")
 MEASURED = frozenset({"seconds", "peak_memory_mb"})  # facts of a machine, not of the cell
 

@@ -16,6 +16,7 @@ from toolchain.study.cells import (
     ESTIMATORS,
     OPTIONS,
     PRECISIONS,
+    ROW_SETS,
     ROWS,
     SCORES_OF_SELECTION,
     USERS,
@@ -28,6 +29,7 @@ CHOICES: dict[str, Sequence[str]] = {  # of options whose values are names
     "user": tuple(USERS),
     "estimator": tuple(ESTIMATORS),
     "without": ("", *SCORES_OF_SELECTION),
+    "rows": ("", *ROW_SETS),
     "precision": ("", *PRECISIONS),
 }
 _LEAST: dict[str, float] = {

@@ -11,7 +11,7 @@ from runtime_py.bundle.manifest import MANIFEST
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.files import sha256
 from toolchain.streams.made import make_stream
-from toolchain.streams.recipe import find_recipe
+from toolchain.streams.recipe import Recipe, find_recipe
 from toolchain.study.cells import Cell, Place
 
 
@@ -45,18 +45,30 @@ def check_device(device: str) -> None:
         raise LoopError("--device cuda: PyTorch finds no CUDA here. Leave it out, or give cpu.")
 
 
+def recipe_of(cell: Cell, data: Path) -> Recipe:
+    """Of the cell's stream, in the size that it asks for; its ordering is ``make_stream``'s seed.
+
+    Raises ``LoopError`` where there is none of that name."""
+    recipe = find_recipe(cell.stream, data)
+    if rows := cell.options["rows"]:
+        recipe = recipe.model_copy(update={"rows": rows})
+    observed, tests = int(cell.options["observed"]), int(cell.options["tests"])
+    return recipe.scaled(observed or None, tests or None)
+
+
 def check_streams(data: Path, cells: Iterable[Cell]) -> list[str]:
     """The files that the cells' streams are made of, within ``data``. Every stream is made once,
     in each size that is asked for: the errors are all told at once."""
     files: set[str] = set()
     wrong: dict[str, None] = {}
-    sizes = {
-        (cell.stream, int(cell.options["observed"]), int(cell.options["tests"])): None
-        for cell in cells
-    }
-    for stream, observed, tests in sizes:
+    recipes: dict[tuple[object, ...], Cell] = {}
+    for cell in cells:
+        recipes[(cell.stream, *(cell.options[name] for name in ("observed", "tests", "rows")))] = (
+            cell
+        )
+    for cell in recipes.values():
         try:
-            recipe = find_recipe(stream, data).scaled(observed or None, tests or None)
+            recipe = recipe_of(cell, data)
             make_stream(recipe, data)
         except LoopError as error:
             wrong[str(error)] = None

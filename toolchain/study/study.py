@@ -74,8 +74,8 @@ def _study(plan: StudyPlan, planned: Sequence[Planned], folder: StudyFolder) -> 
 
 
 def chosen(study: Study, only: str | None, limit: int | None) -> list[Cell]:
-    """The missing cells whose line or stream matches ``only``, written ``LABEL @ STREAM #ORDERING``;
-    the first ``limit``. Raises ``LoopError`` where the pattern is none, or matches no cell."""
+    """The missing cells whose name (``LABEL @ STREAM #ORDERING``) matches ``only``, the first
+    ``limit``. Raises ``LoopError`` where the pattern is none, or matches no cell."""
     if only is None:
         return study.missing[:limit]
     try:
