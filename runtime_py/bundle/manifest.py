@@ -15,7 +15,7 @@ from runtime_py.loop.errors import LoopError
 from runtime_py.loop.files import sha256
 from runtime_py.loop.policy import LoopPolicy
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest.sha256"  # of the manifest itself, in hexadecimal
 
@@ -185,7 +185,7 @@ class File(_Section):
 
 
 class Manifest(_Section):
-    schema_version: Literal[3] = 3
+    schema_version: Literal[4] = 4
     attune: str
     versions: dict[str, str]
     model: Model
