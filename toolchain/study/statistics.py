@@ -57,14 +57,16 @@ class Interval:
 @dataclass(frozen=True)
 class Contrast:
     """``difference``: row − against; ``relative``: row ÷ against − 1, a ratio of means;
-    ``points``: the difference in each ordering; ``p``: two-sided. Intervals and p are None with
-    fewer than ``FEWEST_ORDERINGS`` orderings, ``relative`` where ``against`` is 0."""
+    ``points`` and ``relative_points``: the same in each ordering; ``p``: two-sided. Intervals and p
+    are None with fewer than ``FEWEST_ORDERINGS`` orderings, what is relative where ``against`` is
+    0."""
 
     row: float
     against: float
     difference: float
     relative: float | None
     points: tuple[float, ...]
+    relative_points: tuple[float, ...] | None
     interval: Interval | None
     relative_interval: Interval | None
     p: float | None
@@ -85,9 +87,14 @@ def compare(pairs: Sequence[Paired], resamples: int = RESAMPLES) -> Contrast:
     """
     row, against = (float(np.mean([_value(pair, name) for pair in pairs])) for name in _SIDES)
     orderings = min(pair.unit.shape[0] for pair in pairs)
-    points = tuple(
-        float(np.mean([_difference(pair, index) for pair in pairs])) for index in range(orderings)
+    rows, others = (
+        [
+            float(np.mean([_value(pair, name, slice(at, at + 1)) for pair in pairs]))
+            for at in range(orderings)
+        ]
+        for name in _SIDES
     )
+    sides = list(zip(rows, others, strict=True))
     interval = relative_interval = p = None
     if orderings >= FEWEST_ORDERINGS:
         each = [_resampled(pair, resamples, index) for index, pair in enumerate(pairs)]
@@ -102,7 +109,8 @@ def compare(pairs: Sequence[Paired], resamples: int = RESAMPLES) -> Contrast:
         against=against,
         difference=row - against,
         relative=row / against - 1.0 if against else None,
-        points=points,
+        points=tuple(own - other for own, other in sides),
+        relative_points=(tuple(own / other - 1.0 for own, other in sides) if all(others) else None),
         interval=interval,
         relative_interval=relative_interval,
         p=p,
@@ -113,13 +121,8 @@ def compare(pairs: Sequence[Paired], resamples: int = RESAMPLES) -> Contrast:
 _SIDES = ("row", "against")
 
 
-def _value(pair: Paired, name: str) -> float:
-    return float(getattr(pair, name).sum() / pair.unit.sum())
-
-
-def _difference(pair: Paired, ordering: int) -> float:
-    gap = pair.row[ordering].sum() - pair.against[ordering].sum()
-    return float(gap / pair.unit[ordering].sum())
+def _value(pair: Paired, name: str, orderings: slice = slice(None)) -> float:
+    return float(getattr(pair, name)[orderings].sum() / pair.unit[orderings].sum())
 
 
 def _resampled(pair: Paired, resamples: int, stream: int) -> Floats:
