@@ -23,6 +23,7 @@ from toolchain.cli import (
     simulate,
     store,
     stream,
+    study,
     train,
 )
 from toolchain.report.console import console
@@ -45,6 +46,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("parity")(parity.parity)
 app.command("simulate")(simulate.simulate)
 app.command("stream")(stream.stream)
+app.command("study")(study.study)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.add_typer(adapter.app, name="adapter")

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from runtime_py.loop.presets import PRESETS
-
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.policy import LoopPolicy
+from runtime_py.loop.presets import PRESETS
 from runtime_py.loop.replacement import POLICIES
 from toolchain.study.cells import (
     ESTIMATORS,
@@ -111,8 +110,9 @@ def _cells(
     varied = (*policy.items(), *options.items())
     label = ", ".join([name, *(f"{key} {value}" for key, value in varied)])
     fields = _typed({**plan.policy, **row.policy, **policy}, _policy_kinds())
-    chosen = _typed({**plan.options, **row.options, **options}, OPTIONS)
     for stream, ordering in product(streams or plan.streams, range(orderings or plan.orderings)):
+        of_stream = plan.stream_options.get(stream, {})
+        chosen = _typed({**plan.options, **of_stream, **row.options, **options}, OPTIONS)
         yield Planned(label, name, varied, Cell(stream, ordering, row.row, fields, chosen))
 
 
@@ -140,6 +140,10 @@ def _streams(plan: StudyPlan) -> list[str]:
 
 
 def _row_misfits(plan: StudyPlan) -> Iterator[str]:
+    for stream, options in plan.stream_options.items():
+        if stream not in _streams(plan):
+            yield f"stream_options names {stream!r}; the plan has {', '.join(_streams(plan))}"
+        yield from _option_misfits(options)
     for name, row in plan.rows.items():
         if row.row not in ROWS:
             yield f"{name} is a row {row.row!r}; there are {', '.join(ROWS)}"

@@ -3,7 +3,7 @@
 The keys of a plan:
 - ``about``: one sentence; ``streams``: names of datasets and of streams' recipes; ``orderings``:
   how many;
-- ``[policy]`` and ``[options]``: of every cell;
+- ``[policy]`` and ``[options]``: of every cell; ``[stream_options.NAME]``: of that stream's;
 - ``[rows.NAME]``: one line of the table: ``row`` (a name in ``ROWS``), its own ``policy`` and
   ``options``, and where they differ, its ``streams`` and ``orderings`` (the first so many);
 - ``[[vary]]``: the named ``rows`` again with each combination of the listed values;
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -89,6 +89,7 @@ class StudyPlan(BaseModel):
     baseline: str = "base"
     policy: dict[str, _Value] = {}
     options: dict[str, _Value] = {}
+    stream_options: dict[str, dict[str, _Value]] = {}
     rows: Annotated[dict[str, RowPlan], Field(min_length=1)]
     vary: tuple[VaryPlan, ...] = ()
     primary: PrimaryPlan | None = None
@@ -114,10 +115,15 @@ def read_plan(name: str) -> StudyPlan:
         raise LoopError(f"the plan {path} cannot be read: {error.strerror or error}.") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise LoopError(f"the plan {path} is not TOML: {error}.") from None
+    return checked_plan({"name": path.stem, **raw}, str(path))
+
+
+def checked_plan(raw: dict[str, Any], where: str) -> StudyPlan:
+    """Raises ``LoopError`` with all misfits; what does not exist is told by ``cells_of``."""
     try:
-        return StudyPlan.model_validate({"name": path.stem, **raw})
+        return StudyPlan.model_validate(raw)
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise LoopError(
-            f"the plan {path} cannot be used: {'; '.join(dict.fromkeys(wrong))}. Correct it."
+            f"the plan {where} cannot be used: {'; '.join(dict.fromkeys(wrong))}. Correct it."
         ) from None

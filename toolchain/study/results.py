@@ -9,7 +9,7 @@ wrong in ``failed/<key>.txt``, until the cell is there.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,15 @@ from toolchain.study.cells import Cell, CellResult, canonical
 from toolchain.study.executor import Failed
 
 STUDY = "study.json"
-_MAY_GROW = ("streams", "orderings", "rows", "vary", "secondary", "about")  # of a plan
+_MAY_GROW = (
+    "streams",
+    "orderings",
+    "rows",
+    "vary",
+    "stream_options",
+    "secondary",
+    "about",
+)  # of a plan
 
 
 @dataclass(frozen=True)
@@ -73,15 +81,14 @@ class StudyFolder:
         write_bytes(self.path / "failed" / f"{cell.key}.txt", text.encode())
 
 
-def open_folder(
-    path: Path, configuration: Mapping[str, Any], plan: Mapping[str, Any]
-) -> StudyFolder:
+def open_folder(path: Path, configuration: dict[str, Any], plan: dict[str, Any]) -> StudyFolder:
     """Makes the folder, or goes on with one of the same configuration.
 
     A plan may grow: cells that are there stay good. Raises ``LoopError`` where the configuration
-    or the plan's primary contrast is another than the folder's, with the difference.
+    or the plan's primary contrast is another than the folder's, with the difference. Both are plain
+    JSON values.
     """
-    raw = json.loads(canonical({"configuration": configuration, "plan": plan}))
+    raw = {"configuration": configuration, "plan": plan}
     there = _read_study(path)
     if there is not None:
         kept = {k: v for k, v in raw["plan"].items() if k not in _MAY_GROW}
@@ -92,16 +99,17 @@ def open_folder(
                 f"{path} holds a study of another configuration: {'; '.join(differences)}. Choose "
                 f"another folder, or give what it was begun with."
             )
-    text = json.dumps(raw, ensure_ascii=False, sort_keys=True, indent=1) + "\n"
+    text = json.dumps(raw, ensure_ascii=False, indent=1) + "\n"  # the plan keeps its order
     write_bytes(path / STUDY, text.encode())
     return StudyFolder(path)
 
 
-def read_folder(path: Path) -> StudyFolder:
-    """A folder that is there, to report from. Raises ``LoopError``."""
-    if _read_study(path) is None:
+def read_folder(path: Path) -> tuple[StudyFolder, dict[str, Any]]:
+    """A folder that is there, and the plan that it was begun with. Raises ``LoopError``."""
+    there = _read_study(path)
+    if there is None:
         raise LoopError(f"there is no study in {path}: run one with --out {path} first.")
-    return StudyFolder(path)
+    return StudyFolder(path), there["plan"]
 
 
 def _read_study(path: Path) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.bundle.manifest import MANIFEST
@@ -15,7 +16,7 @@ from toolchain.streams.recipe import Recipe, find_recipe
 from toolchain.study.cells import Cell, Place
 
 
-def configuration(place: Place, cells: Iterable[Cell]) -> dict[str, object]:
+def configuration(place: Place, cells: Iterable[Cell]) -> dict[str, Any]:
     """What results depend on beside the cells: versions, and the SHA-256 of bundle and data.
 
     Raises ``BundleError`` and ``LoopError``: for a bundle that is not whole, a device that is not

@@ -17,8 +17,9 @@ procedure", Scandinavian Journal of Statistics 6(2), 1979.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,6 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 FEWEST_ORDERINGS = 5  # fewer are shown as points
 _SEED = 2024
-_CHUNK = 500  # resamples at once: memory stays below some 10 MB for 1,000 dialogues
 
 Floats = NDArray[np.float64]
 
@@ -57,14 +57,16 @@ class Interval:
 @dataclass(frozen=True)
 class Contrast:
     """``difference``: row − against; ``relative``: row ÷ against − 1, a ratio of means;
-    ``points``: the difference in each ordering; ``p``: two-sided. Intervals and p are None with
-    fewer than ``FEWEST_ORDERINGS`` orderings, ``relative`` where ``against`` is 0."""
+    ``points`` and ``relative_points``: the same in each ordering; ``p``: two-sided. Intervals and p
+    are None with fewer than ``FEWEST_ORDERINGS`` orderings, what is relative where ``against`` is
+    0."""
 
     row: float
     against: float
     difference: float
     relative: float | None
     points: tuple[float, ...]
+    relative_points: tuple[float, ...] | None
     interval: Interval | None
     relative_interval: Interval | None
     p: float | None
@@ -85,9 +87,14 @@ def compare(pairs: Sequence[Paired], resamples: int = RESAMPLES) -> Contrast:
     """
     row, against = (float(np.mean([_value(pair, name) for pair in pairs])) for name in _SIDES)
     orderings = min(pair.unit.shape[0] for pair in pairs)
-    points = tuple(
-        float(np.mean([_difference(pair, index) for pair in pairs])) for index in range(orderings)
+    rows, others = (
+        [
+            float(np.mean([_value(pair, name, slice(at, at + 1)) for pair in pairs]))
+            for at in range(orderings)
+        ]
+        for name in _SIDES
     )
+    sides = list(zip(rows, others, strict=True))
     interval = relative_interval = p = None
     if orderings >= FEWEST_ORDERINGS:
         each = [_resampled(pair, resamples, index) for index, pair in enumerate(pairs)]
@@ -102,7 +109,8 @@ def compare(pairs: Sequence[Paired], resamples: int = RESAMPLES) -> Contrast:
         against=against,
         difference=row - against,
         relative=row / against - 1.0 if against else None,
-        points=points,
+        points=tuple(own - other for own, other in sides),
+        relative_points=(tuple(own / other - 1.0 for own, other in sides) if all(others) else None),
         interval=interval,
         relative_interval=relative_interval,
         p=p,
@@ -113,49 +121,39 @@ def compare(pairs: Sequence[Paired], resamples: int = RESAMPLES) -> Contrast:
 _SIDES = ("row", "against")
 
 
-def _value(pair: Paired, name: str) -> float:
-    return float(getattr(pair, name).sum() / pair.unit.sum())
-
-
-def _difference(pair: Paired, ordering: int) -> float:
-    gap = pair.row[ordering].sum() - pair.against[ordering].sum()
-    return float(gap / pair.unit[ordering].sum())
+def _value(pair: Paired, name: str, orderings: slice = slice(None)) -> float:
+    return float(getattr(pair, name)[orderings].sum() / pair.unit[orderings].sum())
 
 
 def _resampled(pair: Paired, resamples: int, stream: int) -> Floats:
     """Both sides' values in each resample: [2, resamples], NaN where it drew no dialogue at all
     (of nested samples that are very small). Contrasts of one stream meet the same draws, so that
     they move together; those of another ``stream`` of one contrast meet others."""
-    values = np.empty((2, resamples))
-    done = 0
-    for of_orderings, of_dialogues in _draws(pair.unit.shape, resamples, stream):
-        count = len(of_orderings)
-        unit, row, against = (
-            np.einsum("bo,bo->b", of_orderings, of_dialogues @ side.T)
-            for side in (pair.unit, pair.row, pair.against)
-        )
-        unit = np.where(unit > 0.0, unit, np.nan)
-        values[:, done : done + count] = row / unit, against / unit
-        done += count
-    return values
+    orderings, dialogues = pair.unit.shape
+    of_orderings, of_dialogues = _draws(orderings, dialogues, resamples, stream)
+    unit, row, against = (
+        np.einsum("bo,bo->b", of_orderings, of_dialogues @ side.T)
+        for side in (pair.unit, pair.row, pair.against)
+    )
+    unit = np.where(unit > 0.0, unit, np.nan)
+    return np.stack([row / unit, against / unit])
 
 
-def _draws(shape: tuple[int, ...], resamples: int, stream: int) -> Iterator[tuple[Floats, Floats]]:
-    """How often each is drawn: [chunk, orderings] and [chunk, dialogues], chunk by chunk."""
-    orderings, dialogues = shape
+@lru_cache(maxsize=2)  # a study asks for the same ones many times; 80 MB for 1,000 dialogues
+def _draws(orderings: int, dialogues: int, resamples: int, stream: int) -> tuple[Floats, Floats]:
+    """How often each is drawn: [resamples, orderings] and [resamples, dialogues]."""
     random = np.random.default_rng([_SEED, stream])
-    for start in range(0, resamples, _CHUNK):
-        chunk = min(_CHUNK, resamples - start)
-        yield (
-            _counts(random, max(orderings - 1, 1), orderings, chunk),
-            _counts(random, dialogues, dialogues, chunk),
-        )
+    return (
+        _counts(random, max(orderings - 1, 1), orderings, resamples),
+        _counts(random, dialogues, dialogues, resamples),
+    )
 
 
-def _counts(random: np.random.Generator, draws: int, among: int, chunk: int) -> Floats:
-    """[chunk, among]: in each line, ``draws`` with replacement."""
-    drawn = random.integers(0, among, (chunk, draws)) + among * np.arange(chunk)[:, None]
-    return np.bincount(drawn.ravel(), minlength=chunk * among).reshape(chunk, among).astype(float)
+def _counts(random: np.random.Generator, draws: int, among: int, resamples: int) -> Floats:
+    """[resamples, among]: in each line, ``draws`` with replacement."""
+    drawn = random.integers(0, among, (resamples, draws)) + among * np.arange(resamples)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=resamples * among)
+    return counts.reshape(resamples, among).astype(np.float64)
 
 
 def percentile_interval(values: Floats) -> Interval:

@@ -12,9 +12,9 @@ from runtime_py.loop.errors import LoopError
 from toolchain.study.cells import Cell, CellResult, Place
 from toolchain.study.executor import Done, Failed, Work, run_in_processes
 from toolchain.study.grid import Planned, cells_of
-from toolchain.study.plan import StudyPlan
+from toolchain.study.plan import StudyPlan, checked_plan
 from toolchain.study.ray_executor import run_on_ray
-from toolchain.study.results import StudyFolder, open_folder, read_folder
+from toolchain.study.results import STUDY, StudyFolder, open_folder, read_folder
 from toolchain.study.sources import configuration
 
 
@@ -63,9 +63,11 @@ def prepare(plan: StudyPlan, place: Place, out: Path) -> Study:
     return _study(plan, planned, folder)
 
 
-def reopen(plan: StudyPlan, out: Path) -> Study:
-    """Results that are there, without the bundle and the data."""
-    return _study(plan, cells_of(plan), read_folder(out))
+def reopen(out: Path) -> Study:
+    """Results that are there, by the plan that they were measured for, without bundle and data."""
+    folder, raw = read_folder(out)
+    plan = checked_plan(raw, str(out / STUDY))
+    return _study(plan, cells_of(plan), folder)
 
 
 def _study(plan: StudyPlan, planned: Sequence[Planned], folder: StudyFolder) -> Study:
