@@ -36,17 +36,27 @@ ARROWS: dict[str, set[str]] = {
     "toolchain.report": {"runtime_py"},
     "toolchain.defaults": {"runtime_py"},
     "toolchain.compile": {"toolchain.defaults", "toolchain.report", "exporters", "runtime_py"},
-    "toolchain.adapter_training": {"toolchain.defaults", "toolchain.report", "runtime_py"},
+    "toolchain.training_data": {"runtime_py"},
+    "toolchain.adapter_training": {
+        "toolchain.training_data", "toolchain.defaults", "toolchain.report", "runtime_py",
+    },
     "toolchain.verify": {
         "toolchain.compile", "toolchain.defaults", "toolchain.report", "exporters", "runtime_py",
     },
     "toolchain.simulate": {"toolchain.compile", "toolchain.report", "exporters", "runtime_py"},
+    "toolchain.streams": {"runtime_py"},
+    "toolchain.study": {
+        "toolchain.streams", "toolchain.verify", "toolchain.simulate", "toolchain.adapter_training",
+        "toolchain.compile", "toolchain.defaults", "toolchain.report", "exporters", "runtime_py",
+    },
     "toolchain.bench": {
         "toolchain.verify", "toolchain.compile", "toolchain.report", "exporters", "runtime_py",
     },
     "toolchain.cli": {
-        "toolchain.bench", "toolchain.simulate", "toolchain.verify", "toolchain.adapter_training",
-        "toolchain.defaults", "toolchain.compile", "toolchain.report", "exporters", "runtime_py",
+        "toolchain.bench", "toolchain.study", "toolchain.simulate", "toolchain.streams",
+        "toolchain.verify",
+        "toolchain.adapter_training", "toolchain.defaults", "toolchain.compile",
+        "toolchain.report", "exporters", "runtime_py",
     },
     "toolchain.__main__": {"toolchain.cli"},
 }  # fmt: skip

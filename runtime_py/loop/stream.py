@@ -19,12 +19,40 @@ from runtime_py.loop.errors import DuplicateDialogue, LoopError
 
 
 @dataclass(frozen=True)
+class StreamRow:
+    """A line as it stands: neither the id nor the turns (role and content) are checked."""
+
+    line: int
+    id: Any
+    turns: tuple[tuple[Any, Any], ...]
+    extra: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class StreamRecord:
     """``line``: its number, from 1 on. ``extra``: keys besides ``id`` and ``turns``."""
 
     line: int
     dialogue: Dialogue
     extra: dict[str, Any]
+
+
+def read_rows(path: Path, refuse: Callable[[LoopError], None] | None = None) -> Iterator[StreamRow]:
+    """The lines of ``path`` that have an id and turns, whatever these are.
+
+    A bad line raises ``LoopError``; with ``refuse``, its error goes there and reading goes on.
+    """
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = _row(number, line, f"line {number} of {path}")
+        except LoopError as error:
+            if refuse is None:
+                raise
+            refuse(error)
+            continue
+        yield row
 
 
 def read_stream(
@@ -35,12 +63,10 @@ def read_stream(
     A bad line raises ``LoopError``; with ``refuse``, its error goes there and reading goes on.
     """
     seen: dict[str, int] = {}
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        where = f"line {number} of {path}"
+    for row in read_rows(path, refuse):
+        where = f"line {row.line} of {path}"
         try:
-            record = _record(number, line, where)
+            record = _record(row, where)
             if first := seen.get(record.dialogue.id):
                 raise DuplicateDialogue(
                     f"{where} has the id {record.dialogue.id!r} of line {first}; expected a new "
@@ -51,7 +77,7 @@ def read_stream(
                 raise
             refuse(error)
             continue
-        seen[record.dialogue.id] = number
+        seen[record.dialogue.id] = row.line
         yield record
 
 
@@ -84,7 +110,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise LoopError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
-def _record(number: int, line: bytes, where: str) -> StreamRecord:
+def _row(number: int, line: bytes, where: str) -> StreamRow:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -107,11 +133,14 @@ def _record(number: int, line: bytes, where: str) -> StreamRecord:
     for position, turn in enumerate(turns, start=1):
         if missing := [key for key in ("role", "content") if key not in turn]:
             raise LoopError(f"{where}: turn {position} has no {' and no '.join(missing)}.")
-    dialogue = Dialogue(row["id"], tuple(Turn(t["role"], t["content"]) for t in turns))
+    extra = {key: value for key, value in row.items() if key not in ("id", "turns")}
+    return StreamRow(number, row["id"], tuple((t["role"], t["content"]) for t in turns), extra)
+
+
+def _record(row: StreamRow, where: str) -> StreamRecord:
+    dialogue = Dialogue(row.id, tuple(Turn(role, content) for role, content in row.turns))
     try:
         check(dialogue)
     except LoopError as error:
         raise LoopError(f"{where}: {error}") from None
-    return StreamRecord(
-        number, dialogue, {k: v for k, v in row.items() if k not in ("id", "turns")}
-    )
+    return StreamRecord(row.line, dialogue, row.extra)

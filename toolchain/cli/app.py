@@ -22,6 +22,8 @@ from toolchain.cli import (
     parity,
     simulate,
     store,
+    stream,
+    study,
     train,
 )
 from toolchain.report.console import console
@@ -43,6 +45,8 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("parity")(parity.parity)
 app.command("simulate")(simulate.simulate)
+app.command("stream")(stream.stream)
+app.command("study")(study.study)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.add_typer(adapter.app, name="adapter")

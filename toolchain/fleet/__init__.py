@@ -1,0 +1,1 @@
+"""Many simulated users, each with a life of the loop of its own."""

@@ -1,0 +1,1 @@
+"""Streams of dialogues by a committed recipe, the same bytes for the same seed."""
