@@ -99,12 +99,19 @@ class PhoneEngine:
         return Embedding(pooled.numpy().astype(np.float32, copy=True), entropy)
 
     def generate(
-        self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
+        self,
+        messages: Sequence[Turn],
+        *,
+        temperature: float,
+        seed: int,
+        max_new_tokens: int,
+        prefix: str = "",
     ) -> str:
-        """Ends at an end token, after ``max_new_tokens``, or with the context. Where the messages
-        fill the context the oldest exchanges are left out; "" where even the last one does."""
+        """Ends at an end token, after ``max_new_tokens``, or with the context. Where messages and
+        ``prefix`` fill the context the oldest exchanges are left out; "" where even the last one
+        does."""
         lm = self._loaded("forward")
-        prompt = self._prompt(messages)
+        prompt = self._prompt(messages, prefix)
         if not prompt:
             return ""
         stops = set(self._bundle.manifest.tokenizer.eos_ids)
@@ -124,9 +131,9 @@ class PhoneEngine:
         text = self.text.tokenizer.decode(written, skip_special_tokens=True)
         return cast(str, text).strip()  # of one list of tokens one text
 
-    def _prompt(self, messages: Sequence[Turn]) -> list[int]:
+    def _prompt(self, messages: Sequence[Turn], prefix: str) -> list[int]:
         for first in range(0, len(messages), 2):
-            ids = self.text.encode(self.text.render(messages[first:], reply=True))
+            ids = self.text.encode(self.text.render(messages[first:], reply=True) + prefix)
             if len(ids) < self._bundle.manifest.model.context:
                 return ids
         return []

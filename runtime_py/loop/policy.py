@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from math import inf
 from typing import Any
@@ -10,9 +11,15 @@ from typing import Any
 from runtime_py.loop.errors import LoopError
 
 QUESTION = "Do you think my response is acceptable and if not what would be an ideal response?"
-PARAPHRASE = (
+TEXT = "{text}"  # in ``paraphrase_prompt``: where the text stands
+USES = ("both", "question", "answer")  # of ``paraphrase_use``
+BRACKETS = (  # the method's own words
     "Please refine and generate a text semantically similar to the following text block, no need "
-    "to answer it, no need to explain, use [ ] to hold your generated response: "
+    f"to answer it, no need to explain, use [ ] to hold your generated response: {TEXT}"
+)
+REWRITE = (
+    "Rewrite the following text in different words, keeping its meaning. Give only the rewritten "
+    f"text.\n\nText: {TEXT}"
 )
 
 
@@ -31,7 +38,11 @@ class LoopPolicy:
     questions_per_day: int = 5
     heldout_every: int = 5  # one answered set in so many is kept for the guard
 
-    paraphrase_prompt: str = PARAPHRASE
+    paraphrase_prompt: str = REWRITE  # ``TEXT`` stands for the text, once
+    paraphrase_prefix: str = "Rewritten text:"  # the reply is begun with it
+    paraphrase_begin: str = ""  # what is taken of the rest stands behind this; "": from its start
+    paraphrase_end: str = ""  # and before this; "": to its end
+    paraphrase_use: str = "both"  # of ``USES``: what is rewritten, the other stays as it was
     paraphrases: int = 3
     paraphrase_retries: int = 2
     paraphrase_temperature: float = 0.5
@@ -91,6 +102,7 @@ class LoopPolicy:
         return LoopPolicy(**whole)
 
 
+_MAY_BE_EMPTY = {"paraphrase_prefix", "paraphrase_begin", "paraphrase_end"}
 _LIMITS: dict[str, tuple[float, float]] = {  # field: (least, most)
     "seed": (0, (1 << 64) - 1),
     "bins": (1, 1 << 14),  # as far as the sum of directions fits an int64
@@ -130,12 +142,19 @@ def _misfits(policy: LoopPolicy) -> list[tuple[str, object, str]]:
             misfits.append((field.name, value, f"a {field.type}"))
         elif field.name in _LIMITS and not low <= value <= high:
             misfits.append((field.name, value, f"{low:g} to {high:g}"))
-        elif kind is str and not value:
+        elif kind is str and not value and field.name not in _MAY_BE_EMPTY:
             misfits.append((field.name, value, "text"))
-    if not misfits:
-        if policy.rouge1_lowest > policy.rouge1_highest:
-            misfits.append(("rouge1_lowest", policy.rouge1_lowest, "at most rouge1_highest"))
-        if policy.shortest_sequence_tokens > policy.longest_sequence_tokens:
-            short = policy.shortest_sequence_tokens
-            misfits.append(("shortest_sequence_tokens", short, "at most longest_sequence_tokens"))
-    return misfits
+    return misfits or [*_mismatches(policy)]
+
+
+def _mismatches(policy: LoopPolicy) -> Iterator[tuple[str, object, str]]:
+    """What each field's own kind and limits do not say."""
+    if policy.paraphrase_prompt.count(TEXT) != 1:
+        yield "paraphrase_prompt", policy.paraphrase_prompt, f"a text with {TEXT} in it once"
+    if policy.paraphrase_use not in USES:
+        yield "paraphrase_use", policy.paraphrase_use, ", ".join(USES)
+    if policy.rouge1_lowest > policy.rouge1_highest:
+        yield "rouge1_lowest", policy.rouge1_lowest, "at most rouge1_highest"
+    if policy.shortest_sequence_tokens > policy.longest_sequence_tokens:
+        short = policy.shortest_sequence_tokens
+        yield "shortest_sequence_tokens", short, "at most longest_sequence_tokens"

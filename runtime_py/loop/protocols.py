@@ -26,9 +26,18 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
+        self,
+        messages: Sequence[Turn],
+        *,
+        temperature: float,
+        seed: int,
+        max_new_tokens: int,
+        prefix: str = "",
     ) -> str:
-        """Pure too: the same messages, adapter, temperature and seed give the same text."""
+        """Pure too: the same messages, adapter, temperature, seed and prefix give the same text.
+
+        The reply begins with ``prefix``, which is given, and goes on with what is returned.
+        """
         ...
 
     def use_adapter(self, file: Path) -> None:

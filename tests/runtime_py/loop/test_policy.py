@@ -12,7 +12,7 @@ from runtime_py.loop.annotation import annotated, is_held_out, may_ask
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.guard import accepts
 from runtime_py.loop.lexicons import make_lexicons, read_lexicons
-from runtime_py.loop.policy import PARAPHRASE, LoopPolicy
+from runtime_py.loop.policy import BRACKETS, LoopPolicy
 from runtime_py.loop.protocols import FineTuneResult
 from runtime_py.loop.schedule import Conditions, is_due, obstacles, sequence_tokens
 from tests.runtime_py.loop.toy import NIGHT, dialogue
@@ -40,6 +40,9 @@ def test_json_round_trip() -> None:
         ('{"shortest_sequence_tokens": 1024}', "at most longest_sequence_tokens"),
         ('{"bins": 0, "batch": 0}', "bins is 0.*batch is 0"),
         ('{"question": ""}', "question is ''"),
+        ('{"paraphrase_prompt": "Say it otherwise: "}', "{text} in it once"),
+        ('{"paraphrase_prompt": "{text} or {text}"}', "{text} in it once"),
+        ('{"paraphrase_use": "all"}', "paraphrase_use is 'all', expected both, question, answer"),
     ],
 )
 def test_bad_policies(text: str, message: str) -> None:
@@ -50,7 +53,7 @@ def test_bad_policies(text: str, message: str) -> None:
 def test_the_designs_defaults() -> None:
     policy = LoopPolicy()
     assert policy.bins * policy.bin_bytes == 2816 * 1024
-    assert PARAPHRASE.endswith("use [ ] to hold your generated response: ")
+    assert BRACKETS.endswith("use [ ] to hold your generated response: {text}")
     assert dataclasses.fields(LoopPolicy)[0].name == "selection"
     assert (policy.paraphrases, policy.paraphrase_retries) == (3, 2)
 
