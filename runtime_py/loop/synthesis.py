@@ -72,21 +72,17 @@ def synthesize(
 ) -> Pair | None:
     """The last question and its answer, of which ``paraphrase_use`` names the one that is
     rewritten, or both; None if one that is fails."""
-    if loop.paraphrase_use == "answer":
-        question = _kept(dialogue.question)
-    else:
-        question = paraphrase(dialogue.question, engine, stream, loop)
+
+    def rewritten(text: str, part: str) -> Paraphrase | None:
+        if loop.paraphrase_use in ("both", part):
+            return paraphrase(text, engine, stream, loop)
+        return Paraphrase(text, seed=0, rouge1=1.0, tries=0)
+
+    question = rewritten(dialogue.question, "question")
     if question is None:
         return None
-    if loop.paraphrase_use == "question":
-        answer = _kept(dialogue.answer)
-    else:
-        answer = paraphrase(dialogue.answer, engine, stream, loop)
+    answer = rewritten(dialogue.answer, "answer")
     return None if answer is None else Pair(question, answer)
-
-
-def _kept(text: str) -> Paraphrase:
-    return Paraphrase(text, seed=0, rouge1=1.0, tries=0)
 
 
 def _is_text(text: str) -> bool:
