@@ -17,6 +17,7 @@ PRECISIONS = {  # smallest first
 }
 TRAIN_WEIGHTS = ("fp32", "int8", "int4")
 TRAIN_LENGTHS = (256,)  # tokens
+LOWEST_YIELD = 0.05  # usable pairs of paraphrases an attempt; below it synthesis is switched off
 
 # Training
 SETTINGS = Settings()  # of the run itself
