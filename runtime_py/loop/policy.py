@@ -55,9 +55,14 @@ class LoopPolicy:
     hottest_celsius: float = 38.0
     must_charge: bool = True
     must_idle: bool = True
+    learning_rate: float = 1e-3  # of A
+    b_rate_ratio: float = 1.0  # B's rate is so many times A's
+    batch: int = 8
     epochs: int = 3
-    learning_rate: float = 3e-4
-    batch: int = 128
+    fewest_steps: int = 12
+    most_steps: int = 48
+    check_every_steps: int = 4  # between two looks at the held-out sets that stop the training
+    guard_false_acceptance: float = 0.35  # chance that an adapter no better than the old one passes
     longest_sequence_tokens: int = 512
     shortest_sequence_tokens: int = 64  # where memory is short, before fine-tuning is postponed
     adapters_kept: int = 4  # files, besides the bundle's own
@@ -115,6 +120,11 @@ _LIMITS: dict[str, tuple[float, float]] = {  # field: (least, most)
     "fine_tune_every_sets": (1, 1 << 40),
     "fine_tune_memory_mb": (0, 1 << 20),
     "epochs": (1, 10_000),
+    "fewest_steps": (1, 1 << 20),
+    "most_steps": (1, 1 << 20),
+    "check_every_steps": (1, 1 << 20),
+    "b_rate_ratio": (1e-3, 1e3),
+    "guard_false_acceptance": (0.0, 1.0),
     "batch": (1, 1 << 20),
     "longest_sequence_tokens": (8, 1 << 20),
     "shortest_sequence_tokens": (8, 1 << 20),
@@ -158,3 +168,5 @@ def _mismatches(policy: LoopPolicy) -> Iterator[tuple[str, object, str]]:
     if policy.shortest_sequence_tokens > policy.longest_sequence_tokens:
         short = policy.shortest_sequence_tokens
         yield "shortest_sequence_tokens", short, "at most longest_sequence_tokens"
+    if policy.fewest_steps > policy.most_steps:
+        yield "fewest_steps", policy.fewest_steps, "at most most_steps"

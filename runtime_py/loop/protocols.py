@@ -65,31 +65,51 @@ class AdapterBundle(Protocol):
 
 @dataclass(frozen=True)
 class FineTuneJob:
-    """Everything a run depends on, so that a run can be repeated bit for bit."""
+    """Everything a run depends on, so that a run can be repeated bit for bit.
+
+    Of each dialogue the last reply alone is learned and scored. No dialogue is in two of
+    ``training``, ``stopping`` and ``guard``, and each takes at most ``max_sequence_tokens``.
+    """
 
     number: int
-    training: tuple[Dialogue, ...]
-    held_out: tuple[Dialogue, ...]
+    training: tuple[Dialogue, ...]  # at least one
+    stopping: tuple[Dialogue, ...]  # held out: they choose the step whose state is kept; or none
+    guard: tuple[Dialogue, ...]  # held out: they judge; at least one
     parent: Path  # the adapter to start from
     seed: int  # in [0, 2^63)
-    epochs: int
-    learning_rate: float
+    steps: int  # the budget; without stopping sets exactly so many are taken
+    learning_rate: float  # of A
+    b_rate_ratio: float  # B's rate is so many times A's (LoRA+, Hayou et al., 2024)
     batch: int  # sequences whose gradients make one step
+    check_every: int  # steps between two looks at the stopping sets
     max_sequence_tokens: int
 
 
 @dataclass(frozen=True)
 class FineTuneResult:
-    """``losses``: one a step, over assistant tokens. ``adapter``: a file in the job's folder."""
+    """``adapter``: a file in the job's folder. Losses are nats a label, over the labels of one
+    dialogue, of one step or of all stopping sets."""
 
     adapter: Path
-    heldout_loss_before: float
-    heldout_loss_after: float
-    losses: tuple[float, ...]
+    guard_before: tuple[float, ...]  # one a guard set, in the job's order, with the parent
+    guard_after: tuple[float, ...]  # the same sets with ``adapter``
+    losses: tuple[float, ...]  # one a step that was taken
+    stopping_curve: tuple[tuple[int, float], ...]  # (step, loss), step 0 first; empty without sets
+    kept_step: int  # the step whose state is ``adapter``
     seconds: float
 
 
 class FineTuner(Protocol):
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of the training programs, ascending; at least one."""
+        ...
+
+    def tokens(self, dialogue: Dialogue) -> int:
+        """How many tokens learning the last reply of ``dialogue`` reads. Pure: the same dialogue
+        has the same number on every call."""
+        ...
+
     def run(
         self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
     ) -> FineTuneResult | None:

@@ -89,7 +89,16 @@ _VERSION_1 = (
        BEGIN SELECT RAISE (ABORT, 'the log is append-only'); END""",
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1,)
+_VERSION_2 = (
+    # 0: frozen before jobs had a number of steps, which is counted when the job goes on
+    "ALTER TABLE jobs ADD COLUMN steps INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE jobs ADD COLUMN b_rate_ratio REAL NOT NULL DEFAULT 1.0",
+    "ALTER TABLE jobs ADD COLUMN check_every INTEGER NOT NULL DEFAULT 1",
+    # training, stopping or guard; null: frozen before, training or guard as held_out says
+    "ALTER TABLE job_sets ADD COLUMN part TEXT",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2)
 """Entry v takes a store from schema version v to v + 1."""
 
 TABLES = (  # parents before children
