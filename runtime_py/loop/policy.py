@@ -11,6 +11,7 @@ from typing import Any
 from runtime_py.loop.errors import LoopError
 
 QUESTION = "Do you think my response is acceptable and if not what would be an ideal response?"
+UNBOUNDED = 1e6  # of ``forgetting_bound``: nothing is measured
 TEXT = "{text}"  # in ``paraphrase_prompt``: where the text stands
 USES = ("both", "question", "answer")  # of ``paraphrase_use``
 BRACKETS = (  # the method's own words
@@ -63,6 +64,9 @@ class LoopPolicy:
     most_steps: int = 48
     check_every_steps: int = 4  # between two looks at the held-out sets that stop the training
     guard_false_acceptance: float = 0.35  # chance that an adapter no better than the old one passes
+    forgetting_bound: float = 0.03  # part of the general text's perplexity that may be added
+    forgetting_tokens: int = 2048  # of the general text that are measured on
+    replay_share: float = 0.0  # of the training sequences that are generic dialogues
     longest_sequence_tokens: int = 512
     shortest_sequence_tokens: int = 64  # where memory is short, before fine-tuning is postponed
     adapters_kept: int = 4  # files, besides the bundle's own
@@ -126,6 +130,9 @@ _LIMITS: dict[str, tuple[float, float]] = {  # field: (least, most)
     "b_rate_ratio": (1e-3, 1e3),
     "guard_false_acceptance": (0.0, 1.0),
     "batch": (1, 1 << 20),
+    "forgetting_bound": (1e-6, UNBOUNDED),
+    "forgetting_tokens": (1, 1 << 20),
+    "replay_share": (0.0, 0.5),
     "longest_sequence_tokens": (8, 1 << 20),
     "shortest_sequence_tokens": (8, 1 << 20),
     "adapters_kept": (1, 10_000),
