@@ -36,7 +36,10 @@ ARROWS: dict[str, set[str]] = {
     "toolchain.report": {"runtime_py"},
     "toolchain.defaults": {"runtime_py"},
     "toolchain.compile": {"toolchain.defaults", "toolchain.report", "exporters", "runtime_py"},
-    "toolchain.adapter_training": {"toolchain.defaults", "toolchain.report", "runtime_py"},
+    "toolchain.training_data": {"runtime_py"},
+    "toolchain.adapter_training": {
+        "toolchain.training_data", "toolchain.defaults", "toolchain.report", "runtime_py",
+    },
     "toolchain.verify": {
         "toolchain.compile", "toolchain.defaults", "toolchain.report", "exporters", "runtime_py",
     },

@@ -4,44 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runtime_py.bundle.adapter_forms import from_runtime, load_adapter, to_runtime
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.bundle import Bundle, open_bundle
-from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.flat_tensor import write_ptd
 from runtime_py.bundle.peft_adapter import read_peft, write_peft
-from runtime_py.engine.examples import Example, fit
+from runtime_py.engine.examples import Example
+from runtime_py.engine.recipe import Settings
 from runtime_py.engine.streaming import open_training
-from runtime_py.engine.trainer import (
-    Settings,
-    StepReport,
-    TrainingEngine,
-    TrainingOutcome,
-    evaluate,
-    train,
-)
+from runtime_py.engine.trainer import StepReport, TrainingOutcome, train
+from runtime_py.engine.training_engine import TrainingEngine, evaluate
 from runtime_py.loop.errors import TrainingError
 from runtime_py.loop.files import replacing, writing
-from runtime_py.loop.stream import read_dialogues
 from toolchain import defaults
 from toolchain.report.charts import Series, write_svg
+from toolchain.training_data import TrainingData, read_training_data
 
 RUN, PEFT, PTD, CURVE = "run", "adapter", "adapter.ptd", "curve.svg"
 
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """Losses in nats a label. ``held_out``: before and after, None where nothing was held out.
-    ``held_out_curve``: (step, loss) at each epoch's end. ``cut``, ``left_out``: ids of dialogues
-    that are too long. ``adapter``: the PEFT folder."""
+    """Losses in nats a label. ``held_out``: before and after, of ``judged`` dialogues that were
+    neither learned nor chose the step; None where nothing was held out. ``held_out_curve``: (step,
+    loss) of them. ``stopping_curve``: the same of the ``stopping`` dialogues that chose
+    ``kept_step``, whose state the adapter is; empty where there were too few. ``cut``,
+    ``left_out``: ids of dialogues that are too long. ``adapter``: the PEFT folder."""
 
     losses: tuple[float, ...]
     held_out: tuple[float | None, float | None]
     held_out_curve: tuple[tuple[int, float], ...]
+    stopping_curve: tuple[tuple[int, float], ...]
+    kept_step: int
     dialogues: int
+    judged: int
+    stopping: int
     cut: tuple[str, ...]
     left_out: tuple[str, ...]
     seconds: float
@@ -55,6 +55,10 @@ class TrainedAdapter:
             "held_out_before": self.held_out[0],
             "held_out_after": self.held_out[1],
             "held_out_curve": [list(point) for point in self.held_out_curve],
+            "held_out_dialogues": self.judged,
+            "stopping_dialogues": self.stopping,
+            "stopping_curve": [list(point) for point in self.stopping_curve],
+            "kept_step": self.kept_step,
             "dialogues": self.dialogues,
             "cut": list(self.cut),
             "left_out": list(self.left_out),
@@ -64,38 +68,28 @@ class TrainedAdapter:
         }
 
 
-@dataclass(frozen=True)
-class _Split:
-    """Examples by what they are for; ids of the dialogues that were cut and left out."""
-
-    training: tuple[Example, ...]
-    held_out: tuple[Example, ...]
-    cut: tuple[str, ...]
-    left_out: tuple[str, ...]
-
-
 class _Progress:
-    """Follows a run: its speed, and the loss of the held-out examples, before it and after each
-    epoch."""
+    """Follows a run: its speed, and the loss of the held-out examples, before it, every ``every``
+    steps (0: never within it) and after it."""
 
     def __init__(
         self,
         engine: TrainingEngine,
         state: AdapterState,
         held_out: Sequence[Example],
-        epoch: int,
+        every: int,
         on_step: Callable[[StepReport, float], None],
     ) -> None:
         self._engine, self._state, self._held_out = engine, state, held_out
-        self._epoch = epoch  # steps
+        self._every = every
         self._on_step = on_step
         self._tokens, self._seconds = 0, 0.0
         self.curve: list[tuple[int, float]] = []
-        if held_out:
-            self.curve.append((0, self._loss()))
+        self._look(0)
 
-    def _loss(self) -> float:
-        return evaluate(self._engine, self._state, self._held_out)
+    def _look(self, step: int) -> None:
+        if self._held_out:
+            self.curve.append((step, evaluate(self._engine, self._state, self._held_out)))
 
     @property
     def tokens_per_second(self) -> float:
@@ -105,16 +99,13 @@ class _Progress:
         self._tokens += step.tokens
         self._seconds += step.seconds
         self._on_step(step, self.tokens_per_second)
-        if self._held_out and step.number % self._epoch == 0:
-            self.curve.append((step.number, self._loss()))
+        if self._every and step.number % self._every == 0 and step.number < step.of:
+            self._look(step.number)
 
-    def before_and_after(self) -> tuple[float | None, float | None]:
-        """Losses of the held-out examples."""
-        if not self.curve:
-            return None, None
-        # A run that was complete already took no step to measure at.
-        after = self.curve[-1][1] if len(self.curve) > 1 else self._loss()
-        return self.curve[0][1], after
+    def end(self, step: int) -> tuple[float | None, float | None]:
+        """Losses of the held-out examples before and after; the state is that of ``step``."""
+        self._look(step)
+        return (self.curve[0][1], self.curve[-1][1]) if self.curve else (None, None)
 
 
 def train_adapter(
@@ -125,6 +116,7 @@ def train_adapter(
     adapter: Path | None = None,
     settings: Settings = defaults.SETTINGS,
     held_out: float = defaults.HELD_OUT,
+    stopping_from: int = defaults.STOPPING_FROM,
     memory: defaults.MemoryMode = defaults.MEMORY,
     keep_mb: float = defaults.KEEP_MB,
     refuse_long: bool = False,
@@ -137,10 +129,11 @@ def train_adapter(
     Writes into the folder ``out`` the adapter (``adapter/`` for PEFT, ``adapter.ptd`` for
     ``lm.pte``), the curve, and the state of the run, from which a run that was cut off goes on.
     ``adapter``: a PEFT folder or .ptd to start from, None for the bundle's; ``held_out``: part of
-    the dialogues whose loss is only watched; ``memory``: "low" computes the forward anew, "high"
-    keeps ``keep_mb`` of it (10⁶ bytes); ``refuse_long``: dialogues that are too long are an error
-    instead of cut; ``threads``: None for all cores. ``on_step`` is told each step and the tokens a
-    second so far, ``notify`` a sentence for the user.
+    the dialogues that are not learned: where these are ``stopping_from`` or more, half of them
+    choose the step whose state is kept, and the other half is reported; ``memory``: "low" computes
+    the forward anew, "high" keeps ``keep_mb`` of it (10⁶ bytes); ``refuse_long``: dialogues that
+    are too long are an error instead of cut; ``threads``: None for all cores. ``on_step`` is told
+    each step and the tokens a second so far, ``notify`` a sentence for the user.
 
     Raises ``TrainingError``, ``BundleError``, ``AdapterError`` or ``LoopError`` with a sentence.
     """
@@ -148,22 +141,27 @@ def train_adapter(
     opened = open_bundle(bundle)
     tensors = opened.manifest.adapter.tensors
     engine = open_training(opened, keep_mb=keep_mb if memory == "high" else 0.0, threads=threads)
-    split = _split(opened, data, held_out, refuse_long, notify)
+    split = read_training_data(opened, data, held_out, stopping_from, refuse_long, notify)
+    settings = _looking_seldom(settings, split)
     values = to_runtime(load_adapter(adapter) if adapter else read_peft(opened.peft), tensors)
     state = AdapterState.of(tensors, values)
     with writing(out):  # told before anything is computed
         (out / RUN).mkdir(parents=True, exist_ok=True)
-    epoch = -(-len(split.training) // settings.batch)
-    progress = _Progress(engine, state, split.held_out, epoch, on_step)
-    outcome = _run(opened, engine, state, split.training, settings, out / RUN, progress)
-    before, after = progress.before_and_after()
+    every = 0 if split.stopping else settings.check_every
+    progress = _Progress(engine, state, split.held_out, every, on_step)
+    outcome = _run(opened, engine, state, split, settings, out / RUN, progress)
+    judged = progress.end(outcome.kept_step)
     _write(out, {**values, **state.tensors})
-    _draw(out / CURVE, outcome.losses, progress.curve)
+    _draw(out / CURVE, outcome, progress.curve)
     return TrainedAdapter(
         losses=outcome.losses,
-        held_out=(before, after),
+        held_out=judged,
         held_out_curve=tuple(progress.curve),
-        dialogues=len(split.training) + len(split.held_out),
+        stopping_curve=outcome.curve,
+        kept_step=outcome.kept_step,
+        dialogues=len(split.training) + len(split.stopping) + len(split.held_out),
+        judged=len(split.held_out),
+        stopping=len(split.stopping),
         cut=split.cut,
         left_out=split.left_out,
         seconds=outcome.seconds,
@@ -172,11 +170,18 @@ def train_adapter(
     )
 
 
+def _looking_seldom(settings: Settings, split: TrainingData) -> Settings:
+    """No more dialogues are looked at than were learned since the look before."""
+    watched = len(split.stopping or split.held_out)
+    size = min(settings.batch, len(split.training))
+    return replace(settings, check_every=max(settings.check_every, -(-watched // size)))
+
+
 def _run(
     bundle: Bundle,
     engine: TrainingEngine,
     state: AdapterState,
-    examples: Sequence[Example],
+    split: TrainingData,
     settings: Settings,
     folder: Path,
     on_step: Callable[[StepReport], None],
@@ -186,10 +191,11 @@ def _run(
     outcome = train(
         engine,
         state,
-        examples,
+        split.training,
         settings,
         bundle.training.optimizer,
         folder,
+        stopping=split.stopping,
         base=next(file.sha256 for file in bundle.manifest.files if file.path == weights),
         on_step=on_step,
     )
@@ -205,44 +211,22 @@ def _check(settings: Settings, memory: str) -> None:
         )
     if memory not in defaults.MEMORY_MODES:
         raise TrainingError(f"no --memory {memory}; known: {', '.join(defaults.MEMORY_MODES)}.")
-    for name, value in (("--learning-rate", settings.learning_rate), ("--clip", settings.clip)):
+    above_zero = {
+        "--learning-rate": settings.learning_rate,
+        "--b-rate-ratio": settings.b_rate_ratio,
+        "--clip": settings.clip,
+    }
+    for name, value in above_zero.items():
         if not value > 0:
             raise TrainingError(f"{name} {value:g} changes nothing: give more than 0.")
-    for name, value in (
-        ("--learning-rate", settings.learning_rate),
-        ("--weight-decay", settings.weight_decay),
-    ):
+    finite = {
+        "--learning-rate": settings.learning_rate,
+        "--b-rate-ratio": settings.b_rate_ratio,
+        "--weight-decay": settings.weight_decay,
+    }
+    for name, value in finite.items():
         if not math.isfinite(value):
             raise TrainingError(f"{name} {value:g} leaves no number in the adapter: give less.")
-
-
-def _split(
-    bundle: Bundle, data: Path, held_out: float, refuse_long: bool, notify: Callable[[str], None]
-) -> _Split:
-    """The dialogues of ``data``; of every so many the last is held out."""
-    dialogues = read_dialogues(data)
-    longest = max(bundle.training.lengths)
-    fitted = fit(dialogues, ChatText(bundle), longest, refuse_long)
-    if fitted.cut:
-        notify(f"cut at a turn to fit {longest} tokens: {len(fitted.cut)} of {len(dialogues)}")
-    if fitted.left_out:
-        notify(
-            f"left out, since even the first exchange has more than {longest} tokens: "
-            f"{len(fitted.left_out)} (export with a longer --train-lengths to keep them)"
-        )
-    if not fitted.examples:
-        raise TrainingError(
-            f"no dialogue of {data} fits the training programs ({longest} tokens): export "
-            f"with a longer --train-lengths."
-        )
-    count = round(len(fitted.examples) * held_out)
-    if count == len(fitted.examples):
-        count -= 1
-    step = len(fitted.examples) / count if count else 0
-    chosen = {int((i + 1) * step) - 1 for i in range(count)}
-    training = tuple(e for i, e in enumerate(fitted.examples) if i not in chosen)
-    held = tuple(e for i, e in enumerate(fitted.examples) if i in chosen)
-    return _Split(training, held, fitted.cut, fitted.left_out)
 
 
 def _write(out: Path, trained: dict) -> None:
@@ -251,8 +235,10 @@ def _write(out: Path, trained: dict) -> None:
     write_peft(out / PEFT, from_runtime(trained, str(out / PTD)), replace=True)
 
 
-def _draw(path: Path, losses: Sequence[float], curve: Sequence[tuple[int, float]]) -> None:
-    series = [Series("training", tuple(enumerate(losses, 1)))]
+def _draw(path: Path, outcome: TrainingOutcome, curve: Sequence[tuple[int, float]]) -> None:
+    series = [Series("training", tuple(enumerate(outcome.losses, 1)))]
+    if outcome.curve:
+        series.append(Series("held out, choosing the step", outcome.curve))
     series += [Series("held out", tuple(curve))] if curve else []
     with replacing(path) as beside:
         write_svg(beside, series, "step", "loss, nats a token")

@@ -9,7 +9,8 @@ COLUMNS = 1024  # numbers in a row of the flat adapter; the last row is padded w
 
 
 class AdamW(nn.Module):
-    """All four matrices are [rows, 1024] float32.
+    """Matrices are [rows, 1024] float32. Every number has a learning rate of its own, so that B may
+    learn faster than A (LoRA+: Hayou, Ghosh and Yu, 2024).
 
     Sums of squares are taken row by row and then over the rows: one long sum would lose digits.
     """
@@ -24,17 +25,17 @@ class AdamW(nn.Module):
         gradient: Tensor,
         mean: Tensor,
         square: Tensor,
+        rate: Tensor,
         per_token: Tensor,
         most: Tensor,
-        rate: Tensor,
-        decay: Tensor,
+        weight_decay: Tensor,
         mean_correction: Tensor,
         square_correction: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Everything after ``square`` is [1, 1]: ``per_token`` is 1 / (labels of the batch), which
-        turns the summed gradient into the mean loss's; ``most`` the global norm that it is clipped
-        to; ``rate`` the learning rate; ``decay`` 1 − rate · weight decay; the corrections are
-        1 / (1 − β₁ᵗ) and 1 / (1 − β₂ᵗ) of step t, from 1 on.
+        """``rate`` is a matrix too, and what comes after it is [1, 1]: ``per_token`` is 1 / (labels
+        of the batch), which turns the summed gradient into the mean loss's; ``most`` the global
+        norm that it is clipped to; ``weight_decay`` what a number loses of itself, times its rate;
+        the corrections are 1 / (1 − β₁ᵗ) and 1 / (1 − β₂ᵗ) of step t, from 1 on.
 
         -> parameters, mean, square, and the gradient's norm before clipping [1, 1].
         """
@@ -48,4 +49,4 @@ class AdamW(nn.Module):
         mean = mean * self.beta1 + gradient * (1.0 - self.beta1)
         square = square * self.beta2 + gradient * gradient * (1.0 - self.beta2)
         step = mean * mean_correction / (torch.sqrt(square * square_correction) + self.eps)
-        return parameters * decay - step * rate, mean, square, norm
+        return parameters - rate * (parameters * weight_decay + step), mean, square, norm

@@ -240,8 +240,8 @@ def flat_rows(spec: TrainingSpec) -> int:
 def adamw_program(spec: TrainingSpec) -> TrainingProgram:
     """``adamw`` over the whole adapter, see ``AdamW``."""
     rows = flat_rows(spec)
-    matrices = ("parameters", "gradient", "mean", "square")
-    numbers = ("per_token", "most", "rate", "decay", "mean_correction", "square_correction")
+    matrices = ("parameters", "gradient", "mean", "square", "rate")
+    numbers = ("per_token", "most", "weight_decay", "mean_correction", "square_correction")
     inputs = [_float(name, rows, COLUMNS) for name in matrices]
     inputs += [_float(name, 1, 1) for name in numbers]
     outputs = [_float(name, rows, COLUMNS) for name in ("parameters", "mean", "square")]

@@ -18,6 +18,11 @@ from runtime_py.bundle.manifest import AdapterTensor
 COLUMNS = 1024
 
 
+def is_b(name: str) -> bool:
+    """Whether a trained tensor is a B: ``….lora_B``, or ``….lora_B_0`` where there are several."""
+    return name.rsplit(".", 1)[1].startswith("lora_B")
+
+
 @dataclass(frozen=True)
 class FlatLayout:
     """Where each trained tensor lies: name -> (first number, shape)."""
@@ -46,6 +51,11 @@ class FlatLayout:
             name: line[start : start + int(np.prod(shape))].reshape(shape)
             for name, (start, shape) in self.places.items()
         }
+
+    def fill_rates(self, into: np.ndarray, a: float, b: float) -> None:
+        """``into`` [rows, 1024]: ``a`` at every number of an A, ``b`` at every number of a B."""
+        for name, view in self.views(into).items():
+            view[...] = b if is_b(name) else a
 
     @property
     def digest(self) -> str:

@@ -1,4 +1,7 @@
-"""Dialogues as tokens with labels: what the assistant said is learned, nothing else."""
+"""Dialogues as tokens with labels: what the assistant said is learned, nothing else.
+
+Either all of its turns, or the last alone: what a user was asked about.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +38,11 @@ class Example:
         return int((self.labels != IGNORED).sum())
 
 
-def example(dialogue: Dialogue, text: ChatText) -> Example:
+def example(dialogue: Dialogue, text: ChatText, last_only: bool = False) -> Example:
     """The dialogue by the chat template, with the assistant's contents and the token that ends
-    each of them as labels. Raises ``TrainingError`` where nothing in it can be learned."""
-    spans = text.assistant_spans(dialogue.turns)
+    each of them as labels; with ``last_only`` those of its last turn. Raises ``TrainingError``
+    where nothing in it can be learned."""
+    spans = text.assistant_spans(dialogue.turns)[-1 if last_only else 0 :]
     if not spans:
         raise TrainingError(
             f"dialogue {dialogue.id} has no assistant turn, so there is nothing to learn from it: "

@@ -27,8 +27,8 @@ def training_bytes(bundle: Bundle, length: int) -> int:
     """An upper estimate of what a run takes with programs of ``length`` tokens, beside the mapped
     weights: every layer's input; of one block its outputs twice, its scores three times and its
     matrices in float32; the head's logits twice, and one slice of its rows twice, in float32 and
-    packed; the adapter, gradient and moments, and the copies of them in an update and
-    in what is being saved."""
+    packed; the adapter, gradient, moments, rates and the state that is kept, and the copies of them
+    in an update and in what is being saved."""
     model, training = bundle.manifest.model, bundle.training
     block = bundle.android.program(f"block_forward_{length}")
     outputs = sum(_numbers(tensor) for tensor in block.outputs)
@@ -37,7 +37,7 @@ def training_bytes(bundle: Bundle, length: int) -> int:
     rows = 2 * min(training.head_slice, model.vocab) * model.hidden
     inputs = (len(training.layers) + 3) * model.hidden * length
     logits = 2 * training.positions * model.vocab
-    adapter = 12 * sum(math.prod(tensor.shape) for tensor in bundle.manifest.adapter.tensors)
+    adapter = 15 * sum(math.prod(tensor.shape) for tensor in bundle.manifest.adapter.tensors)
     block_numbers = 2 * outputs + 3 * model.heads * length * length + matrices
     return 4 * (inputs + block_numbers + logits + rows + adapter)
 

@@ -1,7 +1,8 @@
 """The state of a run on disk: written beside and renamed, so that a kill leaves the old or the new.
 
-One safetensors file holds the adapter and the moments; its metadata holds where the run is. What is
-read back is bit for bit what was written.
+One safetensors file holds the adapter, the moments, and where stopping examples choose among the
+states, the best so far; its metadata holds where the run is. What is read back is bit for bit what
+was written.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ FILE = "training.safetensors"
 @dataclass(frozen=True)
 class Progress:
     """Where a run is: ``step`` updates done; ``losses`` of each, nats a label; ``seconds`` of
-    training so far; ``job``: a hash of everything that the run depends on."""
+    training so far; ``job``: a hash of everything that the run depends on. ``curve``: (step, loss
+    of the stopping examples in nats a label) of every look at them."""
 
     step: int
     losses: tuple[float, ...]
     seconds: float
     job: str
+    curve: tuple[tuple[int, float], ...] = ()
 
 
 def job_digest(values: Mapping[str, object]) -> str:
@@ -39,19 +42,28 @@ def job_digest(values: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def save_state(folder: Path, state: AdapterState, progress: Progress) -> None:
-    """Raises ``DiskFull`` where there is no space; the state before is whole then."""
+def save_state(
+    folder: Path, state: AdapterState, progress: Progress, kept: np.ndarray | None = None
+) -> None:
+    """``kept``: the parameters of the best state so far, where the curve has a point.
+
+    Raises ``DiskFull`` where there is no space; the state before is whole then."""
     metadata = {
         "progress": json.dumps(asdict(progress)),
         "layout": state.layout.digest,
         "step": str(state.step),
     }
     tensors = {"parameters": state.parameters, "mean": state.mean, "square": state.square}
+    if progress.curve and kept is not None:
+        tensors["kept"] = kept
     write_bytes(folder / FILE, save(tensors, metadata))
 
 
-def load_state(folder: Path, state: AdapterState, job: str) -> Progress | None:
-    """Fills ``state`` from what ``save_state`` left in ``folder``; None where there is nothing.
+def load_state(
+    folder: Path, state: AdapterState, job: str, kept: np.ndarray | None = None
+) -> Progress | None:
+    """Fills ``state``, and ``kept``, from what ``save_state`` left in ``folder``; None where there
+    is nothing.
 
     Raises ``TrainingError`` for the state of another adapter or another job, and for a damaged one.
     """
@@ -62,7 +74,7 @@ def load_state(folder: Path, state: AdapterState, job: str) -> Progress | None:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        progress = Progress(**json.loads(metadata["progress"]))
+        progress = _progress(json.loads(metadata["progress"]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise TrainingError(
             f"{path} is not a whole training state ({error}): remove it to begin anew."
@@ -81,5 +93,13 @@ def load_state(folder: Path, state: AdapterState, job: str) -> Progress | None:
     for name in ("parameters", "mean", "square"):
         target: np.ndarray = getattr(state, name)
         target[...] = tensors[name]
+    if kept is not None and progress.curve:
+        kept[...] = tensors["kept"]
     state.step = int(metadata["step"])
-    return Progress(progress.step, tuple(progress.losses), progress.seconds, progress.job)
+    return progress
+
+
+def _progress(raw: dict) -> Progress:
+    """Raises ``KeyError``, ``TypeError`` or ``ValueError`` where it is not one."""
+    curve = tuple((int(step), float(loss)) for step, loss in raw.pop("curve", ()))
+    return Progress(**raw | {"losses": tuple(raw["losses"]), "curve": curve})

@@ -18,30 +18,29 @@ from runtime_py.bundle.adapter_forms import read_values, write_values
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
-from runtime_py.engine.examples import Example, fit
+from runtime_py.engine.examples import Example, example
 from runtime_py.engine.memory import memory_errors, training_bytes
 from runtime_py.engine.native import silenced
 from runtime_py.engine.streaming import StepNumbers, StreamingEngine, open_training
-from runtime_py.engine.trainer import Settings, evaluate, train
-from runtime_py.loop.errors import TrainingDiverged
+from runtime_py.engine.tuning import Stage, lessons, tune
+from runtime_py.loop.dialogue import Dialogue
 from runtime_py.loop.protocols import FineTuneJob, FineTuneResult
 
 ADAPTER = "adapter.ptd"  # in a job's folder
 RESERVE = 0.25  # of what a run needs must be free before each call, or it ends
-SAVED_AFTER = 32  # sequences whose gradients a kill may cost, where a step has no more
 
 
 @dataclass(frozen=True)
 class TrainingCall:
     """What was computed: the ``loss`` or ``gradient`` of ``labels`` labels by the programs of
-    ``length`` tokens, or the ``update`` of step ``step`` after them. ``trained``: all steps are
-    done, and the held-out loss after them is computed."""
+    ``length`` tokens, or the ``update`` of step ``step`` after them; a ``check`` computes nothing,
+    but says that the stopping sets' loss after ``step`` is known. ``stage``: where in the job."""
 
-    kind: Literal["loss", "gradient", "update"]
+    kind: Literal["loss", "gradient", "update", "check"]
     length: int = 0
     labels: int = 0
     step: int = 0
-    trained: bool = False
+    stage: Stage = "training"
 
 
 def _ignore(call: TrainingCall) -> None:
@@ -75,43 +74,42 @@ class StreamedFineTuner:
         self._bundle, self._text, self._threads = bundle, text, threads
         self._before, self._available, self._on_call = before, available_mb, on_call
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """``FineTuner.lengths``."""
+        return tuple(sorted(self._training.lengths))
+
+    def tokens(self, dialogue: Dialogue) -> int:
+        """``FineTuner.tokens``."""
+        return example(dialogue, self._text, last_only=True).inputs
+
     def run(
         self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
     ) -> FineTuneResult | None:
         """``FineTuner.run``. The job's parent is a ``.ptd`` of this bundle's layout."""
         self._before()
         longest = min(job.max_sequence_tokens, max(self._training.lengths))
-        examples = fit(job.training, self._text, longest).examples
-        held_out = fit(job.held_out, self._text, longest).examples
+        taught = lessons(job, self._text, longest)
         tensors = self._bundle.manifest.adapter.tensors
-        values = read_values(job.parent, tensors)
-        if not examples or not held_out:  # nothing to learn from, or nothing to judge it by
-            write_values(folder / ADAPTER, job.parent, tensors, values)
-            return FineTuneResult(folder / ADAPTER, math.nan, math.nan, (), 0.0)
-        state = AdapterState.of(tensors, values)
-        settings = Settings(
-            epochs=job.epochs,
-            batch=job.batch,
-            learning_rate=job.learning_rate,
-            seed=job.seed,
-            save_every=max(1, SAVED_AFTER // job.batch),
-        )
-        capacity = self.program_for(max(e.inputs for e in (*examples, *held_out)))
+        state = AdapterState.of(tensors, read_values(job.parent, tensors))
+        capacity = self.program_for(taught.longest)
         need = self.need_mb(capacity)
         engine = _Guarded(self._open, capacity, need, self._available, self._on_call)
-        optimizer = self._training.optimizer
-        try:
-            before = evaluate(engine, state, held_out)
-            outcome = train(engine, state, examples, settings, optimizer, folder, stop=stop)
-            if outcome is None:
-                return None
-            engine.trained = True
-            after = evaluate(engine, state, held_out)
-        except TrainingDiverged:
-            write_values(folder / ADAPTER, job.parent, tensors, state.tensors)
-            return FineTuneResult(folder / ADAPTER, before, math.inf, (), 0.0)
-        write_values(folder / ADAPTER, job.parent, tensors, state.tensors)
-        return FineTuneResult(folder / ADAPTER, before, after, outcome.losses, outcome.seconds)
+        result = tune(
+            engine,
+            state,
+            job,
+            taught,
+            self._training.optimizer,
+            folder,
+            folder / ADAPTER,
+            stop=stop,
+            on_stage=engine.enter,
+            on_check=lambda step: self._on_call(TrainingCall("check", step=step)),
+        )
+        if result is not None:
+            write_values(result.adapter, job.parent, tensors, state.tensors)
+        return result
 
     def _open(self) -> StreamingEngine:
         with silenced():  # the runtime talks of the processor
@@ -141,11 +139,14 @@ class _Guarded:
     ) -> None:
         self._available, self._on_call = available_mb, on_call
         self.capacity, self._length = capacity, capacity
-        self.trained = False
+        self._stage: Stage = "before"
         self._check(need_mb)
         self._reserve_mb = RESERVE * need_mb
         with memory_errors():
             self._engine = opening()
+
+    def enter(self, stage: Stage) -> None:
+        self._stage = stage
 
     def _check(self, need_mb: float) -> None:
         if self._available() < need_mb:
@@ -156,7 +157,7 @@ class _Guarded:
         with memory_errors():
             loss, labels = self._engine.loss(state, examples)
         length = self._engine.length_of(examples)
-        self._on_call(TrainingCall("loss", length, labels, trained=self.trained))
+        self._on_call(TrainingCall("loss", length, labels, stage=self._stage))
         return loss, labels
 
     def gradient(

@@ -19,6 +19,7 @@ from runtime_py.bundle.manifest import Training
 from runtime_py.engine.base_weights import BaseWeights, decode_rows
 from runtime_py.engine.examples import IGNORED, Example
 from runtime_py.engine.program_calls import ExecutorchPrograms, Programs
+from runtime_py.engine.recipe import power
 from runtime_py.loop.errors import TrainingError
 
 UNSEEN = -30000.0  # a score that no softmax sees
@@ -26,29 +27,31 @@ UNSEEN = -30000.0  # a score that no softmax sees
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """What one AdamW step needs besides the matrices, all as the program takes them.
+    """What one AdamW step needs besides the state and its gradient.
 
-    ``per_token`` is 1 / labels of the batch; ``corrections`` 1 / (1 − βᵗ) for both moments.
+    ``per_token`` is 1 / labels of the batch; ``rates`` the learning rates of A's and of B's
+    numbers; ``corrections`` 1 / (1 − βᵗ) for both moments.
     """
 
     per_token: float
     clip: float
-    rate: float
-    decay: float
+    rates: tuple[float, float]
+    weight_decay: float
     corrections: tuple[float, float]
 
 
 def step_numbers(
     step: int,
     tokens: int,
-    rate: float,
+    rates: tuple[float, float],
     weight_decay: float,
     clip: float,
     betas: tuple[float, float],
 ) -> StepNumbers:
-    """For step ``step`` (from 1 on) over ``tokens`` labels; ``clip``: the largest global norm."""
-    first, second = (1.0 / (1.0 - beta**step) for beta in betas)
-    return StepNumbers(1.0 / tokens, clip, rate, 1.0 - rate * weight_decay, (first, second))
+    """For step ``step`` (from 1 on) over ``tokens`` labels; ``rates``: of A and of B; ``clip``: the
+    largest global norm."""
+    first, second = (1.0 / (1.0 - power(beta, step)) for beta in betas)
+    return StepNumbers(1.0 / tokens, clip, rates, weight_decay, (first, second))
 
 
 class StreamingEngine:
@@ -259,14 +262,15 @@ class StreamingEngine:
         scalars = {
             "per_token": numbers.per_token,
             "most": numbers.clip,
-            "rate": numbers.rate,
-            "decay": numbers.decay,
+            "weight_decay": numbers.weight_decay,
             "mean_correction": first,
             "square_correction": second,
         }
         given = {name: np.full((1, 1), value, np.float32) for name, value in scalars.items()}
         given |= {"parameters": state.parameters, "gradient": gradient}
-        given |= {"mean": state.mean, "square": state.square}
+        rate = self._buffer("rate", state.parameters.shape)
+        state.layout.fill_rates(rate, *numbers.rates)
+        given |= {"mean": state.mean, "square": state.square, "rate": rate}
         outputs = self._call("adamw", given)
         norm = float(outputs["norm"][0, 0])
         if math.isfinite(norm):

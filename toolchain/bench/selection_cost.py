@@ -72,6 +72,11 @@ class _NoBundle:
 
 
 class _NoTuner:
+    lengths = (512,)
+
+    def tokens(self, dialogue: Dialogue) -> int:
+        return 0
+
     def run(
         self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
     ) -> FineTuneResult | None:

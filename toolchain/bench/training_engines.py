@@ -22,6 +22,7 @@ from runtime_py.engine.native import silenced
 from runtime_py.engine.streaming import StreamingEngine, open_training, step_numbers
 
 RATE, DECAY, CLIP = 3e-4, 0.01, 1.0
+BETAS = (0.9, 0.999)
 
 
 class Stepper(Protocol):
@@ -48,7 +49,7 @@ class AttuneStepper:
     def step(self) -> float:
         self._gradient[...] = 0.0
         loss, count = self._engine.gradient(self._state, [self._example], self._gradient)
-        numbers = step_numbers(self._state.step + 1, count, RATE, DECAY, CLIP, (0.9, 0.999))
+        numbers = step_numbers(self._state.step + 1, count, (RATE, RATE), DECAY, CLIP, BETAS)
         self._engine.update(self._state, self._gradient, numbers)
         return loss / count
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 from rich.progress import Progress
 
-from runtime_py.engine.trainer import Settings, StepReport
+from runtime_py.engine.recipe import Settings
+from runtime_py.engine.trainer import StepReport
 from toolchain.cli.options import AndroidBundle, Dialogues, Json, KeepMb, Threads
-from toolchain.defaults import HELD_OUT, KEEP_MB, MEMORY, SETTINGS, MemoryMode
+from toolchain.defaults import HELD_OUT, KEEP_MB, MEMORY, SETTINGS, STOPPING_FROM, MemoryMode
 from toolchain.report.console import console, counted_progress, output, print_json
 
 if TYPE_CHECKING:
     from toolchain.adapter_training import TrainedAdapter
+
+
+NEVER = sys.maxsize  # held-out dialogues
 
 
 def train(
@@ -29,11 +34,33 @@ def train(
     ] = None,
     held_out: Annotated[
         float,
-        typer.Option(help="Part of the dialogues whose loss is only watched.", min=0, max=0.9),
+        typer.Option(help="Part of the dialogues that are not learned.", min=0, max=0.9),
     ] = HELD_OUT,
-    epochs: Annotated[int, typer.Option(min=1)] = SETTINGS.epochs,
+    stop: Annotated[
+        bool,
+        typer.Option(
+            help=f"With {STOPPING_FROM} held-out dialogues or more, half of them choose the step "
+            "whose state is kept, and the other half is reported."
+        ),
+    ] = True,
+    check_every: Annotated[
+        int,
+        typer.Option(
+            help="Steps between two looks at held-out dialogues, more where these are many.", min=1
+        ),
+    ] = SETTINGS.check_every,
+    steps: Annotated[int | None, typer.Option(help="In place of --epochs.", min=1)] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Default: {SETTINGS.epochs}, and at least {SETTINGS.fewest_steps} steps.", min=1
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Dialogues a step.", min=1)] = SETTINGS.batch,
-    learning_rate: Annotated[float, typer.Option()] = SETTINGS.learning_rate,
+    learning_rate: Annotated[float, typer.Option(help="Of A.")] = SETTINGS.learning_rate,
+    b_rate_ratio: Annotated[
+        float, typer.Option(help="B's learning rate is so many times A's (LoRA+).")
+    ] = SETTINGS.b_rate_ratio,
     schedule: Annotated[str, typer.Option(help="constant, linear or cosine.")] = SETTINGS.schedule,
     warmup: Annotated[
         int, typer.Option(help="Steps over which the rate rises.", min=0)
@@ -57,6 +84,8 @@ def train(
 ) -> None:
     """Train the adapter on this machine as a phone would: streamed, resumable, exact.
 
+    All that the assistant says in a dialogue is learned. (The loop learns the last reply alone.)
+
     Writes OUT/adapter (PEFT), OUT/adapter.ptd (for the bundle's lm.pte) and OUT/curve.svg.
 
     Example: [bold]attune train out/tiny --data mine.jsonl --out out/mine[/]
@@ -70,17 +99,22 @@ def train(
             out,
             adapter=adapter,
             settings=Settings(
-                epochs=epochs,
+                steps=steps,
+                epochs=epochs or SETTINGS.epochs,
+                fewest_steps=1 if epochs else SETTINGS.fewest_steps,
                 batch=batch,
                 learning_rate=learning_rate,
+                b_rate_ratio=b_rate_ratio,
                 weight_decay=weight_decay,
                 clip=clip,
                 schedule=cast(Literal["constant", "linear", "cosine"], schedule),
                 warmup=warmup,
                 seed=seed,
+                check_every=check_every,
                 save_every=save_every,
             ),
             held_out=held_out,
+            stopping_from=STOPPING_FROM if stop else NEVER,
             memory=cast(MemoryMode, memory),
             keep_mb=keep_mb,
             refuse_long=refuse_long,
@@ -115,7 +149,15 @@ def _summary(trained: TrainedAdapter, bundle: Path, out: Path) -> None:
     output.print(
         f"training loss {losses[0]:.4f} → {losses[-1]:.4f} nats a token in {len(losses)} steps"
     )
+    if trained.stopping:
+        output.print(
+            f"kept step {trained.kept_step}, which {trained.stopping} held-out dialogues chose: "
+            f"their loss {trained.stopping_curve[0][1]:.4f} → "
+            f"{min(loss for _, loss in trained.stopping_curve):.4f}"
+        )
     if before is not None and after is not None:
-        output.print(f"held-out loss {before:.4f} → {after:.4f}")
+        output.print(
+            f"held-out loss {before:.4f} → {after:.4f}, of {trained.judged} other dialogues"
+        )
     output.print(f"{trained.tokens_per_second:.0f} tokens/s, {trained.seconds:.0f} s")
     output.print(f"next: [bold]attune chat {bundle} --adapter {out / 'adapter.ptd'}[/]")

@@ -35,13 +35,13 @@ NIGHT = "night.json"  # in a job's folder
 class Meter:
     """``day_seconds``: modelled, since ``begin``; by night the clock's work counts instead.
     ``embed_seconds`` are measured, of ``embed_tokens``, since ``begin`` too. ``is_new``: whether a
-    training call is work that the clock has not counted; ``after_step`` gets the call that ends a
-    step, before it is saved."""
+    training call is work that the clock has not counted; ``after_mark`` gets the call that ends a
+    step, or a look at the stopping sets, before it is saved."""
 
     def __init__(self, clock: Clock, counter: Counter, compute: Compute) -> None:
         self.clock, self._counter, self._compute = clock, counter, compute
         self.is_new: Callable[[TrainingCall], bool] = lambda call: True
-        self.after_step: Callable[[TrainingCall], None] = lambda call: None
+        self.after_mark: Callable[[TrainingCall], None] = lambda call: None
         self.begin()
 
     def begin(self) -> None:
@@ -59,8 +59,8 @@ class Meter:
     def training(self, call: TrainingCall) -> None:
         if self.is_new(call):
             self.clock.add(self._counter.training(call).seconds(self._compute))
-        if call.kind == "update":
-            self.after_step(call)
+        if call.kind in ("update", "check"):
+            self.after_mark(call)
 
     def timed(self, engine: Engine) -> Engine:
         return TimedEngine(engine, self)
@@ -101,8 +101,9 @@ class TimedEngine:
 
 @dataclass(frozen=True)
 class NightRecord:
-    """``wall``: the clock's simulated seconds after each step that was trained in the night of
-    ``day``; ``first``: the step that the night began with."""
+    """``wall``: the clock's simulated seconds at each mark of the night of ``day``; a mark is how
+    many updates, and looks at the stopping sets, the training state has. ``first``: the mark that
+    the night began with."""
 
     day: int
     first: int
@@ -113,9 +114,9 @@ class NightRecord:
         """None: there is no file."""
         return _NIGHTS.validate_json(path.read_bytes()) if path.exists() else None
 
-    def after(self, step: int, wall: float) -> NightRecord:
-        """With one step more."""
-        return replace(self, wall={**self.wall, step: wall})
+    def after(self, mark: int, wall: float) -> NightRecord:
+        """With one mark more."""
+        return replace(self, wall={**self.wall, mark: wall})
 
     def write(self, path: Path) -> None:
         write_bytes(path, _NIGHTS.dump_json(self))
@@ -138,7 +139,14 @@ class NightTuner:
     ) -> None:
         self._tuner, self._meter, self._quota, self._emit = tuner, meter, quota, emit
         numbers = sum(math.prod(tensor.shape) for tensor in bundle.manifest.adapter.tensors)
-        self._state, self._adapter = 12 * numbers, 5 * numbers  # bytes, with their headers
+        self._state, self._adapter = 16 * numbers, 5 * numbers  # bytes, with their headers
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self._tuner.lengths
+
+    def tokens(self, dialogue: Dialogue) -> int:
+        return self._tuner.tokens(dialogue)
 
     def run(
         self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
@@ -146,43 +154,47 @@ class NightTuner:
         """As ``FineTuner`` has it. Raises ``DiskFull`` where the quota has no room for the state
         or the adapter."""
         self._quota.check(2 * self._state + 2 * self._adapter)
-        night = self._night(folder)
-        # The held-out loss before is computed at every start; the time that is known has it.
-        paid = saved_step(folder) > night.first
+        mark = saved_mark(folder)
+        night = self._night(folder, mark)
+        # The guard's losses before are computed at every start; the time that is known has them.
+        paid = mark > night.first
 
         def is_new(call: TrainingCall) -> bool:
-            return not paid or call.kind != "loss" or call.trained
+            return not paid or call.stage != "before"
 
-        def after_step(call: TrainingCall) -> None:  # before the state of this step is saved
-            nonlocal night
+        def after_mark(call: TrainingCall) -> None:  # before the state of this mark is saved
+            nonlocal night, mark
             self._quota.check(self._state)
-            night = night.after(call.step, self._meter.clock.wall)
+            mark += 1
+            night = night.after(mark, self._meter.clock.wall)
             night.write(folder / NIGHT)
-            self._emit(StepTrained(call.step, call.length))
+            if call.kind == "update":
+                self._emit(StepTrained(call.step, call.length))
 
-        self._meter.is_new, self._meter.after_step = is_new, after_step
+        self._meter.is_new, self._meter.after_mark = is_new, after_mark
         result = self._tuner.run(job, folder, stop)
         if result is not None:
             self._quota.check(self._adapter)
         return result
 
-    def _night(self, folder: Path) -> NightRecord:
+    def _night(self, folder: Path, mark: int) -> NightRecord:
         """This night's record: a new one, or the one of a process that was killed, to whose last
-        saved step the clock is set."""
-        clock, step, path = self._meter.clock, saved_step(folder), folder / NIGHT
+        saved ``mark`` the clock is set."""
+        clock, path = self._meter.clock, folder / NIGHT
         night = NightRecord.read(path)
         if night is not None and night.day == clock.day:
-            clock.wall = night.wall[step]
+            clock.wall = night.wall[mark]
             return night
-        night = NightRecord(clock.day, step, {step: clock.wall})
+        night = NightRecord(clock.day, mark, {mark: clock.wall})
         night.write(path)
         return night
 
 
-def saved_step(folder: Path) -> int:
-    """The last whole step of the training state in a job's folder; 0 where there is none."""
+def saved_mark(folder: Path) -> int:
+    """Updates and looks of the training state in a job's folder; 0 where there is none."""
     path = folder / FILE
     if not path.exists():
         return 0
     with safe_open(path, "numpy") as file:
-        return int(json.loads((file.metadata() or {})["progress"])["step"])
+        progress = json.loads((file.metadata() or {})["progress"])
+    return int(progress["step"]) + len(progress["curve"])

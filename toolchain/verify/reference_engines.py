@@ -66,30 +66,45 @@ def _loss(model: nn.Module, example: Example) -> Tensor:
 def torch_update(
     optimizer: Optimizer, state: AdapterState, gradient: np.ndarray, numbers: StepNumbers
 ) -> float:
-    """Clips ``gradient`` and takes a step of ``torch.optim.AdamW`` itself; ``numbers.decay`` is
-    1 − rate · weight decay. -> the norm before clipping; where it is not finite, ``state`` stays.
+    """Clips ``gradient`` and takes a step of ``torch.optim.AdamW`` itself, every tensor of the
+    adapter a parameter, A's and B's in groups of their own rates (LoRA+). -> the norm before
+    clipping; where it is not finite, ``state`` stays.
     """
-    parameter = nn.Parameter(torch.from_numpy(state.parameters.copy()))
-    parameter.grad = torch.from_numpy(gradient * np.float32(numbers.per_token))
-    norm = nn.utils.clip_grad_norm_([parameter], numbers.clip)
+    layout = state.layout
+    views = layout.views(gradient)
+    parameters: dict[str, nn.Parameter] = {}
+    for name, value in layout.views(state.parameters).items():
+        parameters[name] = nn.Parameter(torch.from_numpy(value.copy()))
+        parameters[name].grad = torch.from_numpy(views[name] * np.float32(numbers.per_token))
+    norm = nn.utils.clip_grad_norm_(list(parameters.values()), numbers.clip)
     if not torch.isfinite(norm):
         return float(norm)
+    groups = [
+        {"params": [p for name, p in parameters.items() if part in name], "lr": rate}
+        for part, rate in zip((".lora_A", ".lora_B"), numbers.rates, strict=True)
+    ]
     adamw = torch.optim.AdamW(
-        [parameter],
-        lr=numbers.rate,
+        [group for group in groups if group["params"]],
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.epsilon,
-        weight_decay=(1.0 - numbers.decay) / numbers.rate,
+        weight_decay=numbers.weight_decay,
         foreach=False,
     )
-    mean, square = (torch.from_numpy(moment.copy()) for moment in (state.mean, state.square))
-    adamw.state[parameter] = {
-        "step": torch.tensor(float(state.step)),
-        "exp_avg": mean,
-        "exp_avg_sq": square,
-    }
+    means, squares = (layout.views(moment) for moment in (state.mean, state.square))
+    for name, parameter in parameters.items():
+        adamw.state[parameter] = {
+            "step": torch.tensor(float(state.step)),
+            "exp_avg": torch.from_numpy(means[name].copy()),
+            "exp_avg_sq": torch.from_numpy(squares[name].copy()),
+        }
     adamw.step()
-    state.replace(parameter.detach().numpy(), mean.numpy(), square.numpy())
+    after = [layout.zeros() for _ in range(3)]
+    for name, parameter in parameters.items():
+        moments = adamw.state[parameter]
+        found = (parameter.detach(), moments["exp_avg"], moments["exp_avg_sq"])
+        for matrix, tensor in zip(after, found, strict=True):
+            layout.views(matrix)[name][...] = tensor.numpy()
+    state.replace(*after)
     return float(norm)
 
 

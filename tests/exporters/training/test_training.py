@@ -26,7 +26,7 @@ from exporters.training.weights_file import as_stored, kept_precision, write_wei
 from runtime_py.bundle.manifest import Optimizer
 from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.engine.program_calls import ExecutorchPrograms
-from runtime_py.engine.streaming import causal_mask, step_numbers
+from runtime_py.engine.streaming import StreamingEngine, causal_mask, step_numbers
 from tests import tiny
 from tests.exporters.training.training_kit import (
     Kit,
@@ -221,23 +221,29 @@ def test_head(vocab: int, cap: float | None, size: float) -> None:
         torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_adamw_is_pytorchs() -> None:
-    """Twenty steps with clipping and decay, against ``torch.optim.AdamW``."""
-    step = AdamW(0.9, 0.999, 1e-8)
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+def test_adamw_is_pytorchs(ratio: float) -> None:
+    """Twenty steps with clipping and decay, against ``torch.optim.AdamW`` with two groups of
+    parameters, the second of which learns ``ratio`` times as fast."""
+    step, rates = AdamW(0.9, 0.999, 1e-8), (1e-2, ratio * 1e-2)
     values = torch.randn(3, 1024) * 0.1
     mean, square = torch.zeros_like(values), torch.zeros_like(values)
-    own = torch.nn.Parameter(values.clone())
-    optimizer = torch.optim.AdamW([own], lr=1e-2, weight_decay=0.1)
+    slow, fast = (torch.nn.Parameter(part.clone()) for part in values.split([1, 2]))
+    rate = torch.cat([torch.full_like(p, r) for p, r in zip((slow, fast), rates, strict=True)])
+    optimizer = torch.optim.AdamW(
+        [{"params": [slow], "lr": rates[0]}, {"params": [fast], "lr": rates[1]}], weight_decay=0.1
+    )
     for number in range(1, 21):
         grad = torch.randn(3, 1024) * 10.0 ** torch.randint(-3, 2, (1,))
-        own.grad = grad / 7
-        norm = torch.nn.utils.clip_grad_norm_([own], 1.0)
+        slow.grad, fast.grad = (grad / 7).split([1, 2])
+        norm = torch.nn.utils.clip_grad_norm_([slow, fast], 1.0)
         optimizer.step()
-        scalars = [1 / 7, 1.0, 1e-2, 1 - 1e-3, 1 / (1 - 0.9**number), 1 / (1 - 0.999**number)]
+        scalars = [1 / 7, 1.0, 0.1, 1 / (1 - 0.9**number), 1 / (1 - 0.999**number)]
         numbers = [torch.full((1, 1), value) for value in scalars]
-        values, mean, square, found = step(values, grad, mean, square, *numbers)
+        values, mean, square, found = step(values, grad, mean, square, rate, *numbers)
         torch.testing.assert_close(found[0, 0], norm, rtol=1e-5, atol=0)
-        torch.testing.assert_close(values, own.detach(), rtol=1e-5, atol=1e-6)
+        wanted = torch.cat([slow, fast]).detach()
+        torch.testing.assert_close(values, wanted, rtol=1e-5, atol=1e-6 * ratio)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -253,6 +259,24 @@ def test_every_architecture_streams_what_peft_computes(kind: str, tmp_path: Path
     kit.engine(programs).gradient(state, [example], low)
     kit.engine(programs, keep_mb=1.0).gradient(state, [example], high)
     np.testing.assert_array_equal(low, high)
+
+
+def check_update(kit: Kit, engine: StreamingEngine) -> None:
+    """One step of AdamW, clipped, with decay and another rate for B: PyTorch's."""
+    found, expected = kit.state(), kit.state()
+    gradient = found.layout.zeros()
+    _, count = engine.gradient(found, [example_of()], gradient)
+    numbers = step_numbers(1, count, (1e-2, 4e-2), 0.1, 1e-2, (BETA1, BETA2))
+    optimizer = Optimizer(beta1=BETA1, beta2=BETA2, epsilon=EPS)
+    norm = engine.update(found, gradient, numbers)
+    assert norm > numbers.clip
+    reference = PeftEngine(kit.peft, kit.tensors, optimizer)
+    bound = rounding(gradient.size)  # of the norm, and of what it divides
+    assert norm == pytest.approx(reference.update(expected, gradient, numbers), rel=bound, abs=0)
+    for name in ("parameters", "mean", "square"):
+        want = torch.from_numpy(getattr(expected, name))
+        gap = tiny.relative(torch.from_numpy(getattr(found, name)), want)
+        assert gap <= 2 * bound + 4 * SINGLE, name  # twice: of the square
 
 
 def lowered(kit: Kit) -> ExecutorchPrograms:
@@ -271,6 +295,7 @@ def test_executorch_computes_what_peft_computes(kind: str, tmp_path: Path) -> No
     programs = lowered(kit)
     for keep in (0.0, 1.0):
         check_gradient(kit, kit.engine(programs, keep), example_of())
+    check_update(kit, kit.engine(programs))
 
 
 @pytest.mark.parametrize(
@@ -282,20 +307,7 @@ def test_coreml_computes_what_peft_computes(kind: str, tmp_path: Path) -> None:
     programs = MilPrograms(training_programs(kit.spec, [32]), tmp_path / "training.mlpackage")
     engine = kit.engine(programs)
     check_gradient(kit, engine, example_of())
-    found, expected = kit.state(), kit.state()
-    gradient = found.layout.zeros()
-    _, count = engine.gradient(found, [example_of()], gradient)
-    numbers = step_numbers(1, count, 1e-2, 0.1, 1e-2, (BETA1, BETA2))
-    optimizer = Optimizer(beta1=BETA1, beta2=BETA2, epsilon=EPS)
-    norm = engine.update(found, gradient, numbers)
-    assert norm > numbers.clip
-    reference = PeftEngine(kit.peft, kit.tensors, optimizer)
-    bound = rounding(gradient.size)  # of the norm, and of what it divides
-    assert norm == pytest.approx(reference.update(expected, gradient, numbers), rel=bound, abs=0)
-    for name in ("parameters", "mean", "square"):
-        want = torch.from_numpy(getattr(expected, name))
-        gap = tiny.relative(torch.from_numpy(getattr(found, name)), want)
-        assert gap <= 2 * bound + 4 * SINGLE, name  # twice: of the square
+    check_update(kit, engine)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

@@ -97,8 +97,8 @@ def test_a_night_s_record_comes_back_to_the_bit(tmp_path: Path) -> None:
     path = tmp_path / "night.json"
     assert NightRecord.read(path) is None
     night = NightRecord(3, 1, {1: 0.0})
-    for step in range(2, 40):
-        night = night.after(step, on_grid(step * 1234.5678901))
+    for mark in range(2, 40):
+        night = night.after(mark, on_grid(mark * 1234.5678901))
     night.write(path)
     assert NightRecord.read(path) == night
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from exporters.model.lora_tensors import set_adapter
 from exporters.model.transformer import Transformer
 from runtime_py.bundle.adapter_forms import read_values, write_values
 from runtime_py.bundle.adapter_state import AdapterState
-from runtime_py.engine.examples import fit
+from runtime_py.engine.examples import example
 from runtime_py.engine.streaming import StreamingEngine
-from runtime_py.engine.trainer import Settings, evaluate, train
+from runtime_py.engine.tuning import lessons, tune
 from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.protocols import Embedding, FineTuneJob, FineTuneResult
@@ -78,30 +77,28 @@ class TorchTuner:
     def __init__(self, context: Context) -> None:
         self._context = context
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(sorted(self._context.bundle.training.lengths))
+
+    def tokens(self, dialogue: Dialogue) -> int:
+        return example(dialogue, self._context.text, last_only=True).inputs
+
     def run(
         self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
     ) -> FineTuneResult | None:
-        """Writes the trained adapter to ``folder``, with held-out loss before and after in nats a
-        label. None where ``stop`` said so."""
-        context, manifest = self._context, self._context.bundle.manifest
-        longest = min(job.max_sequence_tokens, max(context.bundle.training.lengths))
-        examples = fit(job.training, context.text, longest).examples
-        held_out = fit(job.held_out, context.text, longest).examples
-        tensors = manifest.adapter.tensors
-        if not examples or not held_out:  # as the phone does: nothing to learn from, or to judge by
-            values = read_values(job.parent, tensors)
-            write_values(folder / "adapter.ptd", job.parent, tensors, values)
-            return FineTuneResult(folder / "adapter.ptd", math.nan, math.nan, (), 0.0)
+        """Writes the trained adapter to ``folder``, with the guard's losses before and after in
+        nats a label. None where ``stop`` said so."""
+        context, tensors = self._context, self._context.bundle.manifest.adapter.tensors
+        training = context.bundle.training
+        longest = min(job.max_sequence_tokens, max(training.lengths))
+        taught = lessons(job, context.text, longest)
         state = AdapterState.of(tensors, read_values(job.parent, tensors))
-        settings = Settings(
-            epochs=job.epochs, batch=job.batch, learning_rate=job.learning_rate, seed=job.seed
-        )
-        engine = StreamingEngine(context.programs, context.weights, context.bundle.training)
-        before = evaluate(engine, state, held_out)
-        optimizer = context.bundle.training.optimizer
-        done = train(engine, state, examples, settings, optimizer, folder, stop=stop)
-        if done is None:
-            return None
-        after = evaluate(engine, state, held_out)
-        write_values(folder / "adapter.ptd", job.parent, tensors, state.tensors)
-        return FineTuneResult(folder / "adapter.ptd", before, after, done.losses, done.seconds)
+        engine = StreamingEngine(context.programs, context.weights, training)
+        result = tune(
+            engine, state, job, taught, training.optimizer, folder, folder / "adapter.ptd",
+            stop=stop,
+        )  # fmt: skip
+        if result is not None:
+            write_values(result.adapter, job.parent, tensors, state.tensors)
+        return result

@@ -17,7 +17,7 @@ from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.engine.examples import Example
 from runtime_py.engine.program_calls import Programs
 from runtime_py.engine.streaming import StreamingEngine, step_numbers
-from runtime_py.engine.trainer import TrainingEngine
+from runtime_py.engine.training_engine import TrainingEngine
 from toolchain.compile.tolerances import (
     Tolerance,
     gradient_limit,
@@ -29,7 +29,7 @@ from toolchain.compile.wide import Wide, widened
 from toolchain.verify.parity.recording import Recorded, Recorder
 from toolchain.verify.parity.verdict import Check, compare, worst
 
-RATE, DECAY, CLIP = 1e-3, 0.01, 1.0
+RATES, DECAY, CLIP = (1e-3, 4e-3), 0.01, 1.0  # of A and of B: a mixed-up one shows
 _STEEP = 16.0
 
 
@@ -80,7 +80,7 @@ def step(
     loss, count = engine.gradient(state, [example], gradient)
     number = state.step + 1
     betas = (optimizer.beta1, optimizer.beta2)
-    engine.update(state, gradient, step_numbers(number, count, RATE, DECAY, CLIP, betas))
+    engine.update(state, gradient, step_numbers(number, count, RATES, DECAY, CLIP, betas))
     return loss / count, gradient
 
 
@@ -181,7 +181,7 @@ def _optimizer_checks(
     start = reference.parameters.copy()
     betas = (optimizer.beta1, optimizer.beta2)
     for number in (1, 2, 3):
-        numbers = step_numbers(number, example.count, RATE, DECAY, CLIP, betas)
+        numbers = step_numbers(number, example.count, RATES, DECAY, CLIP, betas)
         scaled = gradient * np.float32(1.0 - 0.3 * number)
         measured.update(state, scaled, numbers)
         expected.update(reference, scaled, numbers)

@@ -1,0 +1,122 @@
+"""One fine-tuning of the loop on any engine: judged before, trained, judged after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from runtime_py.bundle.adapter_state import AdapterState
+from runtime_py.bundle.chat_text import ChatText
+from runtime_py.bundle.manifest import Optimizer
+from runtime_py.engine.examples import Example, example
+from runtime_py.engine.recipe import Settings
+from runtime_py.engine.trainer import train
+from runtime_py.engine.training_engine import TrainingEngine, each_loss
+from runtime_py.loop.dialogue import Dialogue
+from runtime_py.loop.errors import TrainingDiverged, TrainingError
+from runtime_py.loop.protocols import FineTuneJob, FineTuneResult
+
+SAVED_AFTER = 32  # sequences whose gradients a kill may cost, where a step has no more
+Stage = Literal["before", "training", "after"]
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """A job's dialogues as examples, each with its last reply as labels."""
+
+    training: tuple[Example, ...]
+    stopping: tuple[Example, ...]
+    guard: tuple[Example, ...]
+
+    @property
+    def longest(self) -> int:
+        """Input tokens."""
+        return max(e.inputs for e in (*self.training, *self.stopping, *self.guard))
+
+
+def lessons(job: FineTuneJob, text: ChatText, longest: int) -> Lessons:
+    """Raises ``TrainingError`` where a dialogue reads more than ``longest`` tokens: nothing is cut
+    here, for a reply that is cut is not what the user wanted."""
+
+    def read(dialogues: Sequence[Dialogue]) -> tuple[Example, ...]:
+        return tuple(example(dialogue, text, last_only=True) for dialogue in dialogues)
+
+    whole = Lessons(read(job.training), read(job.stopping), read(job.guard))
+    every = (*whole.training, *whole.stopping, *whole.guard)
+    if long := [one.id for one in every if one.inputs > longest]:
+        raise TrainingError(
+            f"{len(long)} dialogues of job {job.number} are longer than {longest} tokens, which is "
+            f"what it can learn: {', '.join(long[:20])}. Leave them out."
+        )
+    if not whole.training or not whole.guard:
+        raise TrainingError(
+            f"job {job.number} has {len(whole.training)} dialogues to learn and "
+            f"{len(whole.guard)} to judge by: give at least one of each."
+        )
+    return whole
+
+
+def settings_of(job: FineTuneJob) -> Settings:
+    return Settings(
+        steps=job.steps,
+        batch=job.batch,
+        learning_rate=job.learning_rate,
+        b_rate_ratio=job.b_rate_ratio,
+        seed=job.seed,
+        check_every=job.check_every,
+        save_every=max(1, SAVED_AFTER // job.batch),
+    )
+
+
+def tune(
+    engine: TrainingEngine,
+    state: AdapterState,
+    job: FineTuneJob,
+    taught: Lessons,
+    optimizer: Optimizer,
+    folder: Path,
+    adapter: Path,
+    *,
+    stop: Callable[[], bool],
+    on_stage: Callable[[Stage], None] = lambda stage: None,
+    on_check: Callable[[int], None] = lambda step: None,
+) -> FineTuneResult | None:
+    """Trains ``state``, which begins as the job's parent; the caller writes it to ``adapter``.
+
+    Where a loss is no number it ends as it began, and the guard's losses are infinite. The run's
+    state is in ``folder``. ``on_stage`` hears what is computed next, ``on_check`` the step of every
+    look at the stopping examples. None: ``stop`` said so between two calls.
+    """
+    parent = state.parameters.copy()
+    on_stage("before")
+    before = each_loss(engine, state, taught.guard, stop)
+    if before is None:
+        return None
+    on_stage("training")
+    try:
+        outcome = train(
+            engine,
+            state,
+            taught.training,
+            settings_of(job),
+            optimizer,
+            folder,
+            stopping=taught.stopping,
+            on_check=on_check,
+            stop=stop,
+        )
+    except TrainingDiverged:
+        state.parameters[...] = parent
+        infinite = (float("inf"),) * len(taught.guard)
+        return FineTuneResult(adapter, before, infinite, (), (), 0, 0.0)
+    if outcome is None:
+        return None
+    on_stage("after")
+    after = each_loss(engine, state, taught.guard, stop)
+    if after is None:
+        return None
+    return FineTuneResult(
+        adapter, before, after, outcome.losses, outcome.curve, outcome.kept_step, outcome.seconds
+    )

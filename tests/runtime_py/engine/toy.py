@@ -1,0 +1,55 @@
+"""A cheap engine for runs of training, and a state of 18 numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from runtime_py.bundle import manifest as m
+from runtime_py.bundle.adapter_state import AdapterState
+from runtime_py.engine.examples import Example
+from runtime_py.engine.streaming import StepNumbers
+
+
+class Toy:
+    """A quadratic: exact, and different for every sequence. ``fail``: the call whose loss is no
+    number; ``script``: what ``loss`` finds after each step, in place of the quadratic's."""
+
+    capacity = 64
+
+    def __init__(self, fail: int | None = None, script: Sequence[float] | None = None) -> None:
+        self.calls, self.fail, self.script = 0, fail, script
+
+    def loss(self, state: AdapterState, examples: Sequence[Example]) -> tuple[float, int]:
+        if self.script is not None:
+            return self.script[state.step] * len(examples), len(examples)
+        return self.gradient(state, examples, state.layout.zeros())
+
+    def gradient(
+        self, state: AdapterState, examples: Sequence[Example], into: np.ndarray
+    ) -> tuple[float, int]:
+        self.calls += 1
+        if self.calls == self.fail:
+            return math.nan, 1
+        total = 0.0
+        for one in examples:
+            off = state.parameters - np.float32(one.tokens.sum() % 7)
+            into += 2 * off
+            total += float((off.astype(np.float64) ** 2).sum())
+        return total, sum(e.count for e in examples)
+
+    def update(self, state: AdapterState, gradient: np.ndarray, numbers: StepNumbers) -> float:
+        state.replace(
+            state.parameters - np.float32(numbers.rates[0]) * np.sign(gradient),
+            state.mean + gradient,
+            state.square + 1,
+        )
+        return float(np.abs(gradient).max())
+
+
+def toy_state() -> AdapterState:
+    tensor = m.AdapterTensor(name="layers.0.x.lora_A", peft="p", rows=(0, 2), shape=(1, 2, 9))
+    values = {tensor.name: np.arange(18, dtype=np.float32).reshape(1, 2, 9)}
+    return AdapterState.of([tensor], values)

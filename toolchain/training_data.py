@@ -1,0 +1,67 @@
+"""The dialogues of a file by what they are for: to be learned, to choose the step, to be judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime_py.bundle.bundle import Bundle
+from runtime_py.bundle.chat_text import ChatText
+from runtime_py.engine.examples import Example, fit
+from runtime_py.loop.errors import TrainingError
+from runtime_py.loop.stream import read_dialogues
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """``stopping`` chooses the step whose state is kept; ``held_out`` is neither learned nor chosen
+    by. ``cut``, ``left_out``: ids of dialogues that are too long."""
+
+    training: tuple[Example, ...]
+    stopping: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    cut: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def read_training_data(
+    bundle: Bundle,
+    path: Path,
+    held_out: float,
+    stopping_from: int,
+    refuse_long: bool,
+    notify: Callable[[str], None],
+) -> TrainingData:
+    """Of every so many dialogues the last is held out, ``held_out`` of them in all; where these are
+    ``stopping_from`` or more, every other one of them is for stopping. Raises ``TrainingError``."""
+    dialogues = read_dialogues(path)
+    longest = max(bundle.training.lengths)
+    fitted = fit(dialogues, ChatText(bundle), longest, refuse_long)
+    if fitted.cut:
+        notify(f"cut at a turn to fit {longest} tokens: {len(fitted.cut)} of {len(dialogues)}")
+    if fitted.left_out:
+        notify(
+            f"left out, since even the first exchange has more than {longest} tokens: "
+            f"{len(fitted.left_out)} (export with a longer --train-lengths to keep them)"
+        )
+    if not fitted.examples:
+        raise TrainingError(
+            f"no dialogue of {path} fits the training programs ({longest} tokens): export "
+            f"with a longer --train-lengths."
+        )
+    training, held = spread(fitted.examples, held_out)
+    stopping = held[::2] if len(held) >= stopping_from else ()
+    judged = held[1::2] if stopping else held
+    return TrainingData(training, stopping, judged, fitted.cut, fitted.left_out)
+
+
+def spread(
+    examples: Sequence[Example], part: float
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """The rest, and ``part`` of the examples, evenly spread; at least one is in the rest."""
+    count = min(round(len(examples) * part), len(examples) - 1)
+    step = len(examples) / count if count else 0
+    chosen = {int((i + 1) * step) - 1 for i in range(count)}
+    rest = tuple(e for i, e in enumerate(examples) if i not in chosen)
+    return rest, tuple(e for i, e in enumerate(examples) if i in chosen)
