@@ -2,7 +2,7 @@
 
 Forgetting is what the adapter adds to the perplexity of the bundle's general text, as a part of the
 model's own without it. Where that is more than the bound, every B is multiplied by one λ: the
-update of each module is s · B (A x), so λ scales it as a whole, and at 0 the model is its own again.
+update of each module is s · B (A x), so λ scales it as a whole, and at 0 the model is the base.
 
 What decides is + − × ÷ alone: another language finds the same λ for the same losses.
 """
@@ -91,7 +91,7 @@ def _shared(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def exponential(x: float) -> float:
-    """eˣ by + − × ÷: the series of x / 2ᵏ, which is small, squared k times. ``inf`` for too much."""
+    """eˣ by + − × ÷: the series of x / 2ᵏ, which is small, squared k times."""
     if math.isnan(x) or math.isinf(x):
         return 0.0 if x < 0 else x
     halvings = 0
@@ -128,8 +128,8 @@ def retain(
     1 / ``GRID`` that keeps the bound while the next one does not.
 
     The base has λ = 0. It is measured anew each time: that is one reading of the text, and what was
-    kept of it would have to be told from every other base's. None where ``stop`` said so between two
-    calls: the state is then as it was.
+    kept of it would have to be told from every other base's. None where ``stop`` said so between
+    two calls: the state is then as it was.
     """
     whole = state.parameters.copy()
 
@@ -147,9 +147,7 @@ def retain(
     return Retention(base, most, steps / GRID, scaled)
 
 
-def _bisect(
-    at: Callable[[int], float | None], bound: float
-) -> tuple[dict[int, float], int] | None:
+def _bisect(at: Callable[[int], float | None], bound: float) -> tuple[dict[int, float], int] | None:
     """The losses that were measured, by λ · ``GRID``, and the λ · ``GRID`` that was found."""
     losses: dict[int, float] = {}
 

@@ -92,7 +92,7 @@ class TorchTuner:
         context, tensors = self._context, self._context.bundle.manifest.adapter.tensors
         training = context.bundle.training
         longest = min(job.max_sequence_tokens, max(training.lengths))
-        taught = lessons(job, context.text, longest)
+        taught = lessons(job, context.text, longest, context.bundle)
         state = AdapterState.of(tensors, read_values(job.parent, tensors))
         engine = StreamingEngine(context.programs, context.weights, training)
         result = tune(
