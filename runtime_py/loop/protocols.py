@@ -37,7 +37,8 @@ class Engine(Protocol):
     ) -> str:
         """Pure too: the same messages, adapter, temperature, seed and prefix give the same text.
 
-        The reply begins with ``prefix``, which is given, and goes on with what is returned.
+        The reply begins with ``prefix``, which is given, and goes on with what is returned. Raises
+        ``PromptTooLong`` where the last message alone leaves no room for a token.
         """
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runtime_py.loop.dialogue import Dialogue, Turn, check_text
-from runtime_py.loop.errors import LoopError
+from runtime_py.loop.errors import LoopError, PromptTooLong
 from runtime_py.loop.metrics import rouge1
 from runtime_py.loop.policy import TEXT, LoopPolicy
 from runtime_py.loop.protocols import Engine
@@ -45,19 +45,23 @@ def taken(reply: str, begin: str, end: str) -> str | None:
 def paraphrase(
     text: str, engine: Engine, stream: SplitMix64, loop: LoopPolicy
 ) -> Paraphrase | None:
-    """Tries until one lies within the ROUGE-1 bounds; each try takes one seed of the stream."""
+    """Tries until one lies within the ROUGE-1 bounds; each try takes one seed of the stream. A text
+    that fills the model's context is tried once."""
     before, _, behind = loop.paraphrase_prompt.partition(TEXT)
     prompt = (Turn("user", before + text + behind),)
     original = words(text)
     for tries in range(1, loop.paraphrase_retries + 2):
         seed = stream.seed()
-        reply = engine.generate(
-            prompt,
-            temperature=loop.paraphrase_temperature,
-            seed=seed,
-            max_new_tokens=loop.paraphrase_max_tokens,
-            prefix=loop.paraphrase_prefix,
-        )
+        try:
+            reply = engine.generate(
+                prompt,
+                temperature=loop.paraphrase_temperature,
+                seed=seed,
+                max_new_tokens=loop.paraphrase_max_tokens,
+                prefix=loop.paraphrase_prefix,
+            )
+        except PromptTooLong:
+            return None
         rewritten = taken(reply, loop.paraphrase_begin, loop.paraphrase_end)
         if not rewritten or not _is_text(rewritten):
             continue
