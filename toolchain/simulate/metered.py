@@ -79,10 +79,20 @@ class TimedEngine:
         return embedding
 
     def generate(
-        self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
+        self,
+        messages: Sequence[Turn],
+        *,
+        temperature: float,
+        seed: int,
+        max_new_tokens: int,
+        prefix: str = "",
     ) -> str:
         return self._engine.generate(
-            messages, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens
+            messages,
+            temperature=temperature,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            prefix=prefix,
         )
 
     def use_adapter(self, file: Path) -> None:
