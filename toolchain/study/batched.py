@@ -8,7 +8,7 @@ Letters in shapes: B sequences, S tokens, H heads, K key-value heads, D head cha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from exporters.model.plain_attention import Attend, visible
 from exporters.model.spec import LayerSpec, ModelSpec
 from exporters.model.transformer import Transformer
 
+Choose = Callable[[Tensor], Tensor]  # logits [B, vocab] -> tokens int64 [B]
 _STEPS_BETWEEN_LOOKS = 16  # tokens written before it is asked whether all replies have ended
 
 
@@ -146,12 +147,22 @@ class _Cache:
         return attend
 
 
+def greedy(logits: Tensor) -> Tensor:
+    """[B, vocab] -> the most likely token of each, int64 [B]."""
+    return logits.argmax(-1)
+
+
 @torch.no_grad()
-def greedy(
-    model: Transformer, batch: Batch, most: int, stops: Sequence[int], context: int
+def continued(
+    model: Transformer,
+    batch: Batch,
+    most: int,
+    stops: Sequence[int],
+    context: int,
+    choose: Choose,
 ) -> list[list[int]]:
-    """The most likely continuation of each prompt: at most ``most`` tokens, up to an end token or
-    the context's end."""
+    """What is written after each prompt: at most ``most`` tokens, up to an end token or the
+    context's end."""
     spec, rows = model.spec, len(batch.tokens)
     size = batch.tokens.shape[1]
     capacity = min(size + most, context)
@@ -171,12 +182,12 @@ def greedy(
     written = torch.full((rows, most), -1, device=device)
     over = torch.zeros(rows, dtype=torch.bool, device=device)
     for index in range(most):
-        token = model.logits(model.norm(last)).argmax(-1)
+        token = choose(model.logits(model.norm(last)))
         over = over | torch.isin(token, ends)
         positions = batch.counts + index
         written[:, index] = torch.where(over, -1, token)
         over = over | (positions + 1 >= context)
-        if index + 1 == most or (index % _STEPS_BETWEEN_LOOKS == 0 and bool(over.all())):
+        if index + 1 == most or ((rows == 1 or index % _STEPS_BETWEEN_LOOKS == 0) and bool(over.all())):
             break
         positions = positions.clamp(max=capacity - 1)
         seen = steps[None] <= positions[:, None]

@@ -47,7 +47,7 @@ OPTIONS: dict[str, Value] = {
     "estimator": "norm",  # of EOE: a name in ESTIMATORS
     "without": "",  # the score that selection does not see: a name in SCORES_OF_SELECTION
     "preset": "",  # of the policy: a name in PRESETS; empty: the bundle's own policy
-    "precision": "",  # of the base weights, empty: the bundle's own
+    "general_tokens": 4096,  # of the general text that forgetting is measured on
     "examples": 4,  # answered sets in the prompt: retrieval, retrieval_trained, random_examples
     "reply_tokens": 64,  # of a reply at most, greedy
 }
@@ -65,7 +65,6 @@ ESTIMATORS: dict[str, str] = {
 }
 SCORES_OF_SELECTION = ("eoe", "dss", "idd")
 ROW_SETS = ("development", "judging", "all")  # what is tuned on, and what never is
-PRECISIONS = ("8da4w", "8da8w", "float32")
 MEASURED = frozenset({"seconds", "peak_memory_mb"})  # facts of a machine, not of the cell
 
 

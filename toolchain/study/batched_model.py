@@ -1,15 +1,14 @@
-"""The loop's engine, and the trainer's, in PyTorch on a CPU or a GPU, for many lives in short time.
+"""A bundle's model in PyTorch, on a CPU or a GPU, for many sequences at once: losses, gradients,
+vectors, text.
 
-Every decision is ``runtime_py``'s own; here is only what a bundle's programs compute otherwise:
-vectors, losses, gradients, AdamW and text. It has the weights that the training programs have, for
-text too, and batches what a phone takes one by one, so last bits differ.
+It has the weights that the training programs have, for text too, and batches what a phone takes one
+by one: last bits differ from the programs'.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -17,23 +16,25 @@ import torch
 from torch import Tensor
 
 from exporters.model.lora_tensors import adapter_tensors
-from runtime_py.bundle.adapter_forms import read_values
 from runtime_py.bundle.adapter_state import AdapterState, FlatLayout
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.manifest import AdapterTensor
 from runtime_py.engine.examples import IGNORED, Example
-from runtime_py.engine.phone_engine import sample
-from runtime_py.engine.streaming import StepNumbers
 from runtime_py.loop.dialogue import Dialogue, Turn
-from runtime_py.loop.errors import LoopError
+from runtime_py.loop.errors import PromptTooLong
 from runtime_py.loop.protocols import Embedding
-from runtime_py.loop.random_stream import SplitMix64
 from toolchain.study.base_model import base_model, bundle_spec
-from toolchain.study.batched import Batch, greedy, hidden_states, label_losses, padded
+from toolchain.study.batched import (
+    Batch,
+    Choose,
+    continued,
+    greedy,
+    hidden_states,
+    label_losses,
+    padded,
+)
 from toolchain.study.estimators import ESTIMATORS, TokenVectors
-
-EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,7 @@ def adapter_shape(bundle: Bundle) -> AdapterShape:
     return AdapterShape(adapter.targets, adapter.rank, adapter.tensors)
 
 
-def choose_device(name: str) -> torch.device:
-    """``cpu`` or ``cuda``. Raises ``LoopError`` where this machine has no such device."""
-    if name not in ("cpu", "cuda"):
-        raise LoopError(f"there is no device {name!r}; expected cpu or cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise LoopError("there is no CUDA device on this machine, or its driver is missing: give --device cpu.")
-    return torch.device(name)
-
-
-class TorchModel:
+class BatchedModel:
     """A bundle's base with an adapter that is changed in place. ``tokens_a_call``: of a batch,
     padding included."""
 
@@ -84,17 +76,14 @@ class TorchModel:
 
     def set_adapter(self, state: AdapterState) -> None:
         """Copies the adapter's numbers to the device."""
-        self._scales(state.scales)
+        tensors = adapter_tensors(self.model)
+        for name, scale in state.scales.items():
+            tensors[name].fill_(float(scale.item()))
         self._bind(torch.from_numpy(state.parameters).to(self.device, copy=True))
 
     def set_values(self, values: Mapping[str, np.ndarray]) -> None:
         """``values``: every tensor of the adapter by name, float32."""
         self.set_adapter(AdapterState.of(self.shape.tensors, values))
-
-    def _scales(self, scales: Mapping[str, np.ndarray]) -> None:
-        tensors = adapter_tensors(self.model)
-        for name, scale in scales.items():
-            tensors[name].fill_(float(scale.item()))
 
     def _bind(self, flat: Tensor) -> None:
         """Makes the model's LoRA tensors views of ``flat``, a gradient of which can be taken."""
@@ -117,7 +106,9 @@ class TorchModel:
     def capacity(self) -> int:
         return self.tokens_a_call
 
-    def _labelled(self, examples: Sequence[Example]) -> tuple[Batch, Tensor]:
+    def labelled(self, examples: Sequence[Example]) -> tuple[Batch, Tensor]:
+        """What one call reads, and int64 [B, S] what follows each token, ``IGNORED`` where it does
+        not count."""
         batch = padded([e.tokens[: e.inputs] for e in examples], self.device)
         labels = np.full(tuple(batch.tokens.shape), IGNORED, np.int64)
         for row, e in zip(labels, examples, strict=True):
@@ -140,7 +131,7 @@ class TorchModel:
         """Of each example, nats summed over its labels: float64 [n]."""
         result = np.zeros(len(examples))
         for call in self.batches([e.inputs for e in examples]):
-            batch, labels = self._labelled([examples[index] for index in call])
+            batch, labels = self.labelled([examples[index] for index in call])
             result[call] = label_losses(self.model, batch, labels, adapted).double().cpu().numpy()
         return result
 
@@ -151,11 +142,11 @@ class TorchModel:
         total = 0.0
         with torch.enable_grad():
             for call in self.batches([e.inputs for e in examples]):
-                batch, labels = self._labelled([examples[index] for index in call])
+                batch, labels = self.labelled([examples[index] for index in call])
                 loss = label_losses(self.model, batch, labels).sum()
                 loss.backward()
                 self._bind(flat)
-                total += float(loss)
+                total += float(loss.detach())
         gradient = flat.grad
         self._bind(flat.detach())
         if gradient is None:
@@ -186,30 +177,36 @@ class TorchModel:
 
     # Text
 
-    def prompt(self, messages: Sequence[Turn]) -> list[int]:
-        """Token ids of the messages up to where the assistant begins to speak; the oldest
-        exchanges are left out where they fill the context, [] where even the last one does."""
-        for first in range(0, len(messages), 2):
-            ids = self.text.encode(self.text.render(messages[first:], reply=True))
-            if len(ids) < self.bundle.manifest.model.context:
-                return ids
-        return []
+    def prompt(self, messages: Sequence[Turn], prefix: str = "") -> np.ndarray:
+        """Token ids int64 [n] of the messages up to where the assistant begins to speak, and of
+        what its reply begins with. Raises ``PromptTooLong``."""
+        return np.asarray(self.text.prompt(messages, prefix), np.int64)
+
+    def write(self, prompt: np.ndarray, most: int, choose: Choose) -> str:
+        """The continuation of one prompt, its tokens taken by ``choose``."""
+        return self._written([prompt], most, choose)[0]
 
     def replies(self, prompts: Sequence[Sequence[Turn]], most: int) -> list[str]:
-        """The greedy reply to each: at most ``most`` tokens; "" where the prompt fills the
-        context."""
-        ids = [np.asarray(self.prompt(messages), np.int64) for messages in prompts]
-        stops = self.bundle.manifest.tokenizer.eos_ids
+        """The greedy reply to each, of at most ``most`` tokens; "" where the prompt is too long."""
+        ids = []
+        for messages in prompts:
+            try:
+                ids.append(self.prompt(messages))
+            except PromptTooLong:
+                ids.append(np.zeros(0, np.int64))
         texts = [""] * len(ids)
-        room = [len(one) + most for one in ids]
-        for call in self.batches(room):
-            call = [index for index in call if len(ids[index])]
-            if not call:
-                continue
-            batch = padded([ids[index] for index in call], self.device)
-            context = self.bundle.manifest.model.context
-            for index, tokens in zip(
-                call, greedy(self.model, batch, most, stops, context), strict=True
-            ):
-                texts[index] = self.text.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        there = [index for index, one in enumerate(ids) if len(one)]
+        for call in self.batches([len(ids[index]) + most for index in there]):
+            chosen = [there[place] for place in call]
+            written = self._written([ids[index] for index in chosen], most, greedy)
+            for index, text in zip(chosen, written, strict=True):
+                texts[index] = text
         return texts
+
+    def _written(self, prompts: Sequence[np.ndarray], most: int, choose: Choose) -> list[str]:
+        manifest, tokenizer = self.bundle.manifest, self.text.tokenizer
+        batch = padded(prompts, self.device)
+        rows = continued(
+            self.model, batch, most, manifest.tokenizer.eos_ids, manifest.model.context, choose
+        )
+        return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
