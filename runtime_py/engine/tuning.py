@@ -114,7 +114,8 @@ def tune(
     if outcome is None:
         return None
     on_stage("after")
-    after = each_loss(engine, state, taught.guard, stop)
+    # Where nothing was learned the state is the parent's, and so are its losses.
+    after = each_loss(engine, state, taught.guard, stop) if outcome.kept_step else before
     if after is None:
         return None
     return FineTuneResult(

@@ -90,7 +90,7 @@ def _row(layers: int, tokens: int) -> GrowthRow:
         state = _state(tensors, spec_layers=layers)
         file = (folder / training.weights).stat().st_size
     return GrowthRow(
-        layers, tokens, memory.peak, 4 * HIDDEN * tokens * layers, 4 * state.parameters.nbytes, file
+        layers, tokens, memory.peak, 4 * HIDDEN * tokens * layers, 5 * state.parameters.nbytes, file
     )
 
 
