@@ -320,6 +320,22 @@ def test_the_flat_layout_is_the_manifests_order(kit: Kit) -> None:
     assert not state.parameters.ravel()[size:].any()
 
 
+def test_every_number_has_its_rate() -> None:
+    """Of A and of all Bs of a fused module, row by row through the flat matrix."""
+    shapes = {"lora_A": (1, 4, 300), "lora_B_0": (1, 100, 4), "lora_B_1": (1, 50, 4)}
+    tensors = [
+        m.AdapterTensor(name=f"layers.0.self_attn.qkv_proj.{part}", peft="p", rows=(0, 1), shape=s)
+        for part, s in shapes.items()
+    ]
+    layout = FlatLayout.of(tensors)
+    rates = layout.zeros()
+    layout.fill_rates(rates, 0.5, 2.0)
+    line = rates.ravel()
+    assert line.dtype == np.float32
+    assert (line[:1200] == 0.5).all()
+    assert (line[1200:1800] == 2.0).all()
+
+
 def test_step_numbers() -> None:
     numbers = step_numbers(3, 40, (0.1, 0.4), 0.01, 1.0, (0.9, 0.999))
     assert numbers.per_token == 1 / 40
