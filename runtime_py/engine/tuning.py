@@ -134,12 +134,13 @@ def tune(
     if outcome is None:
         return None
     on_stage("after")
-    retained = None
-    if taught.general:
+    # Where nothing was learned the state is the parent's, and so is all that is measured of it.
+    learned, retained = outcome.kept_step > 0, None
+    if learned and taught.general:
         retained = retain(engine, state, taught.general, job.forgetting_bound, stop)
         if retained is None:
             return None
-    after = each_loss(engine, state, taught.guard, stop)
+    after = each_loss(engine, state, taught.guard, stop) if learned else before
     if after is None:
         return None
     result = FineTuneResult(
