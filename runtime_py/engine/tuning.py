@@ -29,8 +29,8 @@ Stage = Literal["before", "training", "after"]
 
 @dataclass(frozen=True)
 class Lessons:
-    """A job's dialogues as examples, each with its last reply as labels. ``training`` ends with what
-    is replayed; ``general``: what forgetting is measured on, empty where it is not."""
+    """A job's dialogues as examples, each with its last reply as labels. ``training`` ends with
+    what is replayed; ``general``: what forgetting is measured on, empty where it is not."""
 
     training: tuple[Example, ...]
     stopping: tuple[Example, ...]
