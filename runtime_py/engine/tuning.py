@@ -139,7 +139,9 @@ def tune(
         retained = retain(engine, state, taught.general, job.forgetting_bound, stop)
         if retained is None:
             return None
-    after = each_loss(engine, state, taught.guard, stop)
+    # Where nothing was learned the state is the parent's, and so are its losses.
+    unchanged = not outcome.kept_step and (retained is None or retained.scale == 1.0)
+    after = before if unchanged else each_loss(engine, state, taught.guard, stop)
     if after is None:
         return None
     result = FineTuneResult(
