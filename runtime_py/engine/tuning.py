@@ -29,8 +29,8 @@ Stage = Literal["before", "training", "after"]
 
 @dataclass(frozen=True)
 class Lessons:
-    """A job's dialogues as examples, each with its last reply as labels. ``training`` ends with what
-    is replayed; ``general``: what forgetting is measured on, empty where it is not."""
+    """A job's dialogues as examples, each with its last reply as labels. ``training`` ends with
+    what is replayed; ``general``: what forgetting is measured on, empty where it is not."""
 
     training: tuple[Example, ...]
     stopping: tuple[Example, ...]
@@ -43,8 +43,11 @@ class Lessons:
         return max(e.inputs for e in (*self.training, *self.stopping, *self.guard))
 
 
-def lessons(job: FineTuneJob, text: ChatText, longest: int, bundle: Bundle) -> Lessons:
-    """What the job learns and is judged by, with the bundle's own dialogues and text.
+def lessons(
+    job: FineTuneJob, text: ChatText, longest: int, bundle: Bundle | None = None
+) -> Lessons:
+    """What the job learns and is judged by, with the bundle's own dialogues and text where the job
+    asks for them.
 
     Raises ``TrainingError`` where a dialogue reads more than ``longest`` tokens: nothing is cut
     here, for a reply that is cut is not what the user wanted."""
@@ -63,6 +66,13 @@ def lessons(job: FineTuneJob, text: ChatText, longest: int, bundle: Bundle) -> L
         raise TrainingError(
             f"job {job.number} has {len(whole.training)} dialogues to learn and "
             f"{len(whole.guard)} to judge by: give at least one of each."
+        )
+    if not job.replay_share and job.forgetting_bound >= UNBOUNDED:
+        return whole
+    if bundle is None:
+        raise TrainingError(
+            f"job {job.number} replays dialogues or bounds what is forgotten, and both come with a "
+            f"bundle: give it one."
         )
     return _with_generic(whole, job, text, bundle)
 
@@ -134,13 +144,14 @@ def tune(
     if outcome is None:
         return None
     on_stage("after")
-    # Where nothing was learned the state is the parent's, and so is all that is measured of it.
-    learned, retained = outcome.kept_step > 0, None
-    if learned and taught.general:
+    retained = None
+    if taught.general:
         retained = retain(engine, state, taught.general, job.forgetting_bound, stop)
         if retained is None:
             return None
-    after = each_loss(engine, state, taught.guard, stop) if learned else before
+    # Where nothing was learned the state is the parent's, and so are its losses.
+    unchanged = not outcome.kept_step and (retained is None or retained.scale == 1.0)
+    after = before if unchanged else each_loss(engine, state, taught.guard, stop)
     if after is None:
         return None
     result = FineTuneResult(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,8 +26,10 @@ from runtime_py.engine.retention import (
     retain,
 )
 from runtime_py.engine.streaming import StepNumbers
+from runtime_py.engine.tuning import Lessons, tune
 from runtime_py.loop.dialogue import Turn
 from runtime_py.loop.errors import TrainingError
+from runtime_py.loop.protocols import FineTuneJob
 
 VOCAB = 17
 
@@ -170,6 +173,57 @@ def test_stopped_between_calls_it_leaves_the_state_as_it_was(calls: int) -> None
     assert retain(engine, state, [example()], 0.1) == Retention(
         exponential(2.0), exponential(3.0), 1 / 16, exponential(2.0625)
     )
+
+
+class Learner(Engine):
+    """Each step raises B, and what it raises B by is forgotten: a tenth of a nat a step."""
+
+    def gradient(
+        self, state: AdapterState, examples: Sequence[Example], into: np.ndarray
+    ) -> tuple[float, int]:
+        return 1.0, 1
+
+    def update(self, state: AdapterState, gradient: np.ndarray, numbers: StepNumbers) -> float:
+        parameters = state.parameters.copy()
+        state.layout.views(parameters)[self._view][...] += 0.1
+        state.replace(parameters, state.mean, state.square)
+        return 0.0
+
+    def loss(self, state: AdapterState, examples: Sequence[Example]) -> tuple[float, int]:
+        count = sum(e.count for e in examples)
+        return (3.0 + float(state.tensors[self._view].mean())) * count, count
+
+
+@pytest.mark.parametrize(("bound", "scale"), [(2.0, 1.0), (0.2, 7 / 16)])
+def test_a_job_ends_within_its_bound_and_the_guard_judges_what_it_keeps(
+    bound: float, scale: float, tmp_path: Path
+) -> None:
+    """Four steps from a B of zeros: 0.4 nats at λ = 1; ln 1.2 = 0.182 is more than 7/16 of it."""
+    state = adapter()
+    state.layout.views(state.parameters)["layers.0.x.lora_B"][...] = 0.0
+    one = (example(),)
+    job = FineTuneJob(
+        number=1, training=(), stopping=(), guard=(), parent=tmp_path, seed=1, steps=4,
+        learning_rate=0.1, b_rate_ratio=1.0, batch=1, check_every=4, max_sequence_tokens=64,
+        forgetting_bound=bound,
+    )  # fmt: skip
+    engine = Learner(adapter())
+    taught = Lessons(one, (), one, general=one)
+    optimizer = m.Optimizer(beta1=0.9, beta2=0.999, epsilon=1e-8)
+    found = tune(engine, state, job, taught, optimizer, tmp_path, tmp_path, stop=lambda: False)
+    assert found is not None
+    assert found.scale == scale
+    assert found.guard_before == (3.0,)
+    assert found.guard_after == pytest.approx((3.0 + 0.4 * scale,))
+    assert found.base_perplexity == pytest.approx(math.exp(3.0))
+    assert found.perplexity == pytest.approx(math.exp(3.0 + 0.4 * scale))
+    assert found.forgetting == pytest.approx(math.exp(0.4 * scale) - 1, rel=1e-5)
+    unmeasured = tune(
+        engine, adapter(), job, Lessons(one, (), one), optimizer, tmp_path / "b", tmp_path,
+        stop=lambda: False,
+    )  # fmt: skip
+    assert unmeasured is not None
+    assert (unmeasured.scale, unmeasured.forgetting) == (1.0, None)
 
 
 class Letters:

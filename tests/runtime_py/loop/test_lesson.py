@@ -342,13 +342,23 @@ class Mute(ToyEngine):
         self.room, self.asked = room, 0
 
     def generate(
-        self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
+        self,
+        messages: Sequence[Turn],
+        *,
+        temperature: float,
+        seed: int,
+        max_new_tokens: int,
+        prefix: str = "",
     ) -> str:
         self.asked += 1
         if len(messages[-1].content.split()) >= self.room:
             raise PromptTooLong("the last message is too long; shorten it.")
         return super().generate(
-            messages, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens
+            messages,
+            temperature=temperature,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            prefix=prefix,
         )
 
 
