@@ -171,8 +171,10 @@ def _show(summary: Summary) -> None:
         if one.rows:
             output.print(f"\n[bold]{escape(one.title)}[/]")
             _print_table(one)
+    minutes = summary.study.folder.seconds(summary.study.done) / 60
+    output.print(f"\n{len(summary.study.done):,} cells in {minutes:,.1f} minutes of all workers")
     if summary.missing:
-        output.print(f"\n{summary.missing:,} of {summary.cells:,} cells are missing")
+        output.print(f"{summary.missing:,} of {summary.cells:,} cells are missing")
 
 
 def _print_table(one: StudyTable) -> None:

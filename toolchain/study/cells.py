@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +160,12 @@ class CellResult:
 
     def to_json(self) -> bytes:
         """Canonical, without what was measured of the machine: equal results, equal bytes."""
+        return canonical(asdict(self.settled())) + b"\n"
+
+    def settled(self) -> CellResult:
+        """Without the facts of the machine: what ``from_json`` gives of ``to_json``."""
         told = {name: fact for name, fact in self.facts.items() if name not in MEASURED}
-        raw = {"cell": asdict(self.cell), "scores": asdict(self.scores), "facts": told}
-        return canonical(raw) + b"\n"
+        return replace(self, facts=told)
 
     def measured(self) -> dict[str, float | int | str | None]:
         """The facts of the machine it ran on."""

@@ -119,7 +119,7 @@ def run(
             told(failures[-1])
             continue
         study.folder.write(outcome.result)
-        study.done[cell.key] = outcome.result
+        study.done[cell.key] = outcome.result.settled()
         told(outcome.result)
     return failures
 
