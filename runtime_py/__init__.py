@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from runtime_py.loop.dialogue import Dialogue as Dialogue
     from runtime_py.loop.dialogue import Turn as Turn
     from runtime_py.loop.errors import AttuneError as AttuneError
-    from runtime_py.loop.fine_tuning import FineTuneReport as FineTuneReport
+    from runtime_py.loop.fine_tune_report import FineTuneReport as FineTuneReport
     from runtime_py.loop.lexicons import Lexicons as Lexicons
     from runtime_py.loop.lexicons import read_lexicons as read_lexicons
     from runtime_py.loop.log import Decision as Decision
@@ -44,7 +44,7 @@ _MODULES = {
     "loop.annotation": ("Question",),
     "loop.dialogue": ("Dialogue", "Turn"),
     "loop.errors": ("AttuneError",),
-    "loop.fine_tuning": ("FineTuneReport",),
+    "loop.fine_tune_report": ("FineTuneReport",),
     "loop.lexicons": ("Lexicons", "read_lexicons"),
     "loop.log": ("Decision",),
     "loop.personalizer": ("Personalizer",),

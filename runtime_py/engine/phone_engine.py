@@ -17,7 +17,7 @@ from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.native import silenced
 from runtime_py.loop.dialogue import Dialogue, Turn
-from runtime_py.loop.errors import LoopError
+from runtime_py.loop.errors import LoopError, PromptTooLong
 from runtime_py.loop.protocols import Embedding
 from runtime_py.loop.random_stream import SplitMix64
 
@@ -102,11 +102,10 @@ class PhoneEngine:
         self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
     ) -> str:
         """Ends at an end token, after ``max_new_tokens``, or with the context. Where the messages
-        fill the context the oldest exchanges are left out; "" where even the last one does."""
-        lm = self._loaded("forward")
+        fill the context the oldest exchanges are left out; raises ``PromptTooLong`` where even the
+        last message does."""
         prompt = self._prompt(messages)
-        if not prompt:
-            return ""
+        lm = self._loaded("forward")
         stops = set(self._bundle.manifest.tokenizer.eos_ids)
         chance = SplitMix64(seed)
         logits = lm.prefill(_tokens(prompt))
@@ -125,11 +124,16 @@ class PhoneEngine:
         return cast(str, text).strip()  # of one list of tokens one text
 
     def _prompt(self, messages: Sequence[Turn]) -> list[int]:
+        context, taken = self._bundle.manifest.model.context, 0
         for first in range(0, len(messages), 2):
             ids = self.text.encode(self.text.render(messages[first:], reply=True))
-            if len(ids) < self._bundle.manifest.model.context:
+            taken = len(ids)
+            if taken < context:
                 return ids
-        return []
+        raise PromptTooLong(
+            f"the last message takes {taken} tokens, and the model's context holds {context}, of "
+            f"which a reply needs one; shorten the message."
+        )
 
 
 def _tokens(ids: Sequence[int]) -> Tensor:

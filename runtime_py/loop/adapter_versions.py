@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,28 @@ class Versions:
         rows = self._store.rows("SELECT adapter FROM learnt WHERE id = ?", id)
         places = [chain.index(number) for (number,) in rows if number in chain]
         return tuple(sorted(chain[: max(places) + 1])) if places else ()
+
+    def add(
+        self,
+        number: int,
+        parent: int,
+        kept: AdapterFile,
+        losses: tuple[float | None, float | None],
+        learnt: Sequence[str],
+    ) -> None:
+        """Inside a transaction: the row of a version that ``keep`` made. ``losses``: of held-out
+        sets, before and after; ``learnt``: ids of the answered sets that it was trained on."""
+        self._store.execute(
+            "INSERT INTO adapters (number, parent, file, sha256, heldout_loss_before, "
+            "heldout_loss_after, state) VALUES (?, ?, ?, ?, ?, ?, 'kept')",
+            number,
+            parent,
+            kept.name,
+            kept.sha256,
+            *losses,
+        )
+        for id in learnt:
+            self._store.execute("INSERT INTO learnt (adapter, id) VALUES (?, ?)", number, id)
 
     def keep(self, result: FineTuneResult, number: int) -> AdapterFile:
         """Copies a result's file to where version ``number`` has it; no row names it yet."""

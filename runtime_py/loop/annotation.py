@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runtime_py.loop.dialogue import Dialogue, check_text
-from runtime_py.loop.errors import LoopError
+from runtime_py.loop.errors import AnswerTooLong
+from runtime_py.loop.lesson import Capacity, lesson
 from runtime_py.loop.policy import LoopPolicy
 
 
@@ -23,16 +24,25 @@ def may_ask(asked_today: int, loop: LoopPolicy) -> bool:
     return asked_today < loop.questions_per_day
 
 
-def annotated(dialogue: Dialogue, text: str | None, room: int) -> Dialogue:
-    """The set as it is learnt: ``text`` takes the place of the last reply; None: it is good."""
-    if text is None:
-        return dialogue
-    check_text(text, f"the answer for dialogue {dialogue.id!r}")
-    changed = dialogue.with_answer(text)
-    if changed.bytes > room:
-        raise LoopError(
-            f"the answer for dialogue {dialogue.id!r} has {len(text.encode())} bytes, which is "
-            f"{changed.bytes - room} more than its bin has left; shorten it."
+def annotated(dialogue: Dialogue, text: str | None, room: int, capacity: Capacity) -> Dialogue:
+    """The set as it is answered: ``text`` takes the place of the last reply; None: it is good.
+
+    Raises ``AnswerTooLong`` where it does not fit its bin, or can never be learned.
+    """
+    changed = dialogue
+    if text is not None:
+        check_text(text, f"the answer for dialogue {dialogue.id!r}")
+        changed = dialogue.with_answer(text)
+        if changed.bytes > room:
+            raise AnswerTooLong(
+                f"the answer for dialogue {dialogue.id!r} has {len(text.encode())} bytes, which is "
+                f"{changed.bytes - room} more than its bin has left; shorten it."
+            )
+    if lesson(changed, capacity) is None:
+        alone = capacity.tokens(Dialogue(dialogue.id, changed.turns[-2:]))
+        raise AnswerTooLong(
+            f"the last exchange of dialogue {dialogue.id!r} has {alone} tokens with this answer, "
+            f"and at most {capacity.longest} can be learned; give a shorter answer."
         )
     return changed
 

@@ -15,6 +15,14 @@ class DuplicateDialogue(LoopError):  # noqa: N818 - what happened, not that it i
     """This id was observed before; a host that resumes a stream may skip it."""
 
 
+class AnswerTooLong(LoopError):  # noqa: N818
+    """The answer leaves no room for the set in its bin or in a lesson: a host may shorten it."""
+
+
+class PromptTooLong(LoopError):  # noqa: N818
+    """The last message alone fills the model's context, so that nothing can be replied."""
+
+
 class StoreBusy(LoopError):  # noqa: N818
     """Another process has the store open."""
 

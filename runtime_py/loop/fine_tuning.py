@@ -6,39 +6,28 @@ is not in the store.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from runtime_py.loop.adapter_versions import Versions
 from runtime_py.loop.buffer import Buffer
-from runtime_py.loop.guard import accepts
-from runtime_py.loop.jobs import Jobs
+from runtime_py.loop.fine_tune_report import FineTuneReport, State
+from runtime_py.loop.guard import judge
+from runtime_py.loop.jobs import Jobs, answered_sources, fitted, two_sided
+from runtime_py.loop.lesson import Capacity, lesson
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import Engine, FineTuneJob, FineTuner, FineTuneResult
 from runtime_py.loop.records import annotated_sets, write_pair
-from runtime_py.loop.schedule import Conditions, Moment, is_due, obstacles, sequence_tokens
+from runtime_py.loop.schedule import (
+    Conditions,
+    Moment,
+    is_due,
+    next_shorter,
+    obstacles,
+    sequence_tokens,
+)
 from runtime_py.loop.store import Store
 from runtime_py.loop.synthesis import synthesize
-
-State = Literal["not_due", "too_few", "postponed", "stopped", "rejected", "accepted"]
-
-
-@dataclass(frozen=True)
-class FineTuneReport:
-    """``reason`` is a sentence. ``synthesized``: pairs that this call wrote. ``adapter``: the
-    active version afterwards. The rest is None or empty where no run ended."""
-
-    state: State
-    reason: str
-    adapter: int
-    synthesized: int = 0
-    job: int | None = None
-    heldout_loss_before: float | None = None
-    heldout_loss_after: float | None = None
-    losses: tuple[float, ...] = ()
-    seconds: float = 0.0
 
 
 class _Stopped(Exception):  # noqa: N818 - a signal between the methods here
@@ -55,10 +44,12 @@ class FineTuning:
         loop: LoopPolicy,
         engine: Engine,
         tuner: FineTuner,
+        capacity: Capacity,
         clock: Callable[[], Moment],
     ) -> None:
         self._store, self._versions, self._jobs, self._buffer = store, versions, jobs, buffer
         self._loop, self._engine, self._tuner, self._clock = loop, engine, tuner, clock
+        self._capacity = capacity
         self._synthesized = 0
 
     def run(self, conditions: Conditions, stop: Callable[[], bool]) -> FineTuneReport:
@@ -66,38 +57,77 @@ class FineTuning:
         device and ``stop`` let it; the report says how far. ``stop`` is asked between paraphrases
         and between micro-batches."""
         self._synthesized = 0
-        job = self._jobs.unfinished()
-        if job is None:
-            since = self._store.count("observed") - self._store.count("fine_tune_from")
-            if not is_due(since, 0, self._loop):
-                every = self._loop.fine_tune_every_sets
-                return self._report("not_due", f"{since} of {every} dialogue sets were observed.")
-            held_out = {item.held_out for item in annotated_sets(self._store)}
-            if held_out != {True, False}:
-                return self._report(
-                    "too_few", "fewer than two sets are answered: one to learn, one held out."
-                )
+        job = self._unfinished()
+        if job is None and (refusal := self._refusal()):
+            return refusal
         if reasons := obstacles(conditions, self._loop):
             return self._report("postponed", f"{', and '.join(reasons)}.", job)
-        longest = job.max_sequence_tokens if job else self._loop.longest_sequence_tokens
-        tokens = sequence_tokens(longest, conditions.free_memory_mb, self._loop)
+        longest = self._capacity.longest
+        if job:
+            longest = min(longest, job.max_sequence_tokens)
+        free = conditions.free_memory_mb
+        tokens = sequence_tokens(self._tuner.lengths, longest, free, self._loop)
         if tokens is None:
             return self._report("postponed", self._too_little_memory(conditions), job)
         try:
             if job is None:
-                self._paraphrase(stop)
+                sources, left_out = fitted(
+                    answered_sources(self._store), self._capacity.within(tokens)
+                )
+                if not two_sided(sources):
+                    return self._one_sided(tokens, left_out, None)
+                self._paraphrase(tokens, stop)
                 job = self._begin(tokens)
-            elif tokens < job.max_sequence_tokens:
-                job = self._shorten(job, tokens)
+            elif tokens < job.max_sequence_tokens or not job.steps:
+                shorter = self._shorten(job, tokens)
+                if isinstance(shorter, FineTuneReport):
+                    return shorter
+                job = shorter
             return self._train(job, conditions, stop)
         except _Stopped:
             return self._report("stopped", "it was stopped, and goes on when called again.", job)
 
-    def _paraphrase(self, stop: Callable[[], bool]) -> None:
+    def _unfinished(self) -> FineTuneJob | None:
+        """The job that was begun. One that has nothing to learn or nothing to judge it by with the
+        programs there are, which an older store or another bundle can leave, is abandoned."""
+        job = self._jobs.unfinished()
+        if job is None:
+            return None
+        capacity = self._capacity.within(job.max_sequence_tokens)
+        sources, left_out = fitted(self._jobs.sources(job.number), capacity)
+        if two_sided(sources):
+            return job
+        with self._store.transaction(durable=True):
+            self._jobs.end(job.number)
+            self._store.set_count("fine_tune_from", 0)  # its sets wait, so it is due again
+            data = {"job": job.number, "left_out": left_out}
+            self._store.append(self._clock(), "job_abandoned", None, data)
+        self._jobs.sweep()
+        return None
+
+    def _refusal(self) -> FineTuneReport | None:
+        """Why no job can begin, whatever the device allows."""
+        since = self._store.count("observed") - self._store.count("fine_tune_from")
+        if not is_due(since, 0, self._loop):
+            every = self._loop.fine_tune_every_sets
+            return self._report("not_due", f"{since} of {every} dialogue sets were observed.")
+        sources, left_out = fitted(answered_sources(self._store), self._capacity)
+        if two_sided(sources):
+            return None
+        reason = "fewer than two sets are answered: one to learn, one held out"
+        if left_out:
+            reason += (
+                f"; {len(left_out)} more are too long for the {self._capacity.longest} tokens that "
+                f"can be learned"
+            )
+        return self._report("too_few", f"{reason}.", left_out=left_out)
+
+    def _paraphrase(self, tokens: int, stop: Callable[[], bool]) -> None:
         """One transaction a pair: its text, that it was tried, and the random stream after it."""
         adapter = self._versions.active
+        capacity = self._capacity.within(tokens)
         for item in annotated_sets(self._store):
-            if item.held_out:
+            if item.held_out or lesson(item.dialogue, capacity) is None:
                 continue
             for ordinal in range(item.paraphrased, self._loop.paraphrases):
                 if stop():
@@ -119,25 +149,46 @@ class FineTuning:
                 self._synthesized += pair is not None
 
     def _begin(self, tokens: int) -> FineTuneJob:
+        sources, left_out = fitted(answered_sources(self._store), self._capacity.within(tokens))
         stream = self._store.stream("training")
         seed = stream.seed()
         with self._store.transaction(durable=True):
             parent = self._versions.untouched_parent()
-            number = self._jobs.begin(parent, seed, tokens, self._loop)
+            number = self._jobs.begin(parent, seed, tokens, self._loop, sources)
             self._store.save_stream("training", stream)
             self._store.set_count("fine_tune_from", self._store.count("observed"))
-            data: dict[str, Any] = {"job": number, "parent": parent, "sequence_tokens": tokens}
-            data["sources"] = [source for source, _ in self._jobs.sources(number)]
-            self._store.append(self._clock(), "job_begun", None, data)
-        return self._jobs.read(number)
+            job = self._jobs.read(number)
+            data = {"parent": parent, "sources": sorted(one.id for one in sources)}
+            self._log_job("job_begun", job, left_out, data)
+        return job
 
-    def _shorten(self, job: FineTuneJob, tokens: int) -> FineTuneJob:
+    def _shorten(self, job: FineTuneJob, tokens: int) -> FineTuneJob | FineTuneReport:
+        """The job with shorter sequences, without what is too long for them: that waits for
+        another. Where a side would have nothing left, the job stays as it is, postponed."""
+        capacity = self._capacity.within(tokens)
+        sources, left_out = fitted(self._jobs.sources(job.number), capacity)
+        if not two_sided(sources):
+            return self._one_sided(tokens, left_out, job)
         with self._store.transaction():
-            self._jobs.shorten(job.number, tokens)
-            data = {"job": job.number, "sequence_tokens": tokens}
-            self._store.append(self._clock(), "job_shortened", None, data)
+            self._jobs.shorten(job.number, tokens, self._loop, sources)
+            job = self._jobs.read(job.number)
+            self._log_job("job_shortened", job, left_out, {})
         self._jobs.sweep()
-        return replace(job, max_sequence_tokens=tokens)
+        return job
+
+    def _log_job(
+        self, event: str, job: FineTuneJob, left_out: Sequence[str], more: dict[str, Any]
+    ) -> None:
+        data = {
+            "job": job.number,
+            "sequence_tokens": job.max_sequence_tokens,
+            "steps": job.steps,
+            "training": len(job.training),
+            "stopping": len(job.stopping),
+            "guard": len(job.guard),
+            "left_out": list(left_out),
+        }
+        self._store.append(self._clock(), event, None, data | more)
 
     def _train(
         self, job: FineTuneJob, conditions: Conditions, stop: Callable[[], bool]
@@ -148,10 +199,13 @@ class FineTuning:
             try:
                 result = self._tuner.run(job, folder, stop)
             except MemoryError:
-                tokens = job.max_sequence_tokens // 2
-                if tokens < self._loop.shortest_sequence_tokens:
+                tokens = next_shorter(self._tuner.lengths, job.max_sequence_tokens, self._loop)
+                if tokens is None:
                     return self._report("postponed", self._too_little_memory(conditions), job)
-                job = self._shorten(job, tokens)
+                shorter = self._shorten(job, tokens)
+                if isinstance(shorter, FineTuneReport):
+                    return shorter
+                job = shorter
                 continue
             if result is None:
                 reason = "it was stopped in training, and goes on when called again."
@@ -160,64 +214,70 @@ class FineTuning:
 
     def _end(self, job: FineTuneJob, result: FineTuneResult) -> FineTuneReport:
         """Takes or refuses the adapter: one transaction, and the job is over."""
-        accepted = accepts(result)
+        verdict = judge(result, self._loop.guard_false_acceptance)
         number = self._store.rows("SELECT max (number) FROM adapters")[0][0] + 1
-        kept = self._versions.keep(result, number) if accepted else None
+        kept = self._versions.keep(result, number) if verdict.accepted else None
         sources = self._jobs.sources(job.number)
-        before, after = result.heldout_loss_before, result.heldout_loss_after
         with self._store.transaction(durable=True):
             if kept:
-                self._store.execute(
-                    "INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?, 'kept')",
-                    number,
-                    self._jobs.parent(job.number),
-                    kept.name,
-                    kept.sha256,
-                    before,
-                    after,
-                )
-                for id, held_out in sources:
-                    if not held_out:
-                        self._store.execute(
-                            "INSERT INTO learnt (adapter, id) VALUES (?, ?)", number, id
-                        )
+                learnt = [source.id for source in sources if not source.held_out]
+                parent = self._jobs.parent(job.number)
+                losses = (verdict.before, verdict.after)
+                self._versions.add(number, parent, kept, losses, learnt)
                 self._versions.activate(number)
                 self._versions.retire(self._loop.adapters_kept)
                 self._store.add("adapters_accepted")
-            for id, _ in sources:
+            for source in sources:
                 self._store.execute(
-                    "UPDATE annotations SET used_in = ? WHERE id = ?", job.number, id
+                    "UPDATE annotations SET used_in = ? WHERE id = ?", job.number, source.id
                 )
             self._jobs.end(job.number)
             self._store.add("fine_tunes")
-            data: dict[str, Any] = {"job": job.number, "adapter": number if kept else None}
-            # JSON has no infinities and no NaN
-            data["heldout_loss_before"] = before if math.isfinite(before) else str(before)
-            data["heldout_loss_after"] = after if math.isfinite(after) else str(after)
+            data = {"job": job.number, "adapter": number if kept else None, **verdict.data()}
+            data |= {"steps": len(result.losses), "kept_step": result.kept_step}
             event = "adapter_accepted" if kept else "adapter_rejected"
             self._store.append(self._clock(), event, None, data)
-        for id, _ in sources:
-            self._buffer.set_waiting(id, False)
+        for source in sources:
+            self._buffer.set_waiting(source.id, False)
         self._jobs.sweep()
         self._versions.sweep()
         if kept:
             self._engine.use_adapter(self._versions.file(number))
-        verdict = "did not get worse" if accepted else "got worse, so the old adapter stays"
         return FineTuneReport(
-            state="accepted" if accepted else "rejected",
-            reason=f"the held-out loss went from {before:.4f} to {after:.4f}: it {verdict}.",
+            state="accepted" if kept else "rejected",
+            reason=verdict.reason,
             adapter=self._versions.active,
             synthesized=self._synthesized,
             job=job.number,
-            heldout_loss_before=before,
-            heldout_loss_after=after,
+            left_out=self._jobs.left_out(job.number),
+            heldout_loss_before=verdict.before,
+            heldout_loss_after=verdict.after,
             losses=result.losses,
+            kept_step=result.kept_step,
+            changed=verdict.changed,
+            false_acceptance=verdict.false_acceptance,
             seconds=result.seconds,
         )
 
-    def _report(self, state: State, reason: str, job: FineTuneJob | None = None) -> FineTuneReport:
+    def _report(
+        self,
+        state: State,
+        reason: str,
+        job: FineTuneJob | None = None,
+        left_out: Sequence[str] = (),
+    ) -> FineTuneReport:
         number = job.number if job else None
-        return FineTuneReport(state, reason, self._versions.active, self._synthesized, number)
+        active = self._versions.active
+        return FineTuneReport(state, reason, active, self._synthesized, number, tuple(left_out))
+
+    def _one_sided(
+        self, tokens: int, left_out: Sequence[str], job: FineTuneJob | None
+    ) -> FineTuneReport:
+        reason = (
+            f"the memory allows {tokens} tokens now, and so short is no set to learn, or none that "
+            f"is held out."
+        )
+        return self._report("postponed", reason, job, left_out)
 
     def _too_little_memory(self, conditions: Conditions) -> str:
         return (

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from runtime_py.loop.buffer import Scores
 from runtime_py.loop.errors import LoopError
+
+NotAsked = Literal["not_kept", "enough_today", "too_long_to_learn"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class LogLine:
 @dataclass(frozen=True)
 class Decision:
     """What became of an observed set. ``bin`` is None where it was not kept; ``scores`` and
-    ``domain`` are None where it was too large to be measured. ``dropped``: turns cut off."""
+    ``domain`` are None where it was too large to be measured. ``dropped``: turns cut off.
+    ``not_asked``: why there is no question about it; None where there is one."""
 
     id: str
     number: int
@@ -39,7 +42,11 @@ class Decision:
     scores: Scores | None
     domain: str | None
     dropped: int
-    asked: bool
+    not_asked: NotAsked | None
+
+    @property
+    def asked(self) -> bool:
+        return self.not_asked is None
 
     @property
     def kept(self) -> bool:
@@ -60,6 +67,7 @@ class Decision:
             "domain": self.domain,
             "dropped": self.dropped,
             "asked": self.asked,
+            "not_asked": self.not_asked,
         }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 
@@ -17,9 +18,11 @@ from runtime_py.loop.adapter_versions import Versions
 from runtime_py.loop.annotation import Question, annotated, is_held_out
 from runtime_py.loop.dialogue import Dialogue, Turn, check_text
 from runtime_py.loop.errors import LoopError
-from runtime_py.loop.fine_tuning import FineTuneReport, FineTuning
+from runtime_py.loop.fine_tune_report import FineTuneReport
+from runtime_py.loop.fine_tuning import FineTuning
 from runtime_py.loop.forgetting import Forgotten, forget
 from runtime_py.loop.jobs import Jobs
+from runtime_py.loop.lesson import Capacity, lesson, longest_lesson
 from runtime_py.loop.lexicons import Lexicons
 from runtime_py.loop.log import Decision
 from runtime_py.loop.policy import LoopPolicy
@@ -56,6 +59,9 @@ class Personalizer:
         find_policy(policy.selection)
         self._policy, self._lexicons, self._engine, self._clock = policy, lexicons, engine, clock
         self._hidden = hidden = bundle.hidden
+        # every answer asks for the tokens of all answered sets again
+        self._tokens = lru_cache(maxsize=4 * policy.bins)(tuner.tokens)
+        self._capacity = Capacity(self._tokens, longest_lesson(tuner.lengths, policy))
         if self._room("") < 256:
             raise LoopError(
                 f"a bin of {policy.bin_bytes} bytes has no room for text beside a vector of "
@@ -65,14 +71,18 @@ class Personalizer:
             self._store = open_store(folder / STORE)
             undo.callback(self._store.close)
             self._enter_policy()
-            self._buffer = records.load_buffer(self._store, policy, lexicons, hidden)
+            self._buffer = records.load_buffer(
+                self._store, policy, lexicons, hidden, self._capacity
+            )
             self._versions = Versions(self._store, folder / ADAPTERS, bundle)
             self._jobs = Jobs(self._store, self._versions, folder / JOBS)
             self._versions.sweep()
             self._jobs.sweep()
             engine.use_adapter(self._versions.file(self._versions.heal(clock())))
             undo.pop_all()
-        self._selection = Selection(self._store, self._buffer, policy, lexicons, engine, clock)
+        self._selection = Selection(
+            self._store, self._buffer, policy, lexicons, engine, self._capacity, clock
+        )
         self._tuning = FineTuning(
             self._store,
             self._versions,
@@ -81,6 +91,7 @@ class Personalizer:
             policy,
             engine,
             tuner,
+            self._capacity,
             clock,
         )
 
@@ -112,15 +123,22 @@ class Personalizer:
         return records.questions(self._store, self._policy.question)
 
     def answer(self, id: str, text: str | None = None) -> None:
-        """``text``: an ideal reply to the set's last question; None: the one given is good."""
+        """``text``: an ideal reply to the set's last question; None: the one given is good.
+
+        Raises ``AnswerTooLong`` where the set would not fit its bin, or not be learned; the
+        question stays open."""
         dialogue = records.read_set(self._store, id)
         if dialogue is None or not self._store.rows("SELECT 1 FROM questions WHERE id = ?", id):
             raise LoopError(
                 f"no question about dialogue {id!r} is open: it was answered, or the set has left "
                 f"the buffer. Answer those that pending_questions gives."
             )
-        annotated(dialogue, text, self._room(id))
-        answered = records.annotated_sets(self._store)
+        annotated(dialogue, text, self._room(id), self._capacity)
+        answered = [
+            item
+            for item in records.annotated_sets(self._store)
+            if lesson(item.dialogue, self._capacity) is not None
+        ]
         held = is_held_out(len(answered) + 1, sum(a.held_out for a in answered), self._policy)
         with self._store.transaction(durable=True):
             self._store.add("answered")
@@ -138,7 +156,9 @@ class Personalizer:
         return self._tuning.run(conditions, stop)
 
     def generate(self, prompt: str | Sequence[Turn]) -> str:
-        """The reply of the model with the active adapter. Takes nothing from a random stream."""
+        """The reply of the model with the active adapter. Takes nothing from a random stream.
+
+        Raises ``PromptTooLong`` where the last message fills the model's context."""
         messages = (Turn("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
         for number, turn in enumerate(messages, start=1):
             check_text(turn.content, f"turn {number} of the prompt")
@@ -177,6 +197,7 @@ class Personalizer:
 
         An unfinished fine-tuning that has it is abandoned. The log keeps its id and scores.
         """
+        self._tokens.cache_clear()
         return forget(id, self._store, self._buffer, self._versions, self._jobs, self._clock)
 
     def export_adapter(self, folder: Path) -> None:

@@ -28,7 +28,9 @@ class Engine(Protocol):
     def generate(
         self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
     ) -> str:
-        """Pure too: the same messages, adapter, temperature and seed give the same text."""
+        """Pure too: the same messages, adapter, temperature and seed give the same text.
+
+        Raises ``PromptTooLong`` where the last message alone leaves no room for a token."""
         ...
 
     def use_adapter(self, file: Path) -> None:

@@ -10,6 +10,7 @@ from runtime_py.loop.annotation import Question
 from runtime_py.loop.buffer import Buffer, Candidate, Scores
 from runtime_py.loop.dialogue import Dialogue, turns_from_json, turns_to_json
 from runtime_py.loop.errors import LoopError
+from runtime_py.loop.lesson import Capacity, lesson
 from runtime_py.loop.lexicons import Lexicons
 from runtime_py.loop.metrics import direction
 from runtime_py.loop.policy import LoopPolicy
@@ -26,8 +27,11 @@ class Annotated:
     paraphrased: int
 
 
-def load_buffer(store: Store, loop: LoopPolicy, lexicons: Lexicons, hidden: int) -> Buffer:
-    """The buffer as the store's sets make it; ``hidden``: numbers of a pooled vector.
+def load_buffer(
+    store: Store, loop: LoopPolicy, lexicons: Lexicons, hidden: int, capacity: Capacity
+) -> Buffer:
+    """The buffer as the store's sets make it; ``hidden``: numbers of a pooled vector. An answered
+    set that can never be learned does not wait.
 
     Raises ``LoopError`` where a set's bin is not the policy's, or its domain not the lexicons'.
     """
@@ -54,6 +58,9 @@ def load_buffer(store: Store, loop: LoopPolicy, lexicons: Lexicons, hidden: int)
         new = Candidate(id, number, names.index(domain), scores, direction(pooled))
         buffer.put(bin, new)
         buffer.waiting[bin] = bool(waiting)
+    for item in annotated_sets(store):
+        if lesson(item.dialogue, capacity) is None:
+            buffer.set_waiting(item.dialogue.id, False)
     return buffer
 
 

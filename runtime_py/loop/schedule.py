@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime_py.loop.policy import LoopPolicy
@@ -42,15 +43,26 @@ def obstacles(conditions: Conditions, loop: LoopPolicy) -> list[str]:
     return reasons
 
 
-def sequence_tokens(longest: int, free_memory_mb: int, loop: LoopPolicy) -> int | None:
-    """``longest``, halved until what it needs is free; None below the policy's shortest.
+def sequence_tokens(
+    lengths: Sequence[int], longest: int, free_memory_mb: int, loop: LoopPolicy
+) -> int | None:
+    """The most tokens, at most ``longest``, that a program of ``lengths`` takes and whose need is
+    free; None where not even the policy's shortest are.
 
     The need is taken as proportional to the length, ``fine_tune_memory_mb`` at the policy's
     longest.
     """
-    tokens = longest
-    while tokens >= loop.shortest_sequence_tokens:
-        if loop.fine_tune_memory_mb * tokens <= free_memory_mb * loop.longest_sequence_tokens:
+    lowest = min(loop.shortest_sequence_tokens, longest)
+    for tokens in sorted({min(length, longest) for length in lengths}, reverse=True):
+        free = free_memory_mb * loop.longest_sequence_tokens
+        if tokens >= lowest and loop.fine_tune_memory_mb * tokens <= free:
             return tokens
-        tokens //= 2
     return None
+
+
+def next_shorter(lengths: Sequence[int], tokens: int, loop: LoopPolicy) -> int | None:
+    """The longest program that is shorter than ``tokens``; None below the policy's shortest."""
+    return max(
+        (length for length in lengths if loop.shortest_sequence_tokens <= length < tokens),
+        default=None,
+    )

@@ -11,8 +11,9 @@ from runtime_py.loop.annotation import may_ask
 from runtime_py.loop.buffer import Buffer, Candidate
 from runtime_py.loop.dialogue import Dialogue, check, cut
 from runtime_py.loop.errors import DuplicateDialogue, LoopError
+from runtime_py.loop.lesson import Capacity, lesson
 from runtime_py.loop.lexicons import Lexicons
-from runtime_py.loop.log import Decision
+from runtime_py.loop.log import Decision, NotAsked
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import Embedding, Engine
 from runtime_py.loop.replacement import Placement, choose
@@ -38,10 +39,12 @@ class Selection:
         policy: LoopPolicy,
         lexicons: Lexicons,
         engine: Engine,
+        capacity: Capacity,
         clock: Callable[[], Moment],
     ) -> None:
         self._store, self._buffer, self._policy = store, buffer, policy
         self._lexicons, self._engine, self._clock = lexicons, engine, clock
+        self._capacity = capacity
         self._hidden = buffer.directions.shape[1]
 
     def observe(self, dialogue: Dialogue) -> Decision:
@@ -56,7 +59,7 @@ class Selection:
         fitting = cut(dialogue, room(self._policy, self._hidden, dialogue.id))
         if fitting is None:
             refusal = Decision(
-                dialogue.id, number, None, "too_large", 0, None, None, None, 0, False
+                dialogue.id, number, None, "too_large", 0, None, None, None, 0, "not_kept"
             )
             with self._store.transaction():
                 self._count_and_log(refusal, now)
@@ -69,7 +72,7 @@ class Selection:
         stream = self._store.stream("selection")
         state = stream.state
         choice = choose(self._buffer, new, stream, self._policy)
-        decision = self._decide(new, choice, len(dialogue.turns) - len(fitting.turns), now.day)
+        decision = self._decide(new, choice, dialogue, fitting, now.day)
         with self._store.transaction():
             if choice.bin is not None:
                 domain = self._lexicons.names[new.domain]
@@ -97,10 +100,10 @@ class Selection:
                 f"are damaged. Check the bundle."
             )
 
-    def _decide(self, new: Candidate, choice: Placement, dropped: int, day: int) -> Decision:
+    def _decide(
+        self, new: Candidate, choice: Placement, whole: Dialogue, fitting: Dialogue, day: int
+    ) -> Decision:
         bin = choice.bin
-        today = self._store.count("question_day") == day
-        asked_today = self._store.count("asked_today") if today else 0
         return Decision(
             id=new.id,
             number=new.number,
@@ -110,9 +113,15 @@ class Selection:
             replaced=None if bin is None else self._buffer.ids[bin],
             scores=new.scores,
             domain=self._lexicons.names[new.domain],
-            dropped=dropped,
-            asked=bin is not None and may_ask(asked_today, self._policy),
+            dropped=len(whole.turns) - len(fitting.turns),
+            not_asked="not_kept" if bin is None else self._why_not_ask(fitting, day),
         )
+
+    def _why_not_ask(self, kept: Dialogue, day: int) -> NotAsked | None:
+        today = self._store.count("question_day") == day
+        if not may_ask(self._store.count("asked_today") if today else 0, self._policy):
+            return "enough_today"
+        return "too_long_to_learn" if lesson(kept, self._capacity) is None else None
 
     def _ask(self, new: Candidate, day: int) -> None:
         if self._store.count("question_day") != day:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runtime_py.loop.dialogue import Dialogue, Turn, check_text
-from runtime_py.loop.errors import LoopError
+from runtime_py.loop.errors import LoopError, PromptTooLong
 from runtime_py.loop.metrics import rouge1
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import Engine
@@ -37,17 +37,21 @@ def between_brackets(reply: str) -> str | None:
 def paraphrase(
     text: str, engine: Engine, stream: SplitMix64, loop: LoopPolicy
 ) -> Paraphrase | None:
-    """Tries until one lies within the ROUGE-1 bounds; each try takes one seed of the stream."""
+    """Tries until one lies within the ROUGE-1 bounds; each try takes one seed of the stream. A text
+    that fills the model's context is tried once."""
     prompt = (Turn("user", loop.paraphrase_prompt + text),)
     original = words(text)
     for tries in range(1, loop.paraphrase_retries + 2):
         seed = stream.seed()
-        reply = engine.generate(
-            prompt,
-            temperature=loop.paraphrase_temperature,
-            seed=seed,
-            max_new_tokens=loop.paraphrase_max_tokens,
-        )
+        try:
+            reply = engine.generate(
+                prompt,
+                temperature=loop.paraphrase_temperature,
+                seed=seed,
+                max_new_tokens=loop.paraphrase_max_tokens,
+            )
+        except PromptTooLong:
+            return None
         rewritten = between_brackets(reply)
         if not rewritten or not _is_text(rewritten):
             continue

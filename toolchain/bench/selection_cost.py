@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from runtime_py.loop.dialogue import Dialogue, Turn
-from runtime_py.loop.fine_tuning import FineTuneJob, FineTuneResult
 from runtime_py.loop.lexicons import read_lexicons
 from runtime_py.loop.personalizer import Personalizer
 from runtime_py.loop.policy import LoopPolicy
-from runtime_py.loop.protocols import Embedding
+from runtime_py.loop.protocols import Embedding, FineTuneJob, FineTuneResult
 from runtime_py.loop.schedule import Moment
 from toolchain.compile.shipped_text import as_dialogue, shipped_dialogues
 
@@ -66,6 +65,11 @@ class _NoBundle:
 
 
 class _NoTuner:
+    lengths = (512,)
+
+    def tokens(self, dialogue: Dialogue) -> int:
+        return 0
+
     def run(
         self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
     ) -> FineTuneResult | None:

@@ -28,7 +28,11 @@ _Lexicons = Annotated[
     Path | None, typer.Option(help="Folder of <domain>.txt files. Default: the bundle's.")
 ]
 _Policy = Annotated[
-    Path | None, typer.Option(help="JSON with fields that replace the bundle's policy.")
+    str | None,
+    typer.Option(
+        help="A preset (dac2024), or JSON with fields that replace the bundle's policy.",
+        metavar="PRESET or FILE",
+    ),
 ]
 _AnswerRate = Annotated[
     float, typer.Option(help="Part of the questions that the user answers.", min=0, max=1)

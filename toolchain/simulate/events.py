@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from runtime_py.loop.errors import LoopError
-from runtime_py.loop.fine_tuning import State
+from runtime_py.loop.fine_tune_report import State
 
 
 class _Event:

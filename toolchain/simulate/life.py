@@ -12,8 +12,8 @@ from typing import TypeVar
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.loop.annotation import Question
 from runtime_py.loop.dialogue import Dialogue, check_text
-from runtime_py.loop.errors import DiskFull, LoopError
-from runtime_py.loop.fine_tuning import FineTuneReport
+from runtime_py.loop.errors import AnswerTooLong, DiskFull, LoopError, PromptTooLong
+from runtime_py.loop.fine_tune_report import FineTuneReport
 from runtime_py.loop.metrics import rouge1
 from runtime_py.loop.words import words
 from toolchain.simulate.events import (
@@ -63,6 +63,7 @@ class Phone:
         )
         self._engine = programs.engine
         self._user = User(plan.seed, plan.answer_rate)
+        self._given_up: set[str] = set()  # ids of questions
         self._ideal: dict[str, Dialogue] = {}  # the stream's dialogues, by id
         self._app = open_loop(
             bundle,
@@ -122,26 +123,33 @@ class Phone:
         return time.perf_counter() - begun
 
     def _reply(self, dialogue: Dialogue, number: int) -> str:
-        """The model's own reply; an event has how near it is to the stream's."""
+        """The model's own reply; an event has how near it is to the stream's. "" where the
+        question leaves no room for one."""
         policy = self._plan.policy
-        reply = self._engine.generate(
-            dialogue.turns[:-1],
-            temperature=policy.reply_temperature,
-            seed=0,
-            max_new_tokens=min(PROBE_TOKENS, policy.reply_max_tokens),
-        )
+        try:
+            reply = self._engine.generate(
+                dialogue.turns[:-1],
+                temperature=policy.reply_temperature,
+                seed=0,
+                max_new_tokens=min(PROBE_TOKENS, policy.reply_max_tokens),
+            )
+        except PromptTooLong:
+            reply = ""
         self._emit(ReplyProbed(number, rouge1(words(dialogue.answer), words(reply))))
         return reply
 
     def _consider(self, question: Question) -> None:
-        """The user answers it, or does not."""
-        if not self._user.answers(question.id):
+        """The user answers it, or does not; a user whose answer is refused as too long gives up."""
+        if question.id in self._given_up or not self._user.answers(question.id):
             return
         ideal = self._ideal[question.id]
         # A set that was cut in its bin ends with a reply that is the stream's already.
         whole = len(ideal.turns) == len(question.dialogue.turns)
         text = ideal.answer if self._plan.model_replies and whole else None
-        self._retried(lambda: self._app.answer(question.id, text))
+        try:
+            self._retried(lambda: self._app.answer(question.id, text))
+        except AnswerTooLong:
+            self._given_up.add(question.id)
 
     def _spend_night(self, number: int) -> None:
         """The night after dialogue ``number``: on the charger, unused."""

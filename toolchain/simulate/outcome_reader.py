@@ -118,12 +118,17 @@ def _tunings(log: list[LogLine], nights: list[NightEnded]) -> tuple[TuningOutcom
                 place=place,
                 day=line.day,
                 accepted=line.event == "adapter_accepted",
-                before=float(data["heldout_loss_before"]),
-                after=float(data["heldout_loss_after"]),
+                before=_loss(data["heldout_loss_before"]),
+                after=_loss(data["heldout_loss_after"]),
                 losses=losses.get(data["job"], ()),
             )
             tunings.append(tuning)
     return tuple(tunings)
+
+
+def _loss(logged: float | str | None) -> float:
+    """NaN where it was no number; logs of before have that as a word."""
+    return math.nan if logged is None else float(logged)
 
 
 def _nights(device: Device, nights: list[NightEnded]) -> tuple[NightOutcome, ...]:

@@ -6,12 +6,14 @@ will, the user says what would be an ideal response, and one fine-tuning later t
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.loop.dialogue import Dialogue
+from runtime_py.loop.errors import AnswerTooLong, PromptTooLong
 from runtime_py.loop.personalizer import Personalizer
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.schedule import Conditions, Moment
@@ -91,6 +93,7 @@ def _policy(bundle: Bundle) -> LoopPolicy:
         fine_tune_every_sets=1,
         epochs=12,
         batch=8,
+        most_steps=1000,
         learning_rate=5e-3,
         reply_max_tokens=REPLY_TOKENS,
     )
@@ -98,7 +101,11 @@ def _policy(bundle: Bundle) -> LoopPolicy:
 
 def _live_through(app: Personalizer, ideal: Dialogue) -> None:
     """The model answers in its way, and whatever is asked gets the ideal answer."""
-    reply = app.generate(ideal.turns[:-1])
+    try:
+        reply = app.generate(ideal.turns[:-1])
+    except PromptTooLong:
+        reply = ""
     app.observe(ideal.with_answer(reply) if is_text(reply) else ideal)
     for question in app.pending_questions():
-        app.answer(question.id, ideal.answer)
+        with suppress(AnswerTooLong):  # the question stays open
+            app.answer(question.id, ideal.answer)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.engine.memory import training_bytes
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.policy import LoopPolicy
+from runtime_py.loop.presets import PRESETS, preset
 from runtime_py.loop.replacement import find_policy
 from runtime_py.loop.stream import read_stream
 from toolchain.simulate.device import Device, find_device, host_cores
@@ -44,7 +46,7 @@ def prepare(
     device: str,
     out: Path,
     lexicons: Path | None = None,
-    policy: Path | None = None,
+    policy: str | Path | None = None,
     answer_rate: float = 1.0,
     dialogues_a_day: int | None = None,
     model_replies: bool = False,
@@ -107,24 +109,34 @@ def _with_rhythm(device: Device, dialogues_a_day: int | None) -> Device:
     return replace(device, rhythm=replace(device.rhythm, dialogues=dialogues_a_day))
 
 
-def read_policy(manifest: Manifest, file: Path | None) -> LoopPolicy:
-    """The bundle's policy, with a JSON file's fields in place of its own. Raises ``LoopError``,
-    for an unknown kind of selection too."""
-    fields = dict(manifest.policy.loop)
-    if file is not None:
-        try:
-            text = file.read_text(encoding="utf-8")
-            LoopPolicy.from_json(text)
-        except FileNotFoundError:
-            raise LoopError(f"there is no policy {file}; expected a JSON file.") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise LoopError(f"the policy {file} cannot be read: {error}.") from None
-        except LoopError as error:
-            raise LoopError(f"{file}: {error}") from None
-        fields |= json.loads(text)
+def read_policy(manifest: Manifest, chosen: str | Path | None) -> LoopPolicy:
+    """The bundle's policy, with the fields of a preset, or of a JSON file, in place of its own.
+    Raises ``LoopError``, for an unknown kind of selection too."""
+    fields: dict[str, Any] = dict(manifest.policy.loop)
+    if isinstance(chosen, str) and chosen in PRESETS:
+        fields = asdict(preset(chosen))
+    elif chosen is not None:
+        fields |= _fields_of(Path(chosen))
     policy = LoopPolicy.from_fields(fields)
     find_policy(policy.selection)
     return policy
+
+
+def _fields_of(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        LoopPolicy.from_json(text)
+    except FileNotFoundError:
+        raise LoopError(
+            f"there is no policy {file}; expected a JSON file, or a preset: "
+            f"{', '.join(sorted(PRESETS))}."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoopError(f"the policy {file} cannot be read: {error}.") from None
+    except LoopError as error:
+        raise LoopError(f"{file}: {error}") from None
+    fields: dict[str, Any] = json.loads(text)
+    return fields
 
 
 def scan(path: Path, limit: int | None) -> StreamScan:

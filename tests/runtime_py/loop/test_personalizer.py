@@ -178,12 +178,7 @@ def test_a_night(tmp_path: Path) -> None:
 
 
 def test_only_answered_sets_are_learnt(tmp_path: Path) -> None:
-    class Seeing(ToyTuner):
-        def run(self, job, folder, stop):  # type: ignore[no-untyped-def]
-            self.job = job
-            return super().run(job, folder, stop)
-
-    tuner = Seeing()
+    tuner = ToyTuner()
     with open_toy(tmp_path, small_policy("fifo", bins=64), tuner=tuner) as app:
         for number in range(20):
             app.observe(dialogue(number))
@@ -194,8 +189,9 @@ def test_only_answered_sets_are_learnt(tmp_path: Path) -> None:
         app.answer(second.id, "walk")
         app.answer(third.id)
         assert app.fine_tune(NIGHT).state == "accepted"
-    assert tuner.job.held_out == (first.dialogue,)
-    learnt = [one for one in tuner.job.training if "#" not in one.id]
+    (job,) = tuner.jobs
+    assert (job.stopping, job.guard) == ((), (first.dialogue,))
+    learnt = [one for one in job.training if "#" not in one.id]
     assert learnt == [second.dialogue.with_answer("walk"), third.dialogue]
 
 
@@ -238,7 +234,7 @@ def test_the_guard_refuses_and_the_old_adapter_stays(tmp_path: Path) -> None:
         assert app.status().adapters_accepted == 1
 
 
-def test_memory_halves_the_sequences_or_postpones(tmp_path: Path) -> None:
+def test_memory_shortens_the_sequences_or_postpones(tmp_path: Path) -> None:
     tuner = ToyTuner(too_long=128)
     with open_toy(tmp_path, tuner=tuner) as app:
         live(app, 0, 20)

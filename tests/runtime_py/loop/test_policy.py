@@ -1,4 +1,4 @@
-"""Policy fields, lexicons, and the small decisions: asking, holding out, schedule, guard."""
+"""Policy fields, presets, lexicons, and the small decisions: asking, holding out, schedule."""
 
 from __future__ import annotations
 
@@ -9,13 +9,24 @@ from pathlib import Path
 import pytest
 
 from runtime_py.loop.annotation import annotated, is_held_out, may_ask
-from runtime_py.loop.errors import LoopError
-from runtime_py.loop.guard import accepts
+from runtime_py.loop.dialogue import Dialogue, Turn
+from runtime_py.loop.errors import AnswerTooLong, LoopError
+from runtime_py.loop.lesson import Capacity
 from runtime_py.loop.lexicons import make_lexicons, read_lexicons
 from runtime_py.loop.policy import PARAPHRASE, LoopPolicy
-from runtime_py.loop.protocols import FineTuneResult
-from runtime_py.loop.schedule import Conditions, is_due, obstacles, sequence_tokens
+from runtime_py.loop.presets import PRESETS, preset
+from runtime_py.loop.schedule import (
+    Conditions,
+    is_due,
+    next_shorter,
+    obstacles,
+    sequence_tokens,
+)
 from tests.runtime_py.loop.toy import NIGHT, dialogue
+
+
+def _exchange(question: str, answer: str) -> tuple[Turn, Turn]:
+    return Turn("user", question), Turn("assistant", answer)
 
 
 def test_json_round_trip() -> None:
@@ -38,6 +49,9 @@ def test_json_round_trip() -> None:
         ('{"learning_rate": NaN}', "learning_rate is nan"),
         ('{"rouge1_lowest": 0.95}', "at most rouge1_highest"),
         ('{"shortest_sequence_tokens": 1024}', "at most longest_sequence_tokens"),
+        ('{"fewest_steps": 49, "most_steps": 48}', "fewest_steps is 49, expected at most most_st"),
+        ('{"guard_false_acceptance": 1.5}', "guard_false_acceptance is 1.5, expected 0 to 1"),
+        ('{"check_every_steps": 0, "b_rate_ratio": 0}', "b_rate_ratio is 0.*check_every_steps is"),
         ('{"bins": 0, "batch": 0}', "bins is 0.*batch is 0"),
         ('{"question": ""}', "question is ''"),
     ],
@@ -98,13 +112,18 @@ def test_one_in_five_is_held_out_and_the_first() -> None:
 
 
 def test_answers() -> None:
-    one = dialogue(1)
-    assert annotated(one, None, 10_000) is one
-    assert annotated(one, "better", 10_000).answer == "better"
+    one = Dialogue("d", (*dialogue(1, exchanges=2).turns[:2], *_exchange("a b c", "d e")))
+    words = Capacity(lambda dialogue: len(dialogue.text.split()), longest=6)
+    assert annotated(one, None, 10_000, words) is one
+    assert annotated(one, "better still now", 10_000, words).answer == "better still now"
     with pytest.raises(LoopError, match="is empty"):
-        annotated(one, "  ", 10_000)
-    with pytest.raises(LoopError, match=r"more than its bin has left"):
-        annotated(one, "x" * 10_000, 10_000)
+        annotated(one, "  ", 10_000, words)
+    with pytest.raises(AnswerTooLong, match=r"more than its bin has left"):
+        annotated(one, "x" * 10_000, 10_000, words)
+    with pytest.raises(AnswerTooLong, match="'d' has 7 tokens with this answer, and at most 6 can"):
+        annotated(one, "one two three four", 10_000, words)
+    with pytest.raises(AnswerTooLong, match="has 5 tokens with this answer, and at most 4 can"):
+        annotated(one, None, 10_000, words.within(4))
 
 
 def test_schedule() -> None:
@@ -121,26 +140,28 @@ def test_schedule() -> None:
     ]
     unknown = Conditions(charging=True, idle=True, celsius=float("nan"), free_memory_mb=0)
     assert len(obstacles(unknown, policy)) == 1
-    free = {150: 512, 149: 256, 75: 256, 74: 128, 19: 64, 18: None, 0: None}
-    assert {mb: sequence_tokens(512, mb, policy) for mb in free} == free
-    assert sequence_tokens(128, 1000, policy) == 128
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "losses", "taken"),
-    [
-        (2.0, 1.9, (1.0,), True),
-        (2.0, 2.0, (), True),
-        (2.0, 2.0001, (), False),
-        (2.0, float("nan"), (), False),
-        (float("nan"), 1.0, (), False),
-        (float("inf"), 1.0, (), False),
-        (2.0, 1.0, (1.0, float("nan")), False),
-    ],
-)
-def test_guard(before: float, after: float, losses: tuple[float, ...], taken: bool) -> None:
-    result = FineTuneResult(Path("a"), before, after, losses, 1.0)
-    assert accepts(result) is taken
+def test_sequences_have_the_length_of_a_program() -> None:
+    policy, lengths = LoopPolicy(), (48, 64, 100, 320, 512)
+    free = {150: 512, 149: 320, 94: 320, 93: 100, 30: 100, 29: 64, 19: 64, 18: None, 0: None}
+    assert {mb: sequence_tokens(lengths, 512, mb, policy) for mb in free} == free
+    assert sequence_tokens(lengths, 320, 1000, policy) == 320  # a job that has begun so
+    assert sequence_tokens((256, 1024), 512, 1000, policy) == 512  # as the policy has it
+    assert sequence_tokens((1024,), 512, 149, policy) is None
+    assert sequence_tokens((32,), 32, 1000, policy) == 32  # there is no program for the shortest
+    assert [next_shorter(lengths, n, policy) for n in (512, 400, 100, 64)] == [320, 320, 64, None]
+
+
+def test_presets_state_every_field() -> None:
+    from runtime_py.loop import presets
+
+    assert set(presets._DAC2024) == {field.name for field in dataclasses.fields(LoopPolicy)}
+    paper = preset("dac2024")
+    assert (paper.batch, paper.epochs, paper.learning_rate) == (128, 3, 3e-4)
+    assert sorted(PRESETS) == ["dac2024"]
+    with pytest.raises(LoopError, match="no preset 'dac' of a policy; there are dac2024"):
+        preset("dac")
 
 
 def test_policy_is_json_that_other_languages_read() -> None:

@@ -64,22 +64,36 @@ class ToyEngine:
 
 
 class ToyTuner:
-    """One "micro-batch" an iteration; its state is one file, replaced after each."""
+    """One "micro-batch" an iteration; its state is one file, replaced after each. A token is a
+    word. ``change``: of every guard set's loss; ``too_long``: above so many tokens the memory
+    does not suffice. ``jobs``: every one that was run, for as long as it went."""
 
-    def __init__(self, change: float = -0.1, too_long: int = 1 << 20) -> None:
-        self.change, self.too_long = change, too_long
+    def __init__(
+        self,
+        change: float = -0.1,
+        too_long: int = 1 << 20,
+        lengths: tuple[int, ...] = (64, 128, 256, 512),
+    ) -> None:
+        self.change, self.too_long, self.lengths = change, too_long, lengths
         self.halt = False  # stops after each micro-batch
+        self.jobs: list[FineTuneJob] = []
+
+    def tokens(self, dialogue: Dialogue) -> int:
+        return len(dialogue.text.split())
 
     def run(
         self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
     ) -> FineTuneResult | None:
+        self.jobs.append(job)
         if job.max_sequence_tokens > self.too_long:
             raise MemoryError
         state = folder / "state.json"
         digest, losses = hashlib.sha256(job.parent.read_bytes()).hexdigest(), []
         if state.exists():
             digest, losses = json.loads(state.read_text())
-        everything = [job.seed, job.max_sequence_tokens, [[d.id, d.text] for d in job.training]]
+        parts = (job.training, job.stopping, job.guard)
+        texts = [[[d.id, d.text] for d in part] for part in parts]
+        everything = [job.seed, job.max_sequence_tokens, job.steps, texts]
         while len(losses) < 4:
             if stop():
                 return None
@@ -92,7 +106,10 @@ class ToyTuner:
                 return None
         adapter = folder / "adapter.safetensors"
         adapter.write_text(digest)
-        return FineTuneResult(adapter, 2.0, 2.0 + self.change, tuple(losses), 1.0)
+        before = tuple(2.0 + place / 10 for place in range(len(job.guard)))
+        after = tuple(loss + self.change for loss in before)
+        curve = ((0, 2.0), (len(losses), 2.0 + self.change)) if job.stopping else ()
+        return FineTuneResult(adapter, before, after, tuple(losses), curve, len(losses), 1.0)
 
 
 class Clock:

@@ -68,6 +68,7 @@ def live(
         fine_tune_memory_mb=0,
         epochs=2,
         batch=2,
+        fewest_steps=1,
         learning_rate=1e-3,
         reply_max_tokens=_WORDS,
     )
