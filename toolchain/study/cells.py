@@ -40,6 +40,7 @@ OPTIONS: dict[str, Value] = {
     "tests": 0,  # that nothing has seen and the scores are of; 0: as the recipe, 200 of a dataset
     "rows": "",  # of the datasets: a name in ROW_SETS, empty: the recipe's own
     "answers": 0,  # the user gives at most; 0: as many as the policy's questions get
+    "answer_tokens": 0,  # of all answers together at most; 0: no bound
     "steps": 0,  # of training, the same for every row; 0: what the policy's budget gives
     "nights": 1,  # of fine-tuning, spread evenly over what is observed
     "user": "ideal",  # a name in USERS

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,16 @@ def arguments(folder: Path, out: str, *more: object) -> list[object]:
     return ["study", folder / "bundle", *given, *more]
 
 
+def wait_for_the_end_of(process: int) -> None:
+    """``fake`` tells its process as the seconds."""
+    for _ in range(100):
+        state = Path(f"/proc/{process}/stat")
+        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"the worker {process} lives on without its parent")
+
+
 def planned_cells(folder: Path) -> list[Cell]:
     return [one.cell for one in cells_of(read_plan(str(folder / "trial.toml")))]
 
@@ -138,6 +149,9 @@ def test_it_goes_on_after_a_kill_of_the_whole_process(folder: Path, attune: Attu
     ended = subprocess.run([sys.executable, "-c", script], cwd=root, timeout=120, check=False)
     assert ended.returncode == -signal.SIGKILL
     assert len(written(folder / "killed")) == 3
+    measured = (folder / "killed/measured").iterdir()
+    (worker,) = {int(json.loads(file.read_bytes())["seconds"]) for file in measured}
+    wait_for_the_end_of(worker)
     attune(*arguments(folder, "killed", "--json"))
     attune(*arguments(folder, "whole", "--json"))
     assert written(folder / "killed") == written(folder / "whole")
