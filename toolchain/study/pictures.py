@@ -224,10 +224,13 @@ def _phones(summary: Summary, kind: str) -> dict[str, list[_Cost]]:
 
 
 def _unbeaten(costs: Sequence[_Cost]) -> list[_Cost]:
-    """Those than which none is both cheaper and better; of equals the first."""
+    """Those than which none is both cheaper and better, by a part of the range that can be seen;
+    of equals the first."""
+    gains = [one.gain for one in costs]
+    seen = 0.03 * (max(gains) - min(gains))
     best: list[_Cost] = []
     for one in sorted(costs, key=lambda one: (one.cost, one.gain)):
-        if not best or one.gain < best[-1].gain:
+        if not best or one.gain < best[-1].gain - seen:
             best.append(one)
     return best
 
