@@ -33,9 +33,14 @@ _MAY_GROW = (
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """Opened for one configuration."""
+    """Opened for one configuration; ``study``: what ``study.json`` holds, or will."""
 
     path: Path
+    study: bytes
+
+    def begin(self) -> None:
+        """Makes the folder what it was opened for: not before there is something to write."""
+        write_bytes(self.path / STUDY, self.study)
 
     def cell_file(self, cell: Cell) -> Path:
         return self.path / "cells" / f"{cell.key}.json"
@@ -83,7 +88,7 @@ class StudyFolder:
 
 
 def open_folder(path: Path, configuration: dict[str, Any], plan: dict[str, Any]) -> StudyFolder:
-    """Makes the folder, or goes on with one of the same configuration.
+    """A new folder, of which nothing is written yet, or one of the same configuration.
 
     A plan may grow: cells that are there stay good. Raises ``LoopError`` where the configuration
     or the plan's primary contrast is another than the folder's, with the difference. Both are plain
@@ -101,8 +106,7 @@ def open_folder(path: Path, configuration: dict[str, Any], plan: dict[str, Any])
                 f"another folder, or give what it was begun with."
             )
     text = json.dumps(raw, ensure_ascii=False, indent=1) + "\n"  # the plan keeps its order
-    write_bytes(path / STUDY, text.encode())
-    return StudyFolder(path)
+    return StudyFolder(path, text.encode())
 
 
 def read_folder(path: Path) -> tuple[StudyFolder, dict[str, Any]]:
@@ -110,7 +114,7 @@ def read_folder(path: Path) -> tuple[StudyFolder, dict[str, Any]]:
     there = _read_study(path)
     if there is None:
         raise LoopError(f"there is no study in {path}: run one with --out {path} first.")
-    return StudyFolder(path), there["plan"]
+    return StudyFolder(path, (path / STUDY).read_bytes()), there["plan"]
 
 
 def _read_study(path: Path) -> dict[str, Any] | None:

@@ -172,15 +172,20 @@ def test_a_worker_that_is_killed_costs_its_cell_alone(folder: Path, attune: Attu
     assert not list((folder / "out/failed").iterdir())
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"cell": 1}', "swapped"])
-def test_a_damaged_cell_is_told_and_measured_anew(folder: Path, attune: Attune, text: str) -> None:
+def test_damaged_cells_are_told_and_measured_anew(folder: Path, attune: Attune) -> None:
     attune(*arguments(folder, "out", "--json"))
     before = written(folder / "out")
-    one, other = sorted((folder / "out/cells").iterdir())[:2]
-    one.write_bytes(other.read_bytes() if text == "swapped" else text.encode())
+    files = sorted((folder / "out/cells").iterdir())
+    swapped, blank = files[4].read_bytes(), files[5].read_bytes().replace(b":", b": ", 1)
+    for file, text in zip(
+        files, (b"", b"{", b'{"cell": 1}', swapped, b"null", blank), strict=False
+    ):
+        file.write_bytes(text)
     said = attune(*arguments(folder, "out"))
     assert said.code == 0
-    assert f"damaged, measured anew: {one}" in said.err
+    for file in files[:6]:
+        assert f"damaged, measured anew: {file}" in said.err
+    assert said.err.count("damaged") == 6
     assert written(folder / "out") == before
 
 
@@ -294,6 +299,9 @@ def test_no_cuda_and_no_study_are_sentences(
     assert (said.code, "there is no study in" in said.err) == (2, True)
     said = attune("study", folder / "bundle", "--out", folder / "out")
     assert (said.code, "by --data" in said.err) == (2, True)
+    said = attune(*arguments(folder, "out", "--ray", "nowhere"))
+    assert said.code == 2
+    assert not (folder / "out").exists()
     (folder / "full").mkdir()
     (folder / "full" / "thesis.txt").touch()
     said = attune(*arguments(folder, "full"))
