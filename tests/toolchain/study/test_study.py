@@ -185,7 +185,7 @@ def test_damaged_cells_are_told_and_measured_anew(folder: Path, attune: Attune) 
     assert said.code == 0
     for file in files[:6]:
         assert f"damaged, measured anew: {file}" in said.err
-    assert said.err.count("damaged") == 6
+    assert said.err.count("damaged, measured anew:") == 6
     assert written(folder / "out") == before
 
 
