@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ OPTIONS: dict[str, Value] = {
     "tests": 0,  # that nothing has seen and the scores are of; 0: as the recipe, 200 of a dataset
     "rows": "",  # of the datasets: a name in ROW_SETS, empty: the recipe's own
     "answers": 0,  # the user gives at most; 0: as many as the policy's questions get
+    "answer_tokens": 0,  # of all answers together at most; 0: no bound
     "steps": 0,  # of training, the same for every row; 0: what the policy's budget gives
     "nights": 1,  # of fine-tuning, spread evenly over what is observed
     "user": "ideal",  # a name in USERS
@@ -159,9 +160,12 @@ class CellResult:
 
     def to_json(self) -> bytes:
         """Canonical, without what was measured of the machine: equal results, equal bytes."""
+        return canonical(asdict(self.settled())) + b"\n"
+
+    def settled(self) -> CellResult:
+        """Without the facts of the machine: what ``from_json`` gives of ``to_json``."""
         told = {name: fact for name, fact in self.facts.items() if name not in MEASURED}
-        raw = {"cell": asdict(self.cell), "scores": asdict(self.scores), "facts": told}
-        return canonical(raw) + b"\n"
+        return replace(self, facts=told)
 
     def measured(self) -> dict[str, float | int | str | None]:
         """The facts of the machine it ran on."""
