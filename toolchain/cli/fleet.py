@@ -50,7 +50,8 @@ def fleet(
         float, typer.Option(help="Part of the questions that a user answers.", min=0, max=1)
     ] = 1.0,
     dialogues_a_day: Annotated[
-        int | None, typer.Option(help="Default: the phone profile's.", min=1)
+        int | None,
+        typer.Option(help="Default: the phone profile's, at most a night's share.", min=1),
     ] = None,
     policy: Annotated[
         Path | None, typer.Option(help="JSON with fields that replace the bundle's policy.")

@@ -138,13 +138,6 @@ class NightTuner:
     def tokens(self, dialogue: Dialogue) -> int:
         return self._tuner.tokens(dialogue)
 
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return self._tuner.lengths
-
-    def tokens(self, dialogue: Dialogue) -> int:
-        return self._tuner.tokens(dialogue)
-
     def run(
         self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
     ) -> FineTuneResult | None:
