@@ -111,9 +111,9 @@ def fleet(
 
 def world_opener() -> Callable[[FleetPlace], FleetWorld]:
     """What workers open: a function of a module."""
-    from toolchain.study.world import open_fleet_world
+    from toolchain.fleet.opening import open_world
 
-    return open_fleet_world
+    return open_world
 
 
 def _names(value: str | None) -> tuple[str, ...]:
