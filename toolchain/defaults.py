@@ -18,6 +18,7 @@ PRECISIONS = {  # smallest first
 }
 TRAIN_WEIGHTS = ("fp32", "int8", "int4")
 TRAIN_LENGTHS = (256, 512)  # tokens
+LOWEST_YIELD = 0.05  # usable pairs of paraphrases an attempt; below it synthesis is switched off
 
 # Training
 RECIPE = LoopPolicy()  # the loop's, so that there is one

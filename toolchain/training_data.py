@@ -12,15 +12,17 @@ from runtime_py.engine.examples import Example, fit
 from runtime_py.loop.errors import TrainingError
 from runtime_py.loop.stream import read_dialogues
 
+Examples = tuple[Example, ...]
+
 
 @dataclass(frozen=True)
 class TrainingData:
     """``stopping`` chooses the step whose state is kept; ``held_out`` is neither learned nor chosen
     by. ``cut``, ``left_out``: ids of dialogues that are too long."""
 
-    training: tuple[Example, ...]
-    stopping: tuple[Example, ...]
-    held_out: tuple[Example, ...]
+    training: Examples
+    stopping: Examples
+    held_out: Examples
     cut: tuple[str, ...]
     left_out: tuple[str, ...]
 
@@ -33,8 +35,8 @@ def read_training_data(
     refuse_long: bool,
     notify: Callable[[str], None],
 ) -> TrainingData:
-    """Of every so many dialogues the last is held out, ``held_out`` of them in all; where these are
-    ``stopping_from`` or more, every other one of them is for stopping. Raises ``TrainingError``."""
+    """``held_out``: part of the dialogues that are not learned; where these are ``stopping_from``
+    or more, half of them is for stopping. Raises ``TrainingError``."""
     dialogues = read_dialogues(path)
     longest = max(bundle.training.lengths)
     fitted = fit(dialogues, ChatText(bundle), longest, refuse_long)
@@ -50,18 +52,19 @@ def read_training_data(
             f"no dialogue of {path} fits the training programs ({longest} tokens): export "
             f"with a longer --train-lengths."
         )
-    training, held = spread(fitted.examples, held_out)
-    stopping = held[::2] if len(held) >= stopping_from else ()
-    judged = held[1::2] if stopping else held
-    return TrainingData(training, stopping, judged, fitted.cut, fitted.left_out)
+    parts = divide(fitted.examples, held_out, stopping_from)
+    return TrainingData(*parts, fitted.cut, fitted.left_out)
 
 
-def spread(
-    examples: Sequence[Example], part: float
-) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """The rest, and ``part`` of the examples, evenly spread; at least one is in the rest."""
-    count = min(round(len(examples) * part), len(examples) - 1)
+def divide(
+    examples: Sequence[Example], held_out: float, stopping_from: int
+) -> tuple[Examples, Examples, Examples]:
+    """To be learned, at least one; for stopping; to be judged. Evenly spread: of every so many the
+    last is held out, and of those every other one is for stopping, if there are so many."""
+    count = min(round(len(examples) * held_out), len(examples) - 1)
     step = len(examples) / count if count else 0
     chosen = {int((i + 1) * step) - 1 for i in range(count)}
-    rest = tuple(e for i, e in enumerate(examples) if i not in chosen)
-    return rest, tuple(e for i, e in enumerate(examples) if i in chosen)
+    training = tuple(e for i, e in enumerate(examples) if i not in chosen)
+    held = tuple(e for i, e in enumerate(examples) if i in chosen)
+    stopping = held[::2] if len(held) >= stopping_from else ()
+    return training, stopping, held[1::2] if stopping else held

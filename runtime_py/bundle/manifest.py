@@ -112,9 +112,28 @@ class PlatformTarget(_Section):
     programs: tuple[Program, ...]
 
 
+class MeasuredForm(_Section):
+    """A way to ask for paraphrases that was tried: the dialogues, one attempt each, and how many
+    of them gave a pair that may be learnt from."""
+
+    form: str
+    tried: int
+    usable: int
+
+
+class Synthesis(_Section):
+    """The paraphrases' form, which ``loop`` has the texts of. ``measured``: the forms that were
+    tried; none where the bundle has no program that the export could run."""
+
+    form: str
+    chosen_by: Literal["yield", "default"]
+    measured: tuple[MeasuredForm, ...] = ()
+
+
 class Policy(_Section):
     """The loop's choices. ``loop``: every field of ``LoopPolicy``, by name; ``lexicons``: the
-    bundle's files, in the order in which ties between domains are decided."""
+    bundle's files, in the order in which ties between domains are decided; ``general``: the text
+    that forgetting is measured on; ``replay``: dialogues to train on beside the user's."""
 
     lora_rank: int = 8
     lora_alpha: float = 16.0
@@ -122,6 +141,9 @@ class Policy(_Section):
     embed_length: int = 512
     loop: dict[str, bool | int | float | str] = {}
     lexicons: tuple[str, ...] = ()
+    synthesis: Synthesis | None = None
+    general: str | None = None
+    replay: str | None = None
 
     @field_validator("loop")
     @classmethod
@@ -204,6 +226,7 @@ class Manifest(_Section):
         named = [self.tokenizer.file, self.tokenizer.chat_template, self.adapter.peft]
         named += [p.file for p in programs] + [self.adapter.runtime or self.adapter.peft]
         named += self.policy.lexicons
+        named += [file for file in (self.policy.general, self.policy.replay) if file]
         if self.training:
             named.append(self.training.weights)
         listed = {file.path for file in self.files}

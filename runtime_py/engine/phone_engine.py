@@ -99,12 +99,18 @@ class PhoneEngine:
         return Embedding(pooled.numpy().astype(np.float32, copy=True), entropy)
 
     def generate(
-        self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
+        self,
+        messages: Sequence[Turn],
+        *,
+        temperature: float,
+        seed: int,
+        max_new_tokens: int,
+        prefix: str = "",
     ) -> str:
-        """Ends at an end token, after ``max_new_tokens``, or with the context. Where the messages
-        fill the context the oldest exchanges are left out; raises ``PromptTooLong`` where even the
-        last message does."""
-        prompt = self._prompt(messages)
+        """Ends at an end token, after ``max_new_tokens``, or with the context. Where messages and
+        ``prefix`` fill the context the oldest exchanges are left out; raises ``PromptTooLong``
+        where even the last message does."""
+        prompt = self._prompt(messages, prefix)
         lm = self._loaded("forward")
         stops = set(self._bundle.manifest.tokenizer.eos_ids)
         chance = SplitMix64(seed)
@@ -123,10 +129,10 @@ class PhoneEngine:
         text = self.text.tokenizer.decode(written, skip_special_tokens=True)
         return cast(str, text).strip()  # of one list of tokens one text
 
-    def _prompt(self, messages: Sequence[Turn]) -> list[int]:
+    def _prompt(self, messages: Sequence[Turn], prefix: str) -> list[int]:
         context, taken = self._bundle.manifest.model.context, 0
         for first in range(0, len(messages), 2):
-            ids = self.text.encode(self.text.render(messages[first:], reply=True))
+            ids = self.text.encode(self.text.render(messages[first:], reply=True) + prefix)
             taken = len(ids)
             if taken < context:
                 return ids

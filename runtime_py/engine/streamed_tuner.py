@@ -89,7 +89,7 @@ class StreamedFineTuner:
         """``FineTuner.run``. The job's parent is a ``.ptd`` of this bundle's layout."""
         self._before()
         longest = min(job.max_sequence_tokens, max(self._training.lengths))
-        taught = lessons(job, self._text, longest)
+        taught = lessons(job, self._text, longest, self._bundle)
         tensors = self._bundle.manifest.adapter.tensors
         state = AdapterState.of(tensors, read_values(job.parent, tensors))
         capacity = self.program_for(taught.longest)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from runtime_py.bundle.adapter_state import AdapterState
+from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
+from runtime_py.bundle.general_text import read_general, read_replay
 from runtime_py.bundle.manifest import Optimizer
 from runtime_py.engine.examples import Example, example
 from runtime_py.engine.recipe import Settings
+from runtime_py.engine.replay import with_replay
+from runtime_py.engine.retention import general_examples, retain
 from runtime_py.engine.trainer import train
 from runtime_py.engine.training_engine import TrainingEngine, each_loss
 from runtime_py.loop.dialogue import Dialogue
 from runtime_py.loop.errors import TrainingDiverged, TrainingError
+from runtime_py.loop.policy import UNBOUNDED
 from runtime_py.loop.protocols import FineTuneJob, FineTuneResult
 
 SAVED_AFTER = 32  # sequences whose gradients a kill may cost, where a step has no more
@@ -24,11 +29,13 @@ Stage = Literal["before", "training", "after"]
 
 @dataclass(frozen=True)
 class Lessons:
-    """A job's dialogues as examples, each with its last reply as labels."""
+    """A job's dialogues as examples, each with its last reply as labels. ``training`` ends with
+    what is replayed; ``general``: what forgetting is measured on, empty where it is not."""
 
     training: tuple[Example, ...]
     stopping: tuple[Example, ...]
     guard: tuple[Example, ...]
+    general: tuple[Example, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -36,8 +43,10 @@ class Lessons:
         return max(e.inputs for e in (*self.training, *self.stopping, *self.guard))
 
 
-def lessons(job: FineTuneJob, text: ChatText, longest: int) -> Lessons:
-    """Raises ``TrainingError`` where a dialogue reads more than ``longest`` tokens: nothing is cut
+def lessons(job: FineTuneJob, text: ChatText, longest: int, bundle: Bundle) -> Lessons:
+    """What the job learns and is judged by, with the bundle's own dialogues and text.
+
+    Raises ``TrainingError`` where a dialogue reads more than ``longest`` tokens: nothing is cut
     here, for a reply that is cut is not what the user wanted."""
 
     def read(dialogues: Sequence[Dialogue]) -> tuple[Example, ...]:
@@ -55,7 +64,18 @@ def lessons(job: FineTuneJob, text: ChatText, longest: int) -> Lessons:
             f"job {job.number} has {len(whole.training)} dialogues to learn and "
             f"{len(whole.guard)} to judge by: give at least one of each."
         )
-    return whole
+    return _with_generic(whole, job, text, bundle)
+
+
+def _with_generic(own: Lessons, job: FineTuneJob, text: ChatText, bundle: Bundle) -> Lessons:
+    """What the bundle adds never needs longer programs than the job's own."""
+    training, general = own.training, own.general
+    if job.replay_share:
+        training = with_replay(training, read_replay(bundle), text, job.replay_share, job.seed)
+    if job.forgetting_bound < UNBOUNDED:
+        room = min(length for length in bundle.training.lengths if length >= own.longest)
+        general = general_examples(read_general(bundle), text, room, job.forgetting_tokens)
+    return replace(own, training=training, general=general)
 
 
 def settings_of(job: FineTuneJob) -> Settings:
@@ -114,9 +134,24 @@ def tune(
     if outcome is None:
         return None
     on_stage("after")
-    after = each_loss(engine, state, taught.guard, stop)
+    retained = None
+    if taught.general:
+        retained = retain(engine, state, taught.general, job.forgetting_bound, stop)
+        if retained is None:
+            return None
+    # Where nothing was learned the state is the parent's, and so are its losses.
+    unchanged = not outcome.kept_step and (retained is None or retained.scale == 1.0)
+    after = before if unchanged else each_loss(engine, state, taught.guard, stop)
     if after is None:
         return None
-    return FineTuneResult(
+    result = FineTuneResult(
         adapter, before, after, outcome.losses, outcome.curve, outcome.kept_step, outcome.seconds
+    )
+    if retained is None:
+        return result
+    return replace(
+        result,
+        scale=retained.scale,
+        base_perplexity=retained.base,
+        perplexity=retained.scaled,
     )

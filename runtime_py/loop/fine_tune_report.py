@@ -15,7 +15,9 @@ class FineTuneReport:
     the job or for a job to begin. The rest is None or empty where no run ended: losses are nats a
     label, of held-out sets the mean (None: not a number); ``losses`` are one a step, of which the
     state after ``kept_step`` is judged; ``false_acceptance`` is the chance that the guard takes an
-    adapter where each of the ``changed`` sets is a coin."""
+    adapter where each of the ``changed`` sets is a coin; ``scale`` is what every B was multiplied
+    by to keep the bound on ``forgetting``, the part that the adapter adds to the general text's
+    perplexity (None: not measured)."""
 
     state: State
     reason: str
@@ -27,6 +29,8 @@ class FineTuneReport:
     heldout_loss_after: float | None = None
     losses: tuple[float, ...] = ()
     kept_step: int | None = None
+    scale: float | None = None
+    forgetting: float | None = None
     changed: int | None = None
     false_acceptance: float | None = None
     seconds: float = 0.0

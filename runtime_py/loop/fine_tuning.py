@@ -235,6 +235,8 @@ class FineTuning:
             self._store.add("fine_tunes")
             data = {"job": job.number, "adapter": number if kept else None, **verdict.data()}
             data |= {"steps": len(result.losses), "kept_step": result.kept_step}
+            data |= {"scale": result.scale, "perplexity": result.perplexity}
+            data |= {"base_perplexity": result.base_perplexity}
             event = "adapter_accepted" if kept else "adapter_rejected"
             self._store.append(self._clock(), event, None, data)
         for source in sources:
@@ -254,6 +256,8 @@ class FineTuning:
             heldout_loss_after=verdict.after,
             losses=result.losses,
             kept_step=result.kept_step,
+            scale=result.scale,
+            forgetting=result.forgetting,
             changed=verdict.changed,
             false_acceptance=verdict.false_acceptance,
             seconds=result.seconds,

@@ -99,10 +99,11 @@ class Jobs:
         """A job that has begun and not ended, with its dialogues as they were frozen."""
         (row,) = self._store.rows(
             "SELECT parent, seed, sequence_tokens, learning_rate, batch, steps, b_rate_ratio, "
-            "check_every FROM jobs WHERE number = ?",
+            "check_every, forgetting_bound, forgetting_tokens, replay_share "
+            "FROM jobs WHERE number = ?",
             number,
         )
-        parent, seed, tokens, rate, batch, steps, ratio, check_every = row
+        parent, seed, tokens, rate, batch, steps, ratio, check_every, bound, text, replay = row
         parts: dict[Part, list[Dialogue]] = {"training": [], "stopping": [], "guard": []}
         for part, held_out, id, turns in self._store.rows(
             "SELECT part, held_out, id, turns FROM job_sets WHERE job = ? ORDER BY position", number
@@ -122,6 +123,9 @@ class Jobs:
             batch=batch,
             check_every=check_every,
             max_sequence_tokens=tokens,
+            forgetting_bound=bound,
+            forgetting_tokens=text,
+            replay_share=replay,
         )
 
     def begin(
@@ -133,7 +137,8 @@ class Jobs:
         self._store.set_count("jobs", number)
         self._store.execute(
             "INSERT INTO jobs (number, parent, seed, sequence_tokens, epochs, learning_rate, "
-            "batch, b_rate_ratio, check_every) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "batch, b_rate_ratio, check_every, forgetting_bound, forgetting_tokens, replay_share) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             number,
             parent,
             seed,
@@ -143,6 +148,9 @@ class Jobs:
             loop.batch,
             loop.b_rate_ratio,
             loop.check_every_steps,
+            loop.forgetting_bound,
+            loop.forgetting_tokens,
+            loop.replay_share,
         )
         self._freeze(number, loop, sources)
         return number

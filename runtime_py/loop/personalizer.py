@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 
@@ -58,7 +59,9 @@ class Personalizer:
         find_policy(policy.selection)
         self._policy, self._lexicons, self._engine, self._clock = policy, lexicons, engine, clock
         self._hidden = hidden = bundle.hidden
-        self._capacity = Capacity(tuner.tokens, longest_lesson(tuner.lengths, policy))
+        # every answer asks for the tokens of all answered sets again
+        self._tokens = lru_cache(maxsize=4 * policy.bins)(tuner.tokens)
+        self._capacity = Capacity(self._tokens, longest_lesson(tuner.lengths, policy))
         if self._room("") < 256:
             raise LoopError(
                 f"a bin of {policy.bin_bytes} bytes has no room for text beside a vector of "
@@ -194,6 +197,7 @@ class Personalizer:
 
         An unfinished fine-tuning that has it is abandoned. The log keeps its id and scores.
         """
+        self._tokens.cache_clear()
         return forget(id, self._store, self._buffer, self._versions, self._jobs, self._clock)
 
     def export_adapter(self, folder: Path) -> None:

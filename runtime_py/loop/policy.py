@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from math import inf
 from typing import Any
@@ -10,9 +11,16 @@ from typing import Any
 from runtime_py.loop.errors import LoopError
 
 QUESTION = "Do you think my response is acceptable and if not what would be an ideal response?"
-PARAPHRASE = (
+UNBOUNDED = 1e6  # of ``forgetting_bound``: nothing is measured
+TEXT = "{text}"  # in ``paraphrase_prompt``: where the text stands
+USES = ("both", "question", "answer")  # of ``paraphrase_use``
+BRACKETS = (  # the method's own words
     "Please refine and generate a text semantically similar to the following text block, no need "
-    "to answer it, no need to explain, use [ ] to hold your generated response: "
+    f"to answer it, no need to explain, use [ ] to hold your generated response: {TEXT}"
+)
+REWRITE = (
+    "Rewrite the following text in different words, keeping its meaning. Give only the rewritten "
+    f"text.\n\nText: {TEXT}"
 )
 
 
@@ -31,7 +39,11 @@ class LoopPolicy:
     questions_per_day: int = 5
     heldout_every: int = 5  # one answered set in so many is kept for the guard
 
-    paraphrase_prompt: str = PARAPHRASE
+    paraphrase_prompt: str = REWRITE  # ``TEXT`` stands for the text, once
+    paraphrase_prefix: str = "Rewritten text:"  # the reply is begun with it
+    paraphrase_begin: str = ""  # what is taken of the rest stands behind this; "": from its start
+    paraphrase_end: str = ""  # and before this; "": to its end
+    paraphrase_use: str = "both"  # of ``USES``: what is rewritten, the other stays as it was
     paraphrases: int = 3
     paraphrase_retries: int = 2
     paraphrase_temperature: float = 0.5
@@ -52,6 +64,9 @@ class LoopPolicy:
     most_steps: int = 48
     check_every_steps: int = 4  # between two looks at the held-out sets that stop the training
     guard_false_acceptance: float = 0.35  # chance that an adapter no better than the old one passes
+    forgetting_bound: float = 0.03  # part of the general text's perplexity that may be added
+    forgetting_tokens: int = 2048  # of the general text that are measured on
+    replay_share: float = 0.0  # of the training sequences that are generic dialogues
     longest_sequence_tokens: int = 512
     shortest_sequence_tokens: int = 64  # where memory is short, before fine-tuning is postponed
     adapters_kept: int = 4  # files, besides the bundle's own
@@ -96,6 +111,7 @@ class LoopPolicy:
         return LoopPolicy(**whole)
 
 
+_MAY_BE_EMPTY = {"paraphrase_prefix", "paraphrase_begin", "paraphrase_end"}
 _LIMITS: dict[str, tuple[float, float]] = {  # field: (least, most)
     "seed": (0, (1 << 64) - 1),
     "bins": (1, 1 << 14),  # as far as the sum of directions fits an int64
@@ -114,6 +130,9 @@ _LIMITS: dict[str, tuple[float, float]] = {  # field: (least, most)
     "b_rate_ratio": (1e-3, 1e3),
     "guard_false_acceptance": (0.0, 1.0),
     "batch": (1, 1 << 20),
+    "forgetting_bound": (1e-6, UNBOUNDED),
+    "forgetting_tokens": (1, 1 << 20),
+    "replay_share": (0.0, 0.5),
     "longest_sequence_tokens": (8, 1 << 20),
     "shortest_sequence_tokens": (8, 1 << 20),
     "adapters_kept": (1, 10_000),
@@ -140,14 +159,21 @@ def _misfits(policy: LoopPolicy) -> list[tuple[str, object, str]]:
             misfits.append((field.name, value, f"a {field.type}"))
         elif field.name in _LIMITS and not low <= value <= high:
             misfits.append((field.name, value, f"{low:g} to {high:g}"))
-        elif kind is str and not value:
+        elif kind is str and not value and field.name not in _MAY_BE_EMPTY:
             misfits.append((field.name, value, "text"))
-    if not misfits:
-        if policy.rouge1_lowest > policy.rouge1_highest:
-            misfits.append(("rouge1_lowest", policy.rouge1_lowest, "at most rouge1_highest"))
-        if policy.shortest_sequence_tokens > policy.longest_sequence_tokens:
-            short = policy.shortest_sequence_tokens
-            misfits.append(("shortest_sequence_tokens", short, "at most longest_sequence_tokens"))
-        if policy.fewest_steps > policy.most_steps:
-            misfits.append(("fewest_steps", policy.fewest_steps, "at most most_steps"))
-    return misfits
+    return misfits or [*_mismatches(policy)]
+
+
+def _mismatches(policy: LoopPolicy) -> Iterator[tuple[str, object, str]]:
+    """What each field's own kind and limits do not say."""
+    if policy.paraphrase_prompt.count(TEXT) != 1:
+        yield "paraphrase_prompt", policy.paraphrase_prompt, f"a text with {TEXT} in it once"
+    if policy.paraphrase_use not in USES:
+        yield "paraphrase_use", policy.paraphrase_use, ", ".join(USES)
+    if policy.rouge1_lowest > policy.rouge1_highest:
+        yield "rouge1_lowest", policy.rouge1_lowest, "at most rouge1_highest"
+    if policy.shortest_sequence_tokens > policy.longest_sequence_tokens:
+        short = policy.shortest_sequence_tokens
+        yield "shortest_sequence_tokens", short, "at most longest_sequence_tokens"
+    if policy.fewest_steps > policy.most_steps:
+        yield "fewest_steps", policy.fewest_steps, "at most most_steps"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from runtime_py.loop.errors import LoopError
-from runtime_py.loop.policy import PARAPHRASE, QUESTION, LoopPolicy
+from runtime_py.loop.policy import BRACKETS, QUESTION, UNBOUNDED, LoopPolicy
 
 # Qin et al., "Enabling On-Device Large Language Model Personalization with Self-Supervised Data
 # Selection and Synthesis", DAC 2024, and this loop's first choices where the paper leaves one open:
@@ -20,7 +20,11 @@ _DAC2024: dict[str, Any] = {
     "question": QUESTION,
     "questions_per_day": 5,
     "heldout_every": 5,
-    "paraphrase_prompt": PARAPHRASE,
+    "paraphrase_prompt": BRACKETS,
+    "paraphrase_prefix": "",
+    "paraphrase_begin": "[",
+    "paraphrase_end": "]",
+    "paraphrase_use": "both",
     "paraphrases": 3,
     "paraphrase_retries": 2,
     "paraphrase_temperature": 0.5,
@@ -40,6 +44,9 @@ _DAC2024: dict[str, Any] = {
     "most_steps": 1 << 20,
     "check_every_steps": 1 << 20,
     "guard_false_acceptance": 1.0,
+    "forgetting_bound": UNBOUNDED,
+    "forgetting_tokens": 2048,
+    "replay_share": 0.0,
     "longest_sequence_tokens": 512,
     "shortest_sequence_tokens": 64,
     "adapters_kept": 4,

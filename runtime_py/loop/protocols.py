@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from runtime_py.loop.dialogue import Dialogue, Turn
+from runtime_py.loop.policy import UNBOUNDED
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +27,19 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
+        self,
+        messages: Sequence[Turn],
+        *,
+        temperature: float,
+        seed: int,
+        max_new_tokens: int,
+        prefix: str = "",
     ) -> str:
-        """Pure too: the same messages, adapter, temperature and seed give the same text.
+        """Pure too: the same messages, adapter, temperature, seed and prefix give the same text.
 
-        Raises ``PromptTooLong`` where the last message alone leaves no room for a token."""
+        The reply begins with ``prefix``, which is given, and goes on with what is returned. Raises
+        ``PromptTooLong`` where the last message alone leaves no room for a token.
+        """
         ...
 
     def use_adapter(self, file: Path) -> None:
@@ -76,6 +85,9 @@ class FineTuneJob:
     batch: int  # sequences whose gradients make one step
     check_every: int  # steps between two looks at the stopping sets
     max_sequence_tokens: int
+    forgetting_bound: float = UNBOUNDED  # what the adapter may add to the general text's perplexity
+    forgetting_tokens: int = 2048  # of that text
+    replay_share: float = 0.0  # of the training sequences that are generic dialogues
 
 
 @dataclass(frozen=True)
@@ -88,8 +100,18 @@ class FineTuneResult:
     guard_after: tuple[float, ...]  # the same sets with ``adapter``
     losses: tuple[float, ...]  # one a step that was taken
     stopping_curve: tuple[tuple[int, float], ...]  # (step, loss), step 0 first; empty without sets
-    kept_step: int  # the step whose state is ``adapter``
+    kept_step: int  # the step whose state is ``adapter``, but for ``scale``
     seconds: float
+    scale: float = 1.0  # every B of ``adapter`` is so many times what was trained
+    base_perplexity: float | None = None  # of the general text without an adapter; None: unmeasured
+    perplexity: float | None = None  # and with ``adapter``
+
+    @property
+    def forgetting(self) -> float | None:
+        """What ``adapter`` adds to the general text's perplexity, as a part of the base's."""
+        if self.perplexity is None or self.base_perplexity is None:
+            return None
+        return self.perplexity / self.base_perplexity - 1.0
 
 
 class FineTuner(Protocol):

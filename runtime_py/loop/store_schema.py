@@ -94,6 +94,10 @@ _VERSION_2 = (
     "ALTER TABLE jobs ADD COLUMN steps INTEGER NOT NULL DEFAULT 0",
     "ALTER TABLE jobs ADD COLUMN b_rate_ratio REAL NOT NULL DEFAULT 1.0",
     "ALTER TABLE jobs ADD COLUMN check_every INTEGER NOT NULL DEFAULT 1",
+    # the defaults are those of jobs that knew none of this
+    "ALTER TABLE jobs ADD COLUMN forgetting_bound REAL NOT NULL DEFAULT 1e6",
+    "ALTER TABLE jobs ADD COLUMN forgetting_tokens INTEGER NOT NULL DEFAULT 2048",
+    "ALTER TABLE jobs ADD COLUMN replay_share REAL NOT NULL DEFAULT 0.0",
     # training, stopping or guard; null: frozen before, training or guard as held_out says
     "ALTER TABLE job_sets ADD COLUMN part TEXT",
 )

@@ -22,8 +22,8 @@ from exporters.model.spec import read_spec
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.examples import example
+from runtime_py.engine.recipe import Settings
 from runtime_py.engine.run_state import FILE
-from runtime_py.engine.trainer import Settings
 from runtime_py.loop.stream import read_stream
 from tests.bounds import loss_bound
 from tests.toolchain.conftest import Attune, Exported
@@ -92,12 +92,56 @@ def test_it_learns_and_peft_agrees(
 
 def _train(bundle: Path, data: Path, out: Path) -> None:
     """A run in a process of its own, saved at every step."""
-    settings = Settings(batch=2, save_every=1)
-    train_adapter(bundle, data, out, settings=settings, held_out=0.0, threads=1)
+    settings = Settings(steps=12, batch=2, check_every=2, patience=0, save_every=1)
+    train_adapter(bundle, data, out, settings=settings, held_out=0.34, stopping_from=2, threads=1)
 
 
 def final(out: Path) -> dict[str, np.ndarray]:
     return load_file(out / "run" / FILE)
+
+
+def test_half_of_the_held_out_choose_the_step(
+    fp32: Exported, attune: Attune, tmp_path: Path
+) -> None:
+    """The other half is reported. The adapter is that of the step where the curve is lowest."""
+    rows = []
+    for i in range(40):
+        question, answer = STYLE[i % len(STYLE)]
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        rows.append(json.dumps({"id": f"s{i}", "turns": turns}))
+    data = tmp_path / "style.jsonl"
+    data.write_text("\n".join(rows))
+    options = (
+        "--data",
+        data,
+        "--steps",
+        6,
+        "--batch",
+        4,
+        "--learning-rate",
+        3e-3,
+        "--b-rate-ratio",
+        2,
+    )
+    said = attune(
+        *("train", fp32.bundle, "--out", tmp_path / "run", *options, "--held-out", 0.4),
+        *("--check-every", 1, "--json"),
+    ).json()
+    assert (said["dialogues"], said["stopping_dialogues"], said["held_out_dialogues"]) == (40, 8, 8)
+    curve = dict(said["stopping_curve"])
+    assert list(curve) == [0, 2, 4, 6]  # no more are looked at than were learned since: 8
+    assert curve[said["kept_step"]] == min(curve.values()) < curve[0]
+    assert said["held_out_curve"] == [
+        [0, said["held_out_before"]], [said["kept_step"], said["held_out_after"]],
+    ]  # fmt: skip
+    assert "choosing the step" in (tmp_path / "run" / "curve.svg").read_text()
+    plain = attune(
+        *("train", fp32.bundle, "--out", tmp_path / "plain", *options, "--held-out", 0.4),
+        *("--no-stop", "--json"),
+    ).json()
+    assert (plain["stopping_dialogues"], plain["held_out_dialogues"]) == (0, 16)
+    assert (plain["stopping_curve"], plain["kept_step"], len(plain["losses"])) == ([], 6, 6)
+    assert plain["losses"][:2] == said["losses"][:2]  # the same dialogues are learned
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.full)])
@@ -167,6 +211,7 @@ def test_options_that_cannot_be(fp32: Exported, attune: Attune, data: Path, tmp_
         "no --schedule wavy": ("--data", data, "--schedule", "wavy"),
         "no --memory huge": ("--data", data, "--memory", "huge"),
         "--learning-rate 0": ("--data", data, "--learning-rate", 0),
+        "--b-rate-ratio 0": ("--data", data, "--b-rate-ratio", 0),
         "--learning-rate inf": ("--data", data, "--learning-rate", "inf"),
         "--weight-decay inf": ("--data", data, "--weight-decay", "inf"),
         "none.jsonl": ("--data", tmp_path / "none.jsonl"),

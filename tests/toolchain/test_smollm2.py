@@ -26,9 +26,10 @@ from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.examples import IGNORED, Example
 from runtime_py.engine.lm import ExecutorchLm
+from runtime_py.engine.recipe import Settings
 from runtime_py.engine.stock_runner import StockRunner
 from runtime_py.engine.streaming import open_training
-from runtime_py.engine.trainer import Settings, train
+from runtime_py.engine.trainer import train
 from runtime_py.loop.dialogue import Turn
 from tests import tiny
 from tests.exporters.training.training_way import Way, check_same_way
@@ -261,7 +262,8 @@ def test_twenty_steps(
     bundle: Path, manifest: Manifest, sequence: Example, trained: PeftModel, tmp_path: Path
 ) -> None:
     assert manifest.training is not None
-    optimizer, own = manifest.training.optimizer, Settings(epochs=20, batch=1, save_every=100)
+    optimizer = manifest.training.optimizer
+    own = Settings(steps=20, batch=1, learning_rate=3e-4, save_every=100)
     start, *states = (_state(trained, manifest, tmp_path / name) for name in ("start", *NAMES))
     engines = (
         open_training(Bundle(bundle, manifest)),

@@ -37,7 +37,7 @@ LAYERS, TOKENS = (4, 8, 16, 32), (64, 128, 256, 512)
 @dataclass(frozen=True)
 class GrowthRow:
     """Bytes: the peak above an idle child, and its parts that are known: ``inputs`` kept of the
-    layers, and ``adapter`` with gradient and moments; ``file``: the mapped weights."""
+    layers, and ``adapter`` with gradient, moments and rates; ``file``: the mapped weights."""
 
     layers: int
     tokens: int
@@ -90,7 +90,7 @@ def _row(layers: int, tokens: int) -> GrowthRow:
         state = _state(tensors, spec_layers=layers)
         file = (folder / training.weights).stat().st_size
     return GrowthRow(
-        layers, tokens, memory.peak, 4 * HIDDEN * tokens * layers, 4 * state.parameters.nbytes, file
+        layers, tokens, memory.peak, 4 * HIDDEN * tokens * layers, 5 * state.parameters.nbytes, file
     )
 
 

@@ -45,7 +45,13 @@ class _Vectors:
         return Embedding(pooled, float(self._random.random()))
 
     def generate(
-        self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
+        self,
+        messages: Sequence[Turn],
+        *,
+        temperature: float,
+        seed: int,
+        max_new_tokens: int,
+        prefix: str = "",
     ) -> str:
         raise NotImplementedError
 

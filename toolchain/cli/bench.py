@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from toolchain.cli.options import AndroidBundle, Json, KeepMb
+from toolchain.cli.options import AndroidBundle, Dialogues, Json, KeepMb, Threads
 from toolchain.defaults import KEEP_MB
 
 if TYPE_CHECKING:  # PyTorch is loaded only once a command runs
@@ -256,4 +256,45 @@ def selection(
     for row in rows:
         times = f"{row.median_ms:.2f} ms", f"{row.slowest_ms:.2f} ms"
         table.add_row(f"{row.bins:,}", *times, f"{row.kept} of {row.observed}")
+    output.print(table)
+
+
+@app.command()
+def synthesis(
+    bundle: AndroidBundle,
+    data: Dialogues,
+    dialogues: Annotated[int, typer.Option(help="The first so many of them.", min=1)] = 20,
+    form: Annotated[
+        list[str] | None,
+        typer.Option(help="A known form, or all; may be given several times. Default: its own."),
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A .ptd file in place of the bundle's adapter.")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how many usable pairs of paraphrases the model writes, one attempt a dialogue.
+
+    Example: [bold]attune bench synthesis out/tiny --data dialogues.jsonl --form all[/]
+    """
+    from rich.table import Table
+
+    from runtime_py.bundle.bundle import open_bundle
+    from runtime_py.loop.stream import read_dialogues
+    from toolchain.bench.synthesis_yield import bench_synthesis
+    from toolchain.report.console import Stages, output, print_json
+
+    opened, chosen = open_bundle(bundle), read_dialogues(data, dialogues)
+    with Stages(f"bench {bundle.name}", quiet=as_json) as stages:
+        rows = bench_synthesis(
+            opened, chosen, form or (), adapter=adapter, threads=threads, progress=stages
+        )
+    if as_json:
+        print_json({"data": str(data), "rows": [row.as_json() for row in rows]})
+        return
+    table = Table("form", "usable pairs", "yield", "tokens written", box=None, pad_edge=False)
+    for row in rows:
+        pairs, tokens = f"{row.usable} of {row.dialogues}", f"{row.decoded:,}"
+        table.add_row(row.form, pairs, f"{row.share:.0%}", tokens)
     output.print(table)

@@ -15,7 +15,14 @@ from exporters.errors import ExportError
 from runtime_py.bundle.manifest import Manifest, Policy
 from toolchain.cli.inspect import describe
 from toolchain.cli.options import Json
-from toolchain.defaults import BUILTIN, PRECISIONS, TARGETS, TRAIN_LENGTHS, TRAIN_WEIGHTS
+from toolchain.defaults import (
+    BUILTIN,
+    LOWEST_YIELD,
+    PRECISIONS,
+    TARGETS,
+    TRAIN_LENGTHS,
+    TRAIN_WEIGHTS,
+)
 from toolchain.report.console import Stages, console, megabytes, print_json
 
 _FRESH = Policy()
@@ -136,6 +143,19 @@ def export(
         console.print(f"next: [bold]attune inspect {out}[/]{talk}")
 
 
+def paraphrases(manifest: Manifest) -> str:
+    """The form of paraphrases that was chosen, what each gave, and whether it is used."""
+    synthesis = manifest.policy.synthesis
+    if synthesis is None or not synthesis.measured:
+        return "not tried, for there is no Android program that runs here"
+    rows = [f"{row.form} {row.usable} of {row.tried}" for row in synthesis.measured]
+    if manifest.policy.loop["paraphrases"]:
+        verdict = f"the form {synthesis.form}"
+    else:
+        verdict = f"switched off, for no form gave {LOWEST_YIELD:.0%}"
+    return f"{verdict} (usable pairs: {', '.join(rows)})"
+
+
 def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -157,6 +177,7 @@ def summary(manifest: Manifest, out: Path, seconds: float, peak: int) -> None:
             megabytes(size),
         )
     console.print(table)
+    console.print(f"paraphrases: {paraphrases(manifest)}")
     console.print(
         f"[bold]{out}[/]  {megabytes(sum(f.bytes for f in manifest.files))} in "
         f"{len(manifest.files)} files, {seconds:.0f} s, peak memory {megabytes(peak)}"

@@ -27,6 +27,7 @@ from toolchain.compile.export_job import (
     TrainingWeights,
     prepare,
 )
+from toolchain.compile.general_text import write_general
 from toolchain.compile.golden_vectors import GoldenReference, GoldenTraining, stream, write_golden
 from toolchain.compile.ios import compile_ios
 from toolchain.compile.precision import PrecisionChooser
@@ -76,7 +77,7 @@ def export(
         job = prepare(folder, source, train_weights, train_lengths, progress)
         results = _compile(job, tuple(dict.fromkeys(targets)), chosen, progress)
         progress("write the bundle")
-        return _finish(job, results)
+        return _finish(job, results, progress)
 
 
 def _check_out(out: Path, force: bool) -> None:
@@ -141,10 +142,10 @@ def _compile(
     return results
 
 
-def _finish(job: ExportJob, results: Mapping[str, TargetResult]) -> Manifest:
+def _finish(job: ExportJob, results: Mapping[str, TargetResult], progress: Progress) -> Manifest:
     """Writes what belongs to no target, the golden vectors, and last the manifest."""
     folder, checkpoint = job.folder, job.input.checkpoint
-    lexicons = write_lexicons(folder)
+    lexicons, general = write_lexicons(folder), write_general(folder)
     write_peft(folder / PEFT, job.input.adapter)
     # Not the library's save, which has no error of its own for a full disk.
     tokenizer = checkpoint.tokenizer.backend_tokenizer.to_str(pretty=True)
@@ -172,7 +173,7 @@ def _finish(job: ExportJob, results: Mapping[str, TargetResult]) -> Manifest:
     )
     for file in (path for path in folder.rglob("*") if path.is_file()):
         file.chmod(0o644)  # some writers keep theirs to the user who exported
-    manifest = make_manifest(job, results, weights.section, lexicons)
+    manifest = make_manifest(job, results, weights.section, lexicons, general, progress)
     write_manifest(folder, manifest)
     return manifest
 

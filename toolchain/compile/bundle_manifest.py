@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,10 +13,12 @@ from runtime_py.bundle import manifest as m
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.flat_tensor import locate
 from runtime_py.engine.memory import training_bytes
+from runtime_py.engine.phone_engine import PhoneEngine
 from runtime_py.loop.lexicons import BUILTIN as LEXICONS
 from runtime_py.loop.policy import LoopPolicy
 from toolchain.compile.android import ADAPTER
-from toolchain.compile.export_job import ExportJob, TargetResult
+from toolchain.compile.export_job import ExportJob, Progress, TargetResult
+from toolchain.compile.paraphrase_forms import choose_form, trial_dialogues, unmeasured
 from toolchain.compile.tested_versions import tested_versions
 
 PEFT, TOKENIZER, CHAT_TEMPLATE, LEXICON_FOLDER = (
@@ -42,8 +44,11 @@ def make_manifest(
     results: Mapping[str, TargetResult],
     training: m.Training,
     lexicons: tuple[str, ...],
+    general: tuple[str, str],
+    progress: Progress,
 ) -> m.Manifest:
-    """Of the files that now lie in the job's folder. ``results``: by target."""
+    """Of the files that now lie in the job's folder. ``results``: by target; ``general``: paths of
+    the general text and of the dialogues to replay."""
     source, checkpoint = job.input, job.input.checkpoint
     runtime = ADAPTER if "android" in results else None
     offsets = locate(job.folder / ADAPTER) if runtime else {}
@@ -66,13 +71,14 @@ def make_manifest(
             runtime=runtime,
             tensors=tuple(t.model_copy(update={"offset": offsets.get(t.name)}) for t in job.layout),
         ),
-        policy=_policy(job, lexicons),
+        policy=_policy(job, lexicons, general),
         android=results["android"].section if "android" in results else None,
         ios=results["ios"].section if "ios" in results else None,
         training=training,
         files=m.list_files(job.folder),
     )
-    return _with_memory(job.folder, manifest)
+    progress("try the forms of paraphrases")
+    return _with_measured(Bundle(job.folder, manifest))
 
 
 def _model(job: ExportJob) -> m.Model:
@@ -93,7 +99,7 @@ def _model(job: ExportJob) -> m.Model:
     )
 
 
-def _policy(job: ExportJob, lexicons: tuple[str, ...]) -> m.Policy:
+def _policy(job: ExportJob, lexicons: tuple[str, ...], general: tuple[str, str]) -> m.Policy:
     loop = LoopPolicy(
         longest_sequence_tokens=max(job.lengths), shortest_sequence_tokens=min(64, *job.lengths)
     )
@@ -104,15 +110,21 @@ def _policy(job: ExportJob, lexicons: tuple[str, ...]) -> m.Policy:
         embed_length=job.embed_length,
         loop=asdict(loop),
         lexicons=lexicons,
+        general=general[0],
+        replay=general[1],
     )
 
 
-def _with_memory(folder: Path, manifest: m.Manifest) -> m.Manifest:
-    """The policy with what fine-tuning this model takes at the longest sequences."""
+def _with_measured(bundle: Bundle) -> m.Manifest:
+    """The manifest whose policy has what only the programs tell: the memory that fine-tuning takes
+    at the longest sequences, and the form in which the model paraphrases best."""
+    manifest = bundle.manifest
+    loop = LoopPolicy.from_fields(manifest.policy.loop)
     if manifest.android is None:
-        return manifest
-    loop = manifest.policy.loop
-    need = training_bytes(Bundle(folder, manifest), int(loop["longest_sequence_tokens"])) / 1e6
-    measured = {**loop, "fine_tune_memory_mb": math.ceil(need)}
-    policy = manifest.policy.model_copy(update={"loop": measured})
-    return manifest.model_copy(update={"policy": policy})
+        synthesis = unmeasured(loop)
+    else:
+        need = training_bytes(bundle, loop.longest_sequence_tokens) / 1e6
+        loop = replace(loop, fine_tune_memory_mb=math.ceil(need))
+        loop, synthesis = choose_form(PhoneEngine(bundle), loop, trial_dialogues())
+    changes = {"loop": asdict(loop), "synthesis": synthesis}
+    return manifest.model_copy(update={"policy": manifest.policy.model_copy(update=changes)})

@@ -79,10 +79,20 @@ class TimedEngine:
         return embedding
 
     def generate(
-        self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
+        self,
+        messages: Sequence[Turn],
+        *,
+        temperature: float,
+        seed: int,
+        max_new_tokens: int,
+        prefix: str = "",
     ) -> str:
         return self._engine.generate(
-            messages, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens
+            messages,
+            temperature=temperature,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            prefix=prefix,
         )
 
     def use_adapter(self, file: Path) -> None:
@@ -130,13 +140,6 @@ class NightTuner:
         self._tuner, self._meter, self._quota, self._emit = tuner, meter, quota, emit
         numbers = sum(math.prod(tensor.shape) for tensor in bundle.manifest.adapter.tensors)
         self._state, self._adapter = 16 * numbers, 5 * numbers  # bytes, with their headers
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return self._tuner.lengths
-
-    def tokens(self, dialogue: Dialogue) -> int:
-        return self._tuner.tokens(dialogue)
 
     def run(
         self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]

@@ -1,15 +1,22 @@
-"""Drawing tokens: what the phone's engine does besides running programs."""
+"""Prompts and drawing tokens: what the phone's engine does besides running programs."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.special import softmax
 from scipy.stats import chisquare
 
-from runtime_py.engine.phone_engine import sample
+from runtime_py.engine import phone_engine
+from runtime_py.engine.phone_engine import PhoneEngine, sample
+from runtime_py.loop.dialogue import Turn
+from runtime_py.loop.errors import PromptTooLong
 from runtime_py.loop.random_stream import SplitMix64
 
 LOGITS = np.array([0.3, -1.0, 2.0, 0.0, 1.1], np.float32)
@@ -39,3 +46,64 @@ def test_a_token_without_probability_is_never_drawn() -> None:
     logits = np.array([-np.inf, 0.0, -np.inf], np.float32)
     chance = SplitMix64(1)
     assert {sample(logits, 1.0, chance) for _ in range(200)} == {1}
+
+
+class Words:
+    """A chat text whose tokens are words, and a model that says 7 and is asked for no more than its
+    context holds."""
+
+    def __init__(self, bundle: Any) -> None:
+        self.context = bundle.manifest.model.context
+        self.tokenizer = SimpleNamespace(
+            decode=lambda ids, skip_special_tokens: " ".join(map(str, ids))
+        )
+        self.read: list[int] = []
+
+    def render(self, turns: Sequence[Turn], reply: bool = False) -> str:
+        return " ".join(turn.content for turn in turns)
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def prefill(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.read = tokens[0].tolist()
+        return torch.eye(10)[7:8]
+
+    def forward(self, tokens: torch.Tensor, position: int) -> torch.Tensor:
+        assert position < self.context
+        return torch.eye(10)[7:8]
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> PhoneEngine:
+    """Of a bundle with a context of 8 tokens."""
+    manifest = SimpleNamespace(
+        model=SimpleNamespace(context=8), tokenizer=SimpleNamespace(eos_ids=[0])
+    )
+    android = SimpleNamespace(lm="lm.pte", adapter="adapter.ptd")
+    monkeypatch.setattr(phone_engine, "ChatText", Words)
+    found = PhoneEngine(SimpleNamespace(manifest=manifest, android=android))  # type: ignore[arg-type]
+    monkeypatch.setattr(found, "_loaded", lambda method: found.text)
+    return found
+
+
+def reply(engine: PhoneEngine, *messages: str) -> str:
+    turns = [
+        Turn("assistant" if place % 2 else "user", text) for place, text in enumerate(messages)
+    ]
+    return engine.generate(turns, temperature=0.0, seed=0, max_new_tokens=3)
+
+
+def test_the_oldest_exchanges_make_room(engine: PhoneEngine) -> None:
+    assert reply(engine, "1 2 3", "4", "5 6") == "7 7"  # six tokens, and two are left
+    assert engine.text.read == [1, 2, 3, 4, 5, 6]  # type: ignore[attr-defined]
+    assert reply(engine, "1 2 3 4", "5", "6 7 8") == "7 7 7"
+    assert engine.text.read == [6, 7, 8]  # type: ignore[attr-defined]
+    assert reply(engine, "1 2 3 4 5 6 7") == "7"
+
+
+def test_a_message_that_fills_the_context_is_refused(engine: PhoneEngine) -> None:
+    with pytest.raises(
+        PromptTooLong, match="takes 8 tokens, and the model's context holds 8, of w"
+    ):
+        reply(engine, "1", "2", "1 2 3 4 5 6 7 8")

@@ -19,7 +19,6 @@ from tokenizers import processors
 from exporters.training.programs import training_programs
 from runtime_py.bundle import manifest as m
 from runtime_py.bundle.adapter_state import AdapterState, FlatLayout
-from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.engine.examples import IGNORED, Example, example, fit, pack
@@ -28,12 +27,10 @@ from runtime_py.engine.run_state import FILE, Progress, load_state, save_state
 from runtime_py.engine.streaming import StreamingEngine, step_numbers
 from runtime_py.engine.trainer import train
 from runtime_py.engine.training_engine import evaluate
-from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.errors import DiskFull, TrainingError
-from tests import tiny
 from tests.exporters.training.training_kit import Kit, bounds_of, example_of, make_kit
 from tests.exporters.training.training_way import Way, check_same_way
-from tests.runtime_py.engine.toy import Toy, toy_state
+from tests.runtime_py.engine.toy import Toy, chat_text, dialogue, toy_state
 from toolchain.compile.training_part import EagerPrograms
 from toolchain.verify.reference_engines import PeftEngine
 
@@ -142,25 +139,7 @@ def test_what_a_smaller_rank_leaves_zero_stays_zero(kit: Kit, engine, tmp_path: 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> ChatText:
-    folder = tmp_path_factory.mktemp("text")
-    tiny.bpe(320).save(str(folder / "tokenizer.json"))
-    (folder / "t.jinja").write_text(
-        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
-        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
-    )
-    own = m.Tokenizer(
-        file="tokenizer.json", chat_template="t.jinja", bos_id=1, eos_ids=(2,), pad_id=0
-    )
-
-    class Paper:
-        tokenizer = own
-
-    return ChatText(Bundle(folder, Paper()))  # type: ignore[arg-type]
-
-
-def dialogue(*contents: str, id: str = "d") -> Dialogue:
-    roles = ("user", "assistant")
-    return Dialogue(id, tuple(Turn(roles[i % 2], c) for i, c in enumerate(contents)))
+    return chat_text(tmp_path_factory.mktemp("text"))
 
 
 def test_labels_are_what_the_assistant_said(text: ChatText) -> None:
@@ -339,6 +318,22 @@ def test_the_flat_layout_is_the_manifests_order(kit: Kit) -> None:
     line = np.concatenate([kit.values[t.name].ravel() for t in trained])
     np.testing.assert_array_equal(state.parameters.ravel()[:size], line)
     assert not state.parameters.ravel()[size:].any()
+
+
+def test_every_number_has_its_rate() -> None:
+    """Of A and of all Bs of a fused module, row by row through the flat matrix."""
+    shapes = {"lora_A": (1, 4, 300), "lora_B_0": (1, 100, 4), "lora_B_1": (1, 50, 4)}
+    tensors = [
+        m.AdapterTensor(name=f"layers.0.self_attn.qkv_proj.{part}", peft="p", rows=(0, 1), shape=s)
+        for part, s in shapes.items()
+    ]
+    layout = FlatLayout.of(tensors)
+    rates = layout.zeros()
+    layout.fill_rates(rates, 0.5, 2.0)
+    line = rates.ravel()
+    assert line.dtype == np.float32
+    assert (line[:1200] == 0.5).all()
+    assert (line[1200:1800] == 2.0).all()
 
 
 def test_step_numbers() -> None:

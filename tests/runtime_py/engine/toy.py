@@ -1,16 +1,21 @@
-"""A cheap engine for runs of training, and a state of 18 numbers."""
+"""A cheap engine for runs of training, a state of 18 numbers, and a chat in a tiny tokenizer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from runtime_py.bundle import manifest as m
 from runtime_py.bundle.adapter_state import AdapterState
+from runtime_py.bundle.bundle import Bundle
+from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.examples import Example
 from runtime_py.engine.streaming import StepNumbers
+from runtime_py.loop.dialogue import Dialogue, Turn
+from tests import tiny
 
 
 class Toy:
@@ -33,11 +38,12 @@ class Toy:
         self.calls += 1
         if self.calls == self.fail:
             return math.nan, 1
-        total = 0.0
+        total, slopes = 0.0, state.layout.views(into)
         for one in examples:
-            off = state.parameters - np.float32(one.tokens.sum() % 7)
-            into += 2 * off
-            total += float((off.astype(np.float64) ** 2).sum())
+            for name, values in state.layout.views(state.parameters).items():
+                off = values - np.float32(one.tokens.sum() % 7)
+                slopes[name] += 2 * off
+                total += float((off.astype(np.float64) ** 2).sum())
         return total, sum(e.count for e in examples)
 
     def update(self, state: AdapterState, gradient: np.ndarray, numbers: StepNumbers) -> float:
@@ -53,3 +59,24 @@ def toy_state() -> AdapterState:
     tensor = m.AdapterTensor(name="layers.0.x.lora_A", peft="p", rows=(0, 2), shape=(1, 2, 9))
     values = {tensor.name: np.arange(18, dtype=np.float32).reshape(1, 2, 9)}
     return AdapterState.of([tensor], values)
+
+
+def chat_text(folder: Path) -> ChatText:
+    tiny.bpe(320).save(str(folder / "tokenizer.json"))
+    (folder / "t.jinja").write_text(
+        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    own = m.Tokenizer(
+        file="tokenizer.json", chat_template="t.jinja", bos_id=1, eos_ids=(2,), pad_id=0
+    )
+
+    class Paper:
+        tokenizer = own
+
+    return ChatText(Bundle(folder, Paper()))  # type: ignore[arg-type]
+
+
+def dialogue(*contents: str, id: str = "d") -> Dialogue:
+    roles = ("user", "assistant")
+    return Dialogue(id, tuple(Turn(roles[i % 2], c) for i, c in enumerate(contents)))

@@ -13,7 +13,7 @@ from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.errors import AnswerTooLong, LoopError
 from runtime_py.loop.lesson import Capacity
 from runtime_py.loop.lexicons import make_lexicons, read_lexicons
-from runtime_py.loop.policy import PARAPHRASE, LoopPolicy
+from runtime_py.loop.policy import BRACKETS, LoopPolicy
 from runtime_py.loop.presets import PRESETS, preset
 from runtime_py.loop.schedule import (
     Conditions,
@@ -54,6 +54,9 @@ def test_json_round_trip() -> None:
         ('{"check_every_steps": 0, "b_rate_ratio": 0}', "b_rate_ratio is 0.*check_every_steps is"),
         ('{"bins": 0, "batch": 0}', "bins is 0.*batch is 0"),
         ('{"question": ""}', "question is ''"),
+        ('{"paraphrase_prompt": "Say it otherwise: "}', "{text} in it once"),
+        ('{"paraphrase_prompt": "{text} or {text}"}', "{text} in it once"),
+        ('{"paraphrase_use": "all"}', "paraphrase_use is 'all', expected both, question, answer"),
     ],
 )
 def test_bad_policies(text: str, message: str) -> None:
@@ -64,7 +67,7 @@ def test_bad_policies(text: str, message: str) -> None:
 def test_the_designs_defaults() -> None:
     policy = LoopPolicy()
     assert policy.bins * policy.bin_bytes == 2816 * 1024
-    assert PARAPHRASE.endswith("use [ ] to hold your generated response: ")
+    assert BRACKETS.endswith("use [ ] to hold your generated response: {text}")
     assert dataclasses.fields(LoopPolicy)[0].name == "selection"
     assert (policy.paraphrases, policy.paraphrase_retries) == (3, 2)
 

@@ -52,12 +52,17 @@ class ToyEngine:
         return Embedding(tokens.mean(axis=0).astype(np.float32), entropy)
 
     def generate(
-        self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
+        self,
+        messages: Sequence[Turn],
+        *,
+        temperature: float,
+        seed: int,
+        max_new_tokens: int,
+        prefix: str = "",
     ) -> str:
         words = messages[-1].content.rpartition(": ")[2].split()
         kept = [word for place, word in enumerate(words) if (seed >> place % 60) & 3]
-        text = " ".join([*kept, WORDS[seed % len(WORDS)]])
-        return text if seed % 5 == 0 else f"Sure: [{text}] and [more]"
+        return "" if seed % 5 == 0 else " ".join([*kept, WORDS[seed % len(WORDS)]])
 
     def use_adapter(self, file: Path) -> None:
         self.adapter = file

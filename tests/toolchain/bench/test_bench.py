@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from runtime_py.bundle.bundle import open_bundle
 from tests.toolchain.conftest import Attune
 from toolchain.bench import generation_report, generation_speed, llama, machine, profile
 from toolchain.bench.rounds import Timing, decode, interleave, prefill, ratio
+from toolchain.compile.paraphrase_forms import FORMS
 
 
 class _Recorder:
@@ -193,3 +195,32 @@ def test_weights_that_a_token_reads(random_bundle: Path) -> None:
     model, files = bundle.manifest.model, bundle.android
     both = files.lm.stat().st_size + files.adapter.stat().st_size
     assert generation_speed.weight_bytes(bundle) == both - model.vocab * (model.hidden + 4)
+
+
+def test_a_bundles_yield_of_paraphrases(
+    random_bundle: Path, attune: Attune, tmp_path: Path
+) -> None:
+    """Random weights write no paraphrase: an export finds that out, and so does the command."""
+    policy = open_bundle(random_bundle).manifest.policy
+    assert policy.synthesis is not None
+    names = [form.name for form in FORMS]
+    assert [(row.form, row.tried, row.usable) for row in policy.synthesis.measured] == [
+        (name, 10, 0) for name in names
+    ]
+    assert (policy.synthesis.form, policy.loop["paraphrases"]) == (names[0], 0)
+    data = tmp_path / "data.jsonl"
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "the mat"}]
+    data.write_text("".join(json.dumps({"id": n, "turns": turns}) + "\n" for n in "abc"))
+
+    bench = ("bench", "synthesis", random_bundle, "--data", data, "--dialogues", 2, "--json")
+    own = attune(*bench).json()["rows"]
+    assert [row["form"] for row in own] == [names[0]]
+    rows = attune(*bench, "--form", "brackets", "--form", "all").json()["rows"]
+    assert [row["form"] for row in rows] == ["brackets", *names[:-1]]
+    for row in (*own, *rows):
+        assert (row["dialogues"], row["usable"], row["yield"]) == (2, 0, 0.0)
+    # A prompt that fills the context of 128 tokens has no reply, and no reply is longer.
+    assert {row["decoded"] for row in rows} <= set(range(2 * 128))
+    said = attune(*bench, "--form", "rewrit")
+    assert said.code == 2
+    assert "no paraphrase form is named 'rewrit'; known: rewrite, examples" in said.err

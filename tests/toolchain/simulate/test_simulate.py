@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 
+from runtime_py.bundle.bundle import open_bundle
 from runtime_py.loop.personalizer import ADAPTERS, STORE
+from runtime_py.loop.presets import preset
 from runtime_py.loop.store import open_store
 from tests.toolchain.conftest import Attune, Exported, Said, command
 from toolchain.simulate.life_plan import STATE
 from toolchain.simulate.limits import DiskFull, Quota, folder_bytes
-from toolchain.simulate.simulation import prepare, simulate
+from toolchain.simulate.simulation import prepare, read_policy, simulate
 
 STREAM = Path(__file__).parents[3] / "toolchain" / "compile" / "data" / "demo_stream.jsonl"
 POLICY = {
@@ -33,6 +35,7 @@ POLICY = {
     "fine_tune_memory_mb": 30,
     "epochs": 1,
     "batch": 2,
+    "fewest_steps": 1,
     "learning_rate": 5e-3,
 }
 ODD = (  # with the text of each reply; none of it is in the demo stream
@@ -89,7 +92,7 @@ def in_this_process(
         policy=inputs.policy,
         dialogues_a_day=10,
         limit=limit,
-        probes=4,
+        probes=5,
         kills=kills,
         full_disk=full_disk,
         low_memory=low_memory,
@@ -125,7 +128,7 @@ def straight(inputs: Inputs) -> SimulatedRun:
         "simulate",
         inputs.bundle,
         *("--stream", inputs.stream, "--policy", inputs.policy, "--limit", 20),
-        *("--dialogues-a-day", 10, "--probes", 4, "--out", out, "--json"),
+        *("--dialogues-a-day", 10, "--probes", 5, "--out", out, "--json"),
     )
     return SimulatedRun(done.json(), out)
 
@@ -145,7 +148,8 @@ def test_the_loop_runs_within_the_device_s_limits(straight: SimulatedRun) -> Non
     assert report["heldout_loss_after"] < report["heldout_loss_before"]
     assert report["modelled"]["hours"] > 0
     assert report["modelled"]["watt_hours"] > 0
-    assert len(report["rouge1"]) == 4
+    assert [place for place, _ in report["rouge1"]] == [4, 8, 12, 16, 20]
+    assert report["rouge1"][0][1] == 0.0  # the question fills the context: there is no reply
     assert sum(block["observed"] for block in report["acceptance"]) == 20
     assert sum(block["kept"] for block in report["acceptance"]) == report["kept"]
     assert report["embedding"]["tokens_per_second"] > 0
@@ -227,6 +231,19 @@ def test_a_policy_with_an_unknown_field(refused: Callable[..., str], tmp_path: P
     policy.write_text('{"bins": 8, "bin": 8}', encoding="utf-8")
     said = refused("--policy", policy)
     assert f"{policy}: the policy has unknown fields: bin;" in said
+
+
+def test_a_policy_that_there_is_not(refused: Callable[..., str]) -> None:
+    said = refused("--policy", "dac2042")
+    assert "there is no policy dac2042; expected a JSON file, or a preset: dac2024." in said
+
+
+def test_a_preset_is_a_policy(both: Exported, tmp_path: Path) -> None:
+    manifest = open_bundle(both.bundle).manifest
+    assert read_policy(manifest, "dac2024") == preset("dac2024")
+    file = tmp_path / "dac2024"
+    file.write_text('{"batch": 5}', encoding="utf-8")
+    assert read_policy(manifest, str(file)).batch == 5
 
 
 def test_a_device_that_is_too_small(refused: Callable[..., str], tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def live(
         batch=2,
         fewest_steps=1,
         learning_rate=1e-3,
+        forgetting_tokens=256,
         reply_max_tokens=_WORDS,
     )
     folder = context.scratch / name

@@ -38,17 +38,25 @@ class TorchPhone:
         return Embedding(pooled.astype(np.float32), float(entropy[0]))
 
     def generate(
-        self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
+        self,
+        messages: Sequence[Turn],
+        *,
+        temperature: float,
+        seed: int,
+        max_new_tokens: int,
+        prefix: str = "",
     ) -> str:
         if temperature != 0.0:
             raise LoopError("the loop in PyTorch writes greedy text only: ask for temperature 0.")
-        return self.greedy(messages, max_new_tokens)[0]
+        return self.greedy(messages, max_new_tokens, prefix)[0]
 
-    def greedy(self, messages: Sequence[Turn], most: int) -> tuple[str, list[int], list[float]]:
+    def greedy(
+        self, messages: Sequence[Turn], most: int, prefix: str = ""
+    ) -> tuple[str, list[int], list[float]]:
         """The reply, its tokens, and by how much of the logits' range each was the likeliest."""
         text, manifest = self._context.text, self._context.bundle.manifest
         set_adapter(self._model, read_values(self._adapter, manifest.adapter.tensors))
-        ids = text.encode(text.render(messages, reply=True))
+        ids = text.encode(text.render(messages, reply=True) + prefix)
         written: list[int] = []
         margins: list[float] = []
         while len(written) < most and len(ids) + len(written) < manifest.model.context:
@@ -84,7 +92,7 @@ class TorchTuner:
         context, tensors = self._context, self._context.bundle.manifest.adapter.tensors
         training = context.bundle.training
         longest = min(job.max_sequence_tokens, max(training.lengths))
-        taught = lessons(job, context.text, longest)
+        taught = lessons(job, context.text, longest, context.bundle)
         state = AdapterState.of(tensors, read_values(job.parent, tensors))
         engine = StreamingEngine(context.programs, context.weights, training)
         result = tune(
