@@ -49,14 +49,17 @@ ARROWS: dict[str, set[str]] = {
         "toolchain.streams", "toolchain.verify", "toolchain.simulate", "toolchain.adapter_training",
         "toolchain.compile", "toolchain.defaults", "toolchain.report", "exporters", "runtime_py",
     },
+    "toolchain.fleet": {
+        "toolchain.study", "toolchain.streams", "toolchain.simulate", "toolchain.report",
+        "runtime_py",
+    },
     "toolchain.bench": {
         "toolchain.verify", "toolchain.compile", "toolchain.report", "exporters", "runtime_py",
     },
     "toolchain.cli": {
-        "toolchain.bench", "toolchain.study", "toolchain.simulate", "toolchain.streams",
-        "toolchain.verify",
-        "toolchain.adapter_training", "toolchain.defaults", "toolchain.compile",
-        "toolchain.report", "exporters", "runtime_py",
+        "toolchain.bench", "toolchain.fleet", "toolchain.study", "toolchain.simulate",
+        "toolchain.streams", "toolchain.verify", "toolchain.adapter_training",
+        "toolchain.defaults", "toolchain.compile", "toolchain.report", "exporters", "runtime_py",
     },
     "toolchain.__main__": {"toolchain.cli"},
 }  # fmt: skip

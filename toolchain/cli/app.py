@@ -18,6 +18,7 @@ from toolchain.cli import (
     doctor,
     evaluate,
     export,
+    fleet,
     inspect,
     parity,
     simulate,
@@ -47,6 +48,7 @@ app.command("parity")(parity.parity)
 app.command("simulate")(simulate.simulate)
 app.command("stream")(stream.stream)
 app.command("study")(study.study)
+app.command("fleet")(fleet.fleet)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.add_typer(adapter.app, name="adapter")

@@ -105,6 +105,12 @@ def export(
     train_lengths: Annotated[
         str, typer.Option(help="Tokens of the training programs, by comma.")
     ] = ",".join(map(str, TRAIN_LENGTHS)),
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON with fields of the loop's policy, and lora_rank, lora_alpha, lora_targets."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -130,6 +136,7 @@ def export(
             chat_template=chat_template,
             train_weights=train_weights,
             train_lengths=_lengths(train_lengths),
+            policy=policy,
             force=force,
             progress=stages,
         )
@@ -147,6 +154,8 @@ def paraphrases(manifest: Manifest) -> str:
     """The form of paraphrases that was chosen, what each gave, and whether it is used."""
     synthesis = manifest.policy.synthesis
     if synthesis is None or not synthesis.measured:
+        if manifest.android is not None:
+            return "as the policy file has them, not tried"
         return "not tried, for there is no Android program that runs here"
     rows = [f"{row.form} {row.usable} of {row.tried}" for row in synthesis.measured]
     if manifest.policy.loop["paraphrases"]:

@@ -50,7 +50,8 @@ def fleet(
         float, typer.Option(help="Part of the questions that a user answers.", min=0, max=1)
     ] = 1.0,
     dialogues_a_day: Annotated[
-        int | None, typer.Option(help="Default: the phone profile's.", min=1)
+        int | None,
+        typer.Option(help="Default: the phone profile's, at most a night's share.", min=1),
     ] = None,
     policy: Annotated[
         Path | None, typer.Option(help="JSON with fields that replace the bundle's policy.")
@@ -110,9 +111,9 @@ def fleet(
 
 def world_opener() -> Callable[[FleetPlace], FleetWorld]:
     """What workers open: a function of a module."""
-    from toolchain.study.world import open_fleet_world
+    from toolchain.fleet.opening import open_world
 
-    return open_fleet_world
+    return open_world
 
 
 def _names(value: str | None) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ from toolchain.compile.export_job import (
 from toolchain.compile.general_text import write_general
 from toolchain.compile.golden_vectors import GoldenReference, GoldenTraining, stream, write_golden
 from toolchain.compile.ios import compile_ios
+from toolchain.compile.policy_file import LORA, PolicyFile, read_policy_file
 from toolchain.compile.precision import PrecisionChooser
 from toolchain.compile.shipped_text import shipped_dialogues
 
@@ -50,6 +51,7 @@ def export(
     chat_template: Path | None = None,
     train_weights: str | None = None,
     train_lengths: Sequence[int] = defaults.TRAIN_LENGTHS,
+    policy: Path | None = None,
     force: bool = False,
     progress: Progress = lambda stage: None,
 ) -> Manifest:
@@ -61,22 +63,28 @@ def export(
     target, by its name; a target without one gets the smallest whose perplexity stays near
     float32's. ``chat_template``: a Jinja file in place of the model's. ``train_weights``:
     precision of the base weights of training, None for those that ``lm`` has; ``train_lengths``:
-    tokens of the training programs. ``force``: replaces a folder at ``out``. ``progress`` is told
+    tokens of the training programs. ``policy``: a JSON file with fields in place of the default
+    policy's, and with ``lora_rank``, ``lora_alpha`` and ``lora_targets`` of a fresh adapter, where
+    they are not given. ``force``: replaces a folder at ``out``. ``progress`` is told
     each stage as it begins.
 
     Raises ``ExportError`` or ``AdapterError`` for what cannot be exported, ``WriteError`` where
     ``out`` cannot be written; what was there before is then untouched.
     """
     chosen = quantize or {}
-    request = AdapterRequest(adapter, rank, alpha, modules)
     _check_out(out, force)
+    asked = read_policy_file(policy, train_lengths)
+    _check_policy(asked, adapter)
+    request = AdapterRequest(
+        adapter, rank or asked.rank, alpha or asked.alpha, modules or asked.targets
+    )
     _check_choices(targets, chosen, train_weights)
     _check_adapter(request)
     progress("read the checkpoint")
     source = read_input(model, request, context, chat_template)
     with replacing(out) as folder:
         folder.mkdir()
-        job = prepare(folder, source, train_weights, train_lengths, progress)
+        job = prepare(folder, source, train_weights, train_lengths, asked.loop, progress)
         results = _compile(job, tuple(dict.fromkeys(targets)), chosen, progress)
         progress("write the bundle")
         return _finish(job, results, progress)
@@ -91,6 +99,14 @@ def _check_out(out: Path, force: bool) -> None:
         raise ExportError(
             f"{out} is no folder, and --force replaces only folders: choose another --out, or "
             f"remove it."
+        )
+
+
+def _check_policy(asked: PolicyFile, adapter: Path | None) -> None:
+    if adapter is not None and asked.has_adapter:
+        raise ExportError(
+            f"--adapter brings its own rank, alpha and targets: leave {', '.join(LORA)} out of the "
+            f"policy."
         )
 
 

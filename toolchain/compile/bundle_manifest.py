@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from runtime_py.loop.policy import LoopPolicy
 from toolchain.compile.android import ADAPTER
 from toolchain.compile.export_job import ExportJob, Progress, TargetResult
 from toolchain.compile.paraphrase_forms import choose_form, trial_dialogues, unmeasured
+from toolchain.compile.policy_file import FORM, within_lengths
 from toolchain.compile.tested_versions import tested_versions
 
 PEFT, CONFIG, TOKENIZER, CHAT_TEMPLATE, LEXICON_FOLDER = (
@@ -79,7 +80,7 @@ def make_manifest(
         files=m.list_files(job.folder),
     )
     progress("try the forms of paraphrases")
-    return _with_measured(Bundle(job.folder, manifest))
+    return _with_measured(Bundle(job.folder, manifest), job.policy)
 
 
 def _model(job: ExportJob) -> m.Model:
@@ -102,9 +103,7 @@ def _model(job: ExportJob) -> m.Model:
 
 
 def _policy(job: ExportJob, lexicons: tuple[str, ...], general: tuple[str, str]) -> m.Policy:
-    loop = LoopPolicy(
-        longest_sequence_tokens=max(job.lengths), shortest_sequence_tokens=min(64, *job.lengths)
-    )
+    loop = LoopPolicy.from_fields(within_lengths(job.policy, job.lengths))
     return m.Policy(
         lora_rank=job.input.rank,
         lora_alpha=job.input.adapter.alpha,
@@ -117,16 +116,21 @@ def _policy(job: ExportJob, lexicons: tuple[str, ...], general: tuple[str, str])
     )
 
 
-def _with_measured(bundle: Bundle) -> m.Manifest:
+def _with_measured(bundle: Bundle, asked: Collection[str]) -> m.Manifest:
     """The manifest whose policy has what only the programs tell: the memory that fine-tuning takes
-    at the longest sequences, and the form in which the model paraphrases best."""
+    at the longest sequences, and the form in which the model paraphrases best; but for the fields
+    that were ``asked`` for."""
     manifest = bundle.manifest
     loop = LoopPolicy.from_fields(manifest.policy.loop)
     if manifest.android is None:
         synthesis = unmeasured(loop)
     else:
         need = training_bytes(bundle, loop.longest_sequence_tokens) / 1e6
-        loop = replace(loop, fine_tune_memory_mb=math.ceil(need))
-        loop, synthesis = choose_form(PhoneEngine(bundle), loop, trial_dialogues())
+        if "fine_tune_memory_mb" not in asked:
+            loop = replace(loop, fine_tune_memory_mb=math.ceil(need))
+        if loop.paraphrases == 0 or not set(FORM).isdisjoint(asked):
+            synthesis = unmeasured(loop)
+        else:
+            loop, synthesis = choose_form(PhoneEngine(bundle), loop, trial_dialogues())
     changes = {"loop": asdict(loop), "synthesis": synthesis}
     return manifest.model_copy(update={"policy": manifest.policy.model_copy(update=changes)})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -29,7 +30,8 @@ class ExportJob:
     """``folder``: the bundle that is being written. ``model``: float32, with the adapter set.
     ``layout``: the programs' adapter tensors; ``adapter``: their values, by name. ``texts``:
     attune's dialogues by split, as tokens [1, S] each. ``lengths``: tokens of the training
-    programs. ``train_weights``: precision of training, None for the one that ``lm`` gets."""
+    programs. ``train_weights``: precision of training, None for the one that ``lm`` gets.
+    ``policy``: fields of the loop's policy that were asked for."""
 
     folder: Path
     input: ExportInput
@@ -39,6 +41,7 @@ class ExportJob:
     texts: Mapping[str, Sequence[Tensor]]
     lengths: tuple[int, ...]
     train_weights: str | None
+    policy: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def embed_length(self) -> int:
@@ -78,6 +81,7 @@ def prepare(
     source: ExportInput,
     train_weights: str | None,
     train_lengths: Sequence[int],
+    policy: Mapping[str, Any],
     progress: Progress,
 ) -> ExportJob:
     """Builds the transformer, proves it equal to transformers', and gives it the adapter.
@@ -98,7 +102,7 @@ def prepare(
     proofs.equal_to_hugging_face(model, checkpoint.hf_model(), texts["perplexity"])
     set_adapter(model, adapter)
     lengths = training_part.lengths_within(train_lengths, spec.context)
-    return ExportJob(folder, source, model, layout, adapter, texts, lengths, train_weights)
+    return ExportJob(folder, source, model, layout, adapter, texts, lengths, train_weights, policy)
 
 
 def write_training_weights(

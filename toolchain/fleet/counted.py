@@ -37,10 +37,20 @@ class CountedEngine:
         return embedding
 
     def generate(
-        self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
+        self,
+        messages: Sequence[Turn],
+        *,
+        temperature: float,
+        seed: int,
+        max_new_tokens: int,
+        prefix: str = "",
     ) -> str:
         text = self._engine.generate(
-            messages, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens
+            messages,
+            temperature=temperature,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            prefix=prefix,
         )
         self._ledger.add(self._costs.reply(messages, text))
         return text

@@ -10,7 +10,7 @@ from typing import Any
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.replacement import find_policy
 from toolchain.fleet.folder import FleetFolder, open_folder
-from toolchain.fleet.life import LifeTask, Lived, live, policy_of
+from toolchain.fleet.life import LifeTask, Lived, a_day, evenings, live, policy_of
 from toolchain.fleet.options import FleetOptions, check_options
 from toolchain.fleet.outcome import FleetOutcome, UserFailure
 from toolchain.fleet.swap import Swapped, SwapTask, partners_of, swap
@@ -40,7 +40,9 @@ def prepare(
     bundle and data. Raises ``LoopError`` for what cannot be run."""
     check_options(options)
     phone = find_device(place.phone)
-    checked = policy_of(policy, options.life, 0, options.dialogues)
+    per_day = a_day(phone, options.life, options.dialogues)
+    due = evenings(per_day, options.life.nights, options.dialogues)
+    checked = policy_of(policy, options.life, 0, due)
     find_policy(checked.selection)
     data = place.study.data
     crowd = make_crowd(

@@ -113,8 +113,8 @@ def page(outcome: FleetOutcome, model: str) -> str:
     lead = join(
         f"{options.users:,} simulated users with {options.dialogues:,} dialogues each, "
         f"{options.life.nights} nights of fine-tuning, seed {options.seed}. Each has its own mix "
-        f"of datasets, drift and manner. Gains are of {options.tests} dialogues that the user's life "
-        f"has not seen, answered in the user's manner. Minutes and watt-hours are ",
+        f"of datasets, drift and manner. Gains are of {options.tests} dialogues that the user's "
+        f"life has not seen, answered in the user's manner. Minutes and watt-hours are ",
         element("b", "modelled"),
         f" for {outcome.phone.name}.",
     )

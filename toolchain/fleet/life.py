@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from toolchain.streams.made import StreamDialogue, make_stream
 
 @dataclass(frozen=True)
 class LifeOptions:
-    """The same for all users. ``nights``: fine-tunings that fall due, spread evenly; ``policy``:
-    fields in place of the bundle's; ``replies``: tests that are answered too, for the manner, each
-    with at most ``reply_tokens``."""
+    """The same for all users. ``nights``: fine-tunings that fall due, spread evenly;
+    ``dialogues_a_day``: None for the phone's, or fewer, so that there are as many days as nights;
+    ``policy``: fields in place of the bundle's; ``replies``: tests that are answered too, for the
+    manner, each with at most ``reply_tokens``."""
 
     nights: int
     answer_rate: float
@@ -159,10 +161,32 @@ def as_wanted(dialogues: Sequence[StreamDialogue], manner: Manner) -> list[Dialo
     return [one.dialogue.with_answer(manner.rewrite(one.dialogue.answer)) for one in dialogues]
 
 
-def policy_of(base: LoopPolicy, options: LifeOptions, seed: int, dialogues: int) -> LoopPolicy:
-    """With the user's seed, and a fine-tuning due as often as the options say."""
-    every = max(1, dialogues // max(1, options.nights))
-    fields = {**asdict(base), "fine_tune_every_sets": every, **options.policy, "seed": seed}
+def a_day(phone: Device, options: LifeOptions, dialogues: int) -> int:
+    """Dialogues of a day. Raises ``LoopError`` where there are fewer days than nights."""
+    wanted = options.dialogues_a_day
+    if wanted is None:
+        return max(1, min(phone.rhythm.dialogues, dialogues // options.nights))
+    days = -(-dialogues // wanted)
+    if days < options.nights:
+        raise LoopError(
+            f"{dialogues:,} dialogues at {wanted:,} a day are {days:,} days, fewer than the "
+            f"{options.nights} --nights: give fewer --dialogues-a-day."
+        )
+    return wanted
+
+
+def evenings(per_day: int, nights: int, dialogues: int) -> tuple[int, ...]:
+    """After how many dialogues a fine-tuning falls due: ``nights`` ends of days, spread evenly."""
+    days = -(-dialogues // per_day)
+    return tuple(
+        min(dialogues, per_day * -(-number * days // nights)) for number in range(1, nights + 1)
+    )
+
+
+def policy_of(base: LoopPolicy, options: LifeOptions, seed: int, due: Sequence[int]) -> LoopPolicy:
+    """With the user's seed, and a fine-tuning due after ``due`` dialogues each."""
+    every = min(now - before for before, now in pairwise((0, *due)))
+    fields = {**asdict(base), **options.policy, "fine_tune_every_sets": every, "seed": seed}
     return LoopPolicy.from_fields(fields)
 
 
@@ -179,11 +203,11 @@ class _Days:
 
     def __init__(self, task: LifeTask, world: FleetWorld, folder: Path, places: int) -> None:
         phone, options = task.phone, task.options
-        if options.dialogues_a_day is not None:
-            rhythm = replace(phone.rhythm, dialogues=options.dialogues_a_day)
-            phone = replace(phone, rhythm=rhythm)
-        policy = policy_of(world.policy, options, task.user.seed, places)
-        self._phone, self._places = phone, places
+        per_day = a_day(phone, options, places)
+        phone = replace(phone, rhythm=replace(phone.rhythm, dialogues=per_day))
+        self._due = evenings(per_day, options.nights, places)
+        policy = policy_of(world.policy, options, task.user.seed, self._due)
+        self._phone = phone
         self._clock = Clock(phone, policy)
         self.ledger = Ledger(self._clock)
         costs = world.costs(phone)
@@ -214,7 +238,7 @@ class _Days:
             self._clock.by_day(place)
             self.app.observe(one.dialogue)
             self._answer(manner, kinds)
-            if self._clock.ends_day(place) or place == self._places:
+            if place in self._due or (self._clock.ends_day(place) and self._is_unfinished()):
                 self._sleep()
 
     def _answer(self, manner: Manner, kinds: Mapping[str, str]) -> None:
@@ -227,6 +251,9 @@ class _Days:
                 self.refused += 1
                 continue
             self.answered[kinds[question.id]] += 1
+
+    def _is_unfinished(self) -> bool:
+        return self.app.status().job is not None
 
     def _sleep(self) -> None:
         clock, phone, tuner = self._clock, self._phone, self._tuner
