@@ -11,30 +11,47 @@ from runtime_py.loop.policy import LoopPolicy
 
 @dataclass(frozen=True)
 class Question:
-    """``text`` is what to ask below the dialogue's last reply."""
+    """``text`` is what to ask below the reply of the exchange ``exchange``, which counts from 0 and
+    need not be the dialogue's last."""
 
     id: str
     dialogue: Dialogue
     text: str
+    exchange: int
+
+    @property
+    def reply(self) -> str:
+        """What the user is asked about."""
+        return self.dialogue.exchange(self.exchange)[1].content
 
 
 def may_ask(asked_today: int, loop: LoopPolicy) -> bool:
-    """Asked only of a set that has just entered the buffer; this is the day's limit."""
+    """The day's limit."""
     return asked_today < loop.questions_per_day
 
 
-def annotated(dialogue: Dialogue, text: str | None, room: int) -> Dialogue:
-    """The set as it is learnt: ``text`` takes the place of the last reply; None: it is good."""
+def has_lapsed(asked_on: int, day: int, loop: LoopPolicy) -> bool:
+    return day - asked_on >= loop.question_days
+
+
+def learnt(dialogue: Dialogue, exchange: int, text: str | None) -> Dialogue:
+    """The set as it is learnt: it ends with the exchange that was asked about, and ``text`` takes
+    the place of its reply; None: the reply is good."""
+    head = dialogue.up_to(exchange)
+    return head if text is None else head.with_answer(text)
+
+
+def check_answer(dialogue: Dialogue, exchange: int, text: str | None, room: int) -> None:
+    """Raises ``LoopError`` where ``text`` is no turn, or takes more than its bin has."""
     if text is None:
-        return dialogue
+        return
     check_text(text, f"the answer for dialogue {dialogue.id!r}")
-    changed = dialogue.with_answer(text)
+    changed = dialogue.with_reply(exchange, text)
     if changed.bytes > room:
         raise LoopError(
             f"the answer for dialogue {dialogue.id!r} has {len(text.encode())} bytes, which is "
             f"{changed.bytes - room} more than its bin has left; shorten it."
         )
-    return changed
 
 
 def is_held_out(annotated_sets: int, held_out_sets: int, loop: LoopPolicy) -> bool:

@@ -28,7 +28,8 @@ class LogLine:
 @dataclass(frozen=True)
 class Decision:
     """What became of an observed set. ``bin`` is None where it was not kept; ``scores`` and
-    ``domain`` are None where it was too large to be measured. ``dropped``: turns cut off."""
+    ``domain`` are None where it was too large to be measured. ``dropped``: turns cut off.
+    ``exchange``: which of the set's the user is asked about at once, from 0, where ``asked``."""
 
     id: str
     number: int
@@ -40,6 +41,7 @@ class Decision:
     domain: str | None
     dropped: int
     asked: bool
+    exchange: int | None
 
     @property
     def kept(self) -> bool:
@@ -60,6 +62,7 @@ class Decision:
             "domain": self.domain,
             "dropped": self.dropped,
             "asked": self.asked,
+            "exchange": self.exchange,
         }
 
 

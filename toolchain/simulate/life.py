@@ -138,9 +138,9 @@ class Phone:
         if not self._user.answers(question.id):
             return
         ideal = self._ideal[question.id]
-        # A set that was cut in its bin ends with a reply that is the stream's already.
-        whole = len(ideal.turns) == len(question.dialogue.turns)
-        text = ideal.answer if self._plan.model_replies and whole else None
+        # All replies but a set's last are the stream's already.
+        own = self._plan.model_replies and question.exchange == ideal.exchanges - 1
+        text = ideal.answer if own else None
         self._retried(lambda: self._app.answer(question.id, text))
 
     def _spend_night(self, number: int) -> None:

@@ -101,4 +101,4 @@ def _live_through(app: Personalizer, ideal: Dialogue) -> None:
     reply = app.generate(ideal.turns[:-1])
     app.observe(ideal.with_answer(reply) if is_text(reply) else ideal)
     for question in app.pending_questions():
-        app.answer(question.id, ideal.answer)
+        app.answer(question.id, ideal.exchange(question.exchange)[1].content)

@@ -73,13 +73,14 @@ def test_opened_again_it_decides_the_same(tmp_path: Path) -> None:
 
 
 def test_decisions_say_why(tmp_path: Path) -> None:
-    with open_toy(tmp_path, small_policy("fifo", bins=2)) as app:
+    policy = dataclasses.replace(small_policy("fifo", bins=2), keep_asked=False)
+    with open_toy(tmp_path, policy) as app:
         one = app.observe(dialogue(1))
         assert (one.bin, one.reason, one.replaced, one.asked) == (0, "free_bin", None, True)
         app.observe(dialogue(2))
         three = app.observe(dialogue(3))
         assert (three.bin, three.reason, three.replaced) == (0, "oldest", "d1")
-        assert [q.id for q in app.pending_questions()] == ["d2", "d3"]  # d1's lapsed
+        assert [q.id for q in app.pending_questions()] == ["d2", "d3"]  # d1's ended
         assert app.pending_questions()[0].text == LoopPolicy().question
         line = app.store.log()[-1]
         assert (line.event, line.id, line.data["replaced"]) == ("kept", "d3", "d1")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime_py.loop.annotation import annotated, is_held_out, may_ask
+from runtime_py.loop.annotation import check_answer, has_lapsed, is_held_out, learnt, may_ask
+from runtime_py.loop.dialogue import Turn
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.guard import accepts
 from runtime_py.loop.lexicons import make_lexicons, read_lexicons
@@ -98,13 +99,24 @@ def test_one_in_five_is_held_out_and_the_first() -> None:
 
 
 def test_answers() -> None:
-    one = dialogue(1)
-    assert annotated(one, None, 10_000) is one
-    assert annotated(one, "better", 10_000).answer == "better"
+    one = dialogue(1, exchanges=3)
+    assert learnt(one, 2, None) == one
+    assert learnt(one, 2, "better").turns == (*one.turns[:-1], Turn("assistant", "better"))
+    assert learnt(one, 0, None).turns == one.turns[:2]
+    assert learnt(one, 1, "better").turns == (*one.turns[:3], Turn("assistant", "better"))
+    check_answer(one, 1, None, 0)
     with pytest.raises(LoopError, match="is empty"):
-        annotated(one, "  ", 10_000)
-    with pytest.raises(LoopError, match=r"more than its bin has left"):
-        annotated(one, "x" * 10_000, 10_000)
+        check_answer(one, 1, "  ", 10_000)
+    reply = len(one.turns[3].content)
+    longest = "x" * (reply + 10_000 - one.bytes)  # the whole set stays in its bin
+    check_answer(one, 1, longest, 10_000)
+    with pytest.raises(LoopError, match=r"which is 1 more than its bin has left"):
+        check_answer(one, 1, f"{longest}x", 10_000)
+
+
+def test_questions_lapse() -> None:
+    policy = LoopPolicy(question_days=3)
+    assert [has_lapsed(4, day, policy) for day in (3, 4, 6, 7, 8)] == [False] * 3 + [True] * 2
 
 
 def test_schedule() -> None:

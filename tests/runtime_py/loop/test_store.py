@@ -108,7 +108,7 @@ def test_a_newer_store_is_refused_and_left(tmp_path: Path) -> None:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
     before = path.read_bytes()
-    with pytest.raises(LoopError, match="schema version 99, this attune reads up to 1; use the"):
+    with pytest.raises(LoopError, match="schema version 99, this attune reads up to 2; use the"):
         open_store(path)
     assert path.read_bytes() == before
 
@@ -135,7 +135,7 @@ def test_migrations_run_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("runtime_py.loop.store.MIGRATIONS", steps)
     for _ in range(2):
         store = open_store(path)
-        assert store.rows("PRAGMA user_version") == [(2,)]
+        assert store.rows("PRAGMA user_version") == [(3,)]
         assert store.count("kept") == 4
         store.rows("SELECT note FROM questions")
         store.close()
