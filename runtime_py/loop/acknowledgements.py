@@ -21,12 +21,17 @@ class Acknowledgements:
 
     def has_all_of(self, text: str) -> bool:
         """Whether every word of a text lies in an occurrence of a term; true without a word."""
-        found = words(text)
+        found = words(_plain(text))
         return self.terms.hits(found)[0] == len(found)
 
 
 def make_acknowledgements(terms: Sequence[str]) -> Acknowledgements:
-    return Acknowledgements(make_lexicons({"acknowledgements": terms}))
+    return Acknowledgements(make_lexicons({"acknowledgements": [*map(_plain, terms)]}))
+
+
+def _plain(text: str) -> str:
+    """Both apostrophes are one here: who says that's all may have typed either."""
+    return text.replace("’", "'")
 
 
 def read_acknowledgements(file: Path = BUILTIN) -> Acknowledgements:

@@ -87,6 +87,7 @@ def _policy(bundle: Bundle) -> LoopPolicy:
         selection="attune",
         bins=64,
         questions_per_day=1000,
+        asking="entry",  # everything happens on one day
         paraphrases=0,  # a model of 4 million parameters cannot paraphrase
         fine_tune_every_sets=1,
         epochs=12,
