@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from pydantic import ValidationError
 
 from runtime_py.bundle.adapter_forms import load_adapter
@@ -22,6 +23,9 @@ from runtime_py.bundle.manifest import (
 from runtime_py.bundle.peft_adapter import write_peft
 from runtime_py.loop.errors import BundleError
 from runtime_py.loop.files import sha256
+
+# Parts that the manifest does not name: they are there if ``files`` has them.
+MEAN_VECTOR, ACKNOWLEDGEMENTS = "mean_vector.f32", "acknowledgements.txt"
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,27 @@ class Bundle:
     def hidden(self) -> int:
         """The length of a pooled vector."""
         return self.manifest.model.hidden
+
+    @property
+    def mean_vector(self) -> np.ndarray | None:
+        """float32 [hidden], of the vectors of general dialogues; None: the bundle has none."""
+        if not self._has(MEAN_VECTOR):
+            return None
+        mean = np.fromfile(self.path / MEAN_VECTOR, "<f4")
+        if mean.shape != (self.hidden,):
+            raise BundleError(
+                f"{self.path / MEAN_VECTOR} has {len(mean)} numbers; expected the "
+                f"{self.hidden} of the model's vectors. Export the bundle again."
+            )
+        return mean.astype(np.float32)
+
+    @property
+    def acknowledgements(self) -> Path | None:
+        """The list of words and phrases that only acknowledge; None: the bundle has none."""
+        return self.path / ACKNOWLEDGEMENTS if self._has(ACKNOWLEDGEMENTS) else None
+
+    def _has(self, name: str) -> bool:
+        return any(file.path == name for file in self.manifest.files)
 
     @property
     def adapter_file(self) -> Path:

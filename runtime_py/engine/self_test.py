@@ -158,6 +158,7 @@ class StorelessSelection:
         replaced = None if choice.bin is None else self.buffer.ids[choice.bin]
         if choice.bin is not None:
             self.buffer.put(choice.bin, new)
+        self.buffer.see(new)
         scores = [new.scores.eoe, new.scores.dss, new.scores.idd]
         return {"id": id, "bin": choice.bin, "replaced": replaced, "scores": scores}
 

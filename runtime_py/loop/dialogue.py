@@ -43,6 +43,25 @@ class Dialogue:
         """The assistant's last turn."""
         return self.turns[-1].content
 
+    @property
+    def exchanges(self) -> int:
+        """How many: a user's turn and the assistant's are one."""
+        return len(self.turns) // 2
+
+    def exchange(self, number: int) -> tuple[Turn, ...]:
+        """The two turns of the exchange ``number``, from 0."""
+        return self.turns[2 * number : 2 * number + 2]
+
+    def up_to(self, number: int) -> Dialogue:
+        """The head that ends with the exchange ``number``."""
+        return Dialogue(self.id, self.turns[: 2 * number + 2])
+
+    def with_reply(self, number: int, text: str) -> Dialogue:
+        """``text`` in place of the assistant's turn of the exchange ``number``."""
+        place = 2 * number + 1
+        turns = (*self.turns[:place], Turn("assistant", text), *self.turns[place + 1 :])
+        return Dialogue(self.id, turns)
+
     def with_answer(self, text: str) -> Dialogue:
         return Dialogue(self.id, (*self.turns[:-1], Turn("assistant", text)))
 

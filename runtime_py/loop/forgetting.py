@@ -9,9 +9,11 @@ from runtime_py.loop.adapter_versions import Versions
 from runtime_py.loop.buffer import Buffer
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.jobs import Jobs
+from runtime_py.loop.lexicons import Lexicons
 from runtime_py.loop.records import observed_as
 from runtime_py.loop.schedule import Moment
 from runtime_py.loop.store import Store
+from runtime_py.loop.tallies import count_direction
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ def forget(
     id: str,
     store: Store,
     buffer: Buffer,
+    lexicons: Lexicons,
     versions: Versions,
     jobs: Jobs,
     clock: Callable[[], Moment],
@@ -47,14 +50,21 @@ def forget(
             f"the adapters {', '.join(map(str, touched))} have learnt from it and stay; the next "
             f"fine-tuning starts from before them, and rollback goes back at once."
         )
+    bin = buffer.bin_of(id)
     with store.transaction(durable=True):
+        if bin is not None:
+            domain = lexicons.names[buffer.domains[bin]]
+            columns = ("observed", "asked") if buffer.was_asked[bin] else ("observed",)
+            for column in columns:
+                count_direction(store, column, domain, buffer.directions[bin], -1)
         stored = store.execute("DELETE FROM sets WHERE id = ?", id) > 0
         for (job,) in begun:
             jobs.end(job)
         store.execute("UPDATE learnt SET forgotten = 1 WHERE id = ?", id)
         data = {"stored": stored, "synthetic": synthetic, "job_abandoned": bool(begun)}
         store.append(clock(), "forgotten", id, data)
-    if (bin := buffer.bin_of(id)) is not None:
+    if bin is not None:
+        buffer.unsee(bin)
         buffer.clear(bin)
     store.scrub()
     jobs.sweep()

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from runtime_py.loop.buffer import Scores
 from runtime_py.loop.errors import LoopError
-
-NotAsked = Literal["not_kept", "enough_today", "too_long_to_learn"]
+from runtime_py.loop.exchanges import NotAsked
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class LogLine:
 class Decision:
     """What became of an observed set. ``bin`` is None where it was not kept; ``scores`` and
     ``domain`` are None where it was too large to be measured. ``dropped``: turns cut off.
-    ``not_asked``: why there is no question about it; None where there is one."""
+    ``exchange``: which of the set's the user is asked about at once, from 0; ``not_asked``: why
+    none is; one of the two is None."""
 
     id: str
     number: int
@@ -42,6 +42,7 @@ class Decision:
     scores: Scores | None
     domain: str | None
     dropped: int
+    exchange: int | None
     not_asked: NotAsked | None
 
     @property
@@ -67,6 +68,7 @@ class Decision:
             "domain": self.domain,
             "dropped": self.dropped,
             "asked": self.asked,
+            "exchange": self.exchange,
             "not_asked": self.not_asked,
         }
 

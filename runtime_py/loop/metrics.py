@@ -21,6 +21,11 @@ def on_grid(value: float) -> float:
     return math.floor(value * _GRID + 0.5) / _GRID
 
 
+def on_the_grid(values: np.ndarray) -> np.ndarray:
+    """``on_grid`` of each, float64."""
+    return np.floor(values * _GRID + 0.5) / _GRID
+
+
 def entropy_of_norms(norms: np.ndarray) -> float:
     """EOE of a dialogue from its tokens' norms [n]: −Σ p ln p / ln n with p = norm / Σ norms."""
     n = len(norms)
@@ -45,9 +50,12 @@ def dominant_domain(hits: Sequence[int]) -> int:
     return list(hits).index(best) if best else len(hits)
 
 
-def direction(vector: np.ndarray) -> np.ndarray:
-    """A vector [hidden] scaled to length ``UNIT`` and rounded to integers, int64 [hidden]."""
+def direction(vector: np.ndarray, mean: np.ndarray | None = None) -> np.ndarray:
+    """A vector [hidden], less ``mean`` where there is one, scaled to length ``UNIT`` and rounded to
+    integers, int64 [hidden]."""
     wide = vector.astype(np.float64)
+    if mean is not None:
+        wide = wide - mean.astype(np.float64)
     norm = math.sqrt(float(np.sum(wide * wide)))
     if norm == 0:
         return np.zeros(len(vector), np.int64)

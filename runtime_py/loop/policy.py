@@ -24,19 +24,30 @@ REWRITE = (
 )
 
 
+CENTRES = ("none", "bundle")
+
+
 @dataclass(frozen=True)
 class LoopPolicy:
     """The defaults are the design's. Sizes are bytes; ``_tokens``, ``_sets`` and so on say what."""
 
     selection: str = "paper"  # a name in policies.POLICIES
-    seed: int = 0  # of the three random streams
+    seed: int = 0  # of the random streams
     bins: int = 128
     bin_bytes: int = 22 * 1024
     age_fills: float = 50.0  # attune: observed sets, in buffers, that cost a set all its rank
     crowding: float = 0.5  # attune: what a domain that fills the buffer costs its sets
+    keep_asked: bool = True  # what is asked about, or answered and not yet used, stays
+    centre: str = "none"  # bundle: its mean is taken from vectors before they are compared
 
     question: str = QUESTION
     questions_per_day: int = 5
+    question_days: int = 3  # an open question lapses after so many
+    asking: str = "entry"  # a name in asking.ASKING
+    ask_exchange: str = "last"  # a name in exchanges.EXCHANGE_RULES
+    asking_tail: float = 0.1  # uncertain: this share of the stored sets, the most uncertain, is not
+    asking_typical_first: int = 32  # dual: answers before it asks about uncertain ones
+    asking_random_every: int = 5  # dual: one question in so many is drawn; 0: none
     heldout_every: int = 5  # one answered set in so many is kept for the guard
 
     paraphrase_prompt: str = REWRITE  # ``TEXT`` stands for the text, once
@@ -73,6 +84,7 @@ class LoopPolicy:
 
     reply_temperature: float = 0.0
     reply_max_tokens: int = 256
+    recall_examples: int = 0  # answered sets that are put before a conversation
 
     def __post_init__(self) -> None:
         wrong = [
@@ -117,6 +129,11 @@ _LIMITS: dict[str, tuple[float, float]] = {  # field: (least, most)
     "bins": (1, 1 << 14),  # as far as the sum of directions fits an int64
     "bin_bytes": (256, 1 << 24),
     "questions_per_day": (0, 10_000),
+    "question_days": (1, 10_000),
+    "asking_tail": (0.0, 1.0),
+    "asking_typical_first": (0, 1 << 40),
+    "asking_random_every": (0, 10_000),
+    "recall_examples": (0, 100),
     "heldout_every": (2, 10_000),
     "paraphrases": (0, 100),
     "paraphrase_retries": (0, 100),
@@ -166,6 +183,8 @@ def _misfits(policy: LoopPolicy) -> list[tuple[str, object, str]]:
 
 def _mismatches(policy: LoopPolicy) -> Iterator[tuple[str, object, str]]:
     """What each field's own kind and limits do not say."""
+    if policy.centre not in CENTRES:
+        yield "centre", policy.centre, " or ".join(CENTRES)
     if policy.paraphrase_prompt.count(TEXT) != 1:
         yield "paraphrase_prompt", policy.paraphrase_prompt, f"a text with {TEXT} in it once"
     if policy.paraphrase_use not in USES:

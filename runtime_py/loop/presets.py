@@ -17,8 +17,16 @@ _DAC2024: dict[str, Any] = {
     "bin_bytes": 22 * 1024,
     "age_fills": 50.0,
     "crowding": 0.5,
+    "keep_asked": False,
+    "centre": "none",
     "question": QUESTION,
     "questions_per_day": 5,
+    "question_days": 10_000,
+    "asking": "entry",
+    "ask_exchange": "last",
+    "asking_tail": 0.1,
+    "asking_typical_first": 32,
+    "asking_random_every": 5,
     "heldout_every": 5,
     "paraphrase_prompt": BRACKETS,
     "paraphrase_prefix": "",
@@ -52,6 +60,7 @@ _DAC2024: dict[str, Any] = {
     "adapters_kept": 4,
     "reply_temperature": 0.0,
     "reply_max_tokens": 256,
+    "recall_examples": 0,
 }
 
 PRESETS = {"dac2024": LoopPolicy(**_DAC2024)}

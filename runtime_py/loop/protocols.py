@@ -23,7 +23,8 @@ class Embedding:
 
 class Engine(Protocol):
     def embed(self, dialogue: Dialogue) -> Embedding:
-        """Pure: the same dialogue and weights give the same bits."""
+        """Pure: the same dialogue and weights give the same bits. A conversation whose last turn is
+        the user's is embedded too."""
         ...
 
     def generate(

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+STREAMS = ("selection", "synthesis", "training", "asking")
+"""The loop's streams; each starts with the policy's seed plus its place here."""
+
 _MASK = (1 << 64) - 1
 
 

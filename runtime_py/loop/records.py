@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime_py.loop.annotation import Question
+from runtime_py.loop.annotation import Question, learnt
 from runtime_py.loop.buffer import Buffer, Candidate, Scores
 from runtime_py.loop.dialogue import Dialogue, turns_from_json, turns_to_json
 from runtime_py.loop.errors import LoopError
@@ -16,6 +16,7 @@ from runtime_py.loop.metrics import direction
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.store import Store
 from runtime_py.loop.synthesis import Pair
+from runtime_py.loop.words import words
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,28 @@ class Annotated:
 
 
 def load_buffer(
-    store: Store, loop: LoopPolicy, lexicons: Lexicons, hidden: int, capacity: Capacity
+    store: Store,
+    loop: LoopPolicy,
+    lexicons: Lexicons,
+    hidden: int,
+    capacity: Capacity,
+    mean: np.ndarray | None = None,
 ) -> Buffer:
-    """The buffer as the store's sets make it; ``hidden``: numbers of a pooled vector. An answered
-    set that can never be learned does not wait.
+    """The buffer as the store's sets make it; ``hidden``: numbers of a pooled vector; ``mean``:
+    float32 [hidden], taken from vectors. An answered set that can never be learned does not wait.
 
     Raises ``LoopError`` where a set's bin is not the policy's, or its domain not the lexicons'.
     """
     names = lexicons.names
-    buffer = Buffer(loop.bins, len(names), hidden)
+    buffer = Buffer(loop.bins, len(names), hidden, mean)
     rows = store.rows(
-        "SELECT sets.bin, sets.id, eoe, dss, idd, domain, vector, sets.number, "
-        "annotations.id IS NOT NULL AND used_in IS NULL "
-        "FROM sets LEFT JOIN annotations ON annotations.id = sets.id ORDER BY bin"
+        "SELECT sets.bin, sets.id, sets.turns, eoe, dss, idd, domain, vector, sets.number, "
+        "answer_words, annotations.id IS NOT NULL AND used_in IS NULL, questions.id IS NOT NULL, "
+        "asked OR questions.id IS NOT NULL OR annotations.id IS NOT NULL FROM sets "
+        "LEFT JOIN annotations ON annotations.id = sets.id "
+        "LEFT JOIN questions ON questions.id = sets.id ORDER BY bin"
     )
-    for bin, id, eoe, dss, idd, domain, vector, number, waiting in rows:
+    for bin, id, turns, eoe, dss, idd, domain, vector, number, length, *flags in rows:
         if bin >= loop.bins:
             raise LoopError(
                 f"the store {store.path} has a set in bin {bin}, the policy has {loop.bins} bins; "
@@ -53,11 +61,13 @@ def load_buffer(
                 f"the store {store.path} has sets of the domain {domain!r}, which the lexicons "
                 f"lack (they have {', '.join(names)}); open it with the lexicons it was made with."
             )
-        pooled = np.frombuffer(vector, "<f4")
+        if length is None:
+            length = len(words(turns_from_json(turns)[-1].content))
+        heading = direction(np.frombuffer(vector, "<f4"), mean)
         scores = Scores(eoe, dss, idd)
-        new = Candidate(id, number, names.index(domain), scores, direction(pooled))
-        buffer.put(bin, new)
-        buffer.waiting[bin] = bool(waiting)
+        buffer.put(bin, Candidate(id, number, names.index(domain), scores, heading, length))
+        waiting, question, asked = map(bool, flags)
+        buffer.waiting[bin], buffer.questions[bin], buffer.was_asked[bin] = waiting, question, asked
     for item in annotated_sets(store):
         if lesson(item.dialogue, capacity) is None:
             buffer.set_waiting(item.dialogue.id, False)
@@ -70,7 +80,8 @@ def write_set(
     """Puts a set in a bin; what was there leaves with all that hangs on it."""
     store.execute("DELETE FROM sets WHERE bin = ?", bin)
     store.execute(
-        "INSERT INTO sets VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO sets (bin, id, turns, eoe, dss, idd, domain, vector, number, answer_words) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         bin,
         dialogue.id,
         turns_to_json(dialogue.turns),
@@ -80,6 +91,7 @@ def write_set(
         domain,
         pooled.astype("<f4").tobytes(),
         new.number,
+        new.answer_words,
     )
 
 
@@ -100,16 +112,44 @@ def read_set(store: Store, id: str) -> Dialogue | None:
 
 def questions(store: Store, text: str) -> tuple[Question, ...]:
     rows = store.rows(
-        "SELECT id, turns FROM questions JOIN sets USING (id) ORDER BY questions.number"
+        "SELECT id, turns, exchange FROM questions JOIN sets USING (id) ORDER BY questions.number"
     )
-    return tuple(Question(id, Dialogue(id, turns_from_json(turns)), text) for id, turns in rows)
+    found = []
+    for id, turns, exchange in rows:
+        dialogue = Dialogue(id, turns_from_json(turns))
+        found.append(Question(id, dialogue, text, _or_last(exchange, dialogue)))
+    return tuple(found)
 
 
-def write_annotation(store: Store, id: str, answer: str | None, number: int, held: bool) -> None:
+def find_question(store: Store, id: str) -> tuple[Dialogue, int] | None:
+    """The set that an open question is about, and the exchange."""
+    rows = store.rows("SELECT turns, exchange FROM questions JOIN sets USING (id) WHERE id = ?", id)
+    if not rows:
+        return None
+    dialogue = Dialogue(id, turns_from_json(rows[0][0]))
+    return dialogue, _or_last(rows[0][1], dialogue)
+
+
+def write_question(store: Store, id: str, number: int, exchange: int, day: int) -> None:
+    """``number``: of the observed set."""
+    store.execute(
+        "INSERT INTO questions (id, number, exchange, day) VALUES (?, ?, ?, ?)",
+        id,
+        number,
+        exchange,
+        day,
+    )
+    store.execute("UPDATE sets SET asked = 1 WHERE id = ?", id)
+
+
+def write_annotation(
+    store: Store, id: str, exchange: int, answer: str | None, number: int, held: bool
+) -> None:
     store.execute("DELETE FROM questions WHERE id = ?", id)
     store.execute(
-        "INSERT INTO annotations (id, answer, number, held_out) VALUES (?, ?, ?, ?)",
+        "INSERT INTO annotations (id, exchange, answer, number, held_out) VALUES (?, ?, ?, ?, ?)",
         id,
+        exchange,
         answer,
         number,
         held,
@@ -117,17 +157,21 @@ def write_annotation(store: Store, id: str, answer: str | None, number: int, hel
 
 
 def annotated_sets(store: Store) -> list[Annotated]:
-    """The answered sets in the buffer, by the order of their answers."""
+    """The answered sets in the buffer as they are learnt, by the order of their answers."""
     answered = []
-    for id, turns, answer, held_out, tried in store.rows(
-        "SELECT id, turns, answer, held_out, paraphrased FROM annotations JOIN sets USING (id) "
-        "ORDER BY annotations.number"
+    for id, turns, exchange, answer, held_out, tried in store.rows(
+        "SELECT id, turns, exchange, answer, held_out, paraphrased "
+        "FROM annotations JOIN sets USING (id) ORDER BY annotations.number"
     ):
         dialogue = Dialogue(id, turns_from_json(turns))
-        if answer is not None:
-            dialogue = dialogue.with_answer(answer)
-        answered.append(Annotated(dialogue, bool(held_out), tried))
+        whole = learnt(dialogue, _or_last(exchange, dialogue), answer)
+        answered.append(Annotated(whole, bool(held_out), tried))
     return answered
+
+
+def _or_last(exchange: int | None, dialogue: Dialogue) -> int:
+    """Rows that were written before exchanges were chosen have none."""
+    return dialogue.exchanges - 1 if exchange is None else exchange
 
 
 def write_pair(store: Store, source: str, ordinal: int, pair: Pair | None, adapter: int) -> None:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from runtime_py.loop.errors import LoopError, StoreDamaged
+from runtime_py.loop.random_stream import STREAMS
 from runtime_py.loop.schedule import Moment
 from runtime_py.loop.store import Store, open_store, translated
-from runtime_py.loop.store_schema import MIGRATIONS, TABLES
+from runtime_py.loop.store_schema import APPLICATION_ID, MIGRATIONS, TABLES, tables_of
 
 _JSON = {"sets": "turns", "job_sets": "turns", "log": "data"}
 Row = dict[str, Any]
@@ -58,8 +59,7 @@ def _read_all(path: Path, scratch: Path) -> tuple[dict[str, list[Row]], list[str
     problems: list[str] = []
     if not _has_schema(copy):
         problems.append("the first page was damaged and was taken from an empty store.")
-        _renew_first_page(copy, scratch)
-        if not _has_schema(copy):
+        if not _renew_first_page(copy, scratch):
             raise StoreDamaged(
                 f"nothing can be read from {path}: its list of tables is destroyed. Start with a "
                 f"new store; the file is left as it is."
@@ -74,8 +74,8 @@ def _read_all(path: Path, scratch: Path) -> tuple[dict[str, list[Row]], list[str
                 f"{path} has schema version {version}, this attune reads up to {len(MIGRATIONS)}; "
                 f"recover it with the attune that made it, or a newer one."
             )
-        tables = {}
-        for table in TABLES:
+        tables: dict[str, list[Row]] = {table: [] for table in TABLES}
+        for table in tables_of(version):
             tables[table], whole = _read_table(connection, table)
             if not whole:
                 problems.append(f"some rows of the table {table} cannot be read.")
@@ -85,26 +85,48 @@ def _read_all(path: Path, scratch: Path) -> tuple[dict[str, list[Row]], list[str
 
 
 def _has_schema(copy: Path) -> bool:
+    """Whether all tables are there that a store of its version has."""
     connection = sqlite3.connect(copy)
     try:
         names = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema")}
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
     except sqlite3.DatabaseError:
         return False
     finally:
         connection.close()
-    return set(TABLES) <= names
+    return version > 0 and set(tables_of(version)) <= names
 
 
-def _renew_first_page(copy: Path, scratch: Path) -> None:
-    """A store of the newest schema has its tables on the same pages, whatever is in them."""
-    fresh = scratch / "fresh.sqlite"
-    open_store(fresh).close()
-    page = bytearray(fresh.read_bytes()[:4096])
-    page[28:32] = (copy.stat().st_size // 4096).to_bytes(4, "big")  # pages in the file
-    page[32:40] = bytes(8)  # no free pages
-    page[92:96] = page[24:28]  # so that SQLite trusts the number of pages
-    with copy.open("r+b") as file:
-        file.write(page)
+def _renew_first_page(copy: Path, scratch: Path) -> bool:
+    """Stores that were made with the same schema have their tables on the same pages, whatever is
+    in them. False: it is like no store that was made with any schema."""
+    pages = copy.stat().st_size // 4096
+    for version in range(len(MIGRATIONS), 0, -1):
+        page = bytearray(_empty_store(scratch / f"fresh{version}.sqlite", version)[:4096])
+        page[28:32] = pages.to_bytes(4, "big")  # in the file
+        page[32:40] = bytes(8)  # no free pages
+        page[92:96] = page[24:28]  # so that SQLite trusts the number of pages
+        with copy.open("r+b") as file:
+            file.write(page)
+        if _has_schema(copy):
+            return True
+    return False
+
+
+def _empty_store(path: Path, version: int) -> bytes:
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        for step, statements in enumerate(MIGRATIONS[:version], start=1):
+            connection.execute("BEGIN")
+            for statement in statements:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {step}")
+            connection.execute("COMMIT")
+    finally:
+        connection.close()
+    return path.read_bytes()
 
 
 def _read_table(connection: sqlite3.Connection, table: str) -> tuple[list[Row], bool]:
@@ -212,5 +234,6 @@ def _repair_counters(store: Store, problems: list[str]) -> None:
     if not store.rows("SELECT 1 FROM adapters WHERE number = ?", active):
         problems.append(f"the active adapter {active} is lost; the bundle's own is active.")
         store.set_count("active_adapter", 0)
-    if len(store.rows("SELECT name FROM streams")) < 3:
+    lost = set(STREAMS) - {row[0] for row in store.rows("SELECT name FROM streams")}
+    if lost - {"asking"} or (lost and store.counts().get("asking_day") is not None):
         problems.append("a random stream is lost; it starts anew from the policy's seed.")

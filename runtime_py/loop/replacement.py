@@ -27,6 +27,8 @@ class Placement:
     candidates: int
 
 
+ASKED_ABOUT = "asked_about"  # not kept: what would have to leave is asked about, or answered
+
 Policy = Callable[[Buffer, Candidate, SplitMix64, LoopPolicy], Placement]
 POLICIES: dict[str, Policy] = {}
 
@@ -48,20 +50,38 @@ def find_policy(name: str) -> Policy:
 
 
 def choose(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Placement:
-    """A free bin is filled, the lowest first; otherwise the policy decides."""
+    """A free bin is filled, the lowest first; else the policy decides, if any set may leave."""
     free = buffer.first_free()
     if free is not None:
         return Placement(free, "free_bin", 0)
+    if not may_leave(buffer, loop).any():
+        return Placement(None, ASKED_ABOUT, 0)
     return find_policy(loop.selection)(buffer, new, stream, loop)
+
+
+def may_leave(buffer: Buffer, loop: LoopPolicy) -> np.ndarray:
+    """bool [bins]: false for sets with an open question, and for answered ones that no fine-tuning
+    has used yet, if the policy keeps those."""
+    if not loop.keep_asked:
+        return np.ones(buffer.bins, bool)
+    return ~(buffer.questions | buffer.waiting)
+
+
+def _drawn(buffer: Buffer, bin: int, reason: str, candidates: int, loop: LoopPolicy) -> Placement:
+    """A reservoir's draw counts also where the set that it hit may not leave."""
+    if not may_leave(buffer, loop)[bin]:
+        return Placement(None, ASKED_ABOUT, candidates)
+    return Placement(bin, reason, candidates)
 
 
 @policy("paper")
 def paper(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Placement:
     """Qin et al.: one of the sets that the new one beats on all three scores, by chance."""
     scores = np.array([new.scores.eoe, new.scores.dss, new.scores.idd])
-    beaten = np.flatnonzero((scores > buffer.scores).all(axis=1))  # in the bins' order
+    won = (scores > buffer.scores).all(axis=1)
+    beaten = np.flatnonzero(won & may_leave(buffer, loop))  # in the bins' order
     if len(beaten) == 0:
-        return Placement(None, "beats_none_on_all_scores", 0)
+        return Placement(None, ASKED_ABOUT if won.any() else "beats_none_on_all_scores", 0)
     return Placement(int(beaten[stream.below(len(beaten))]), "beats_on_all_scores", len(beaten))
 
 
@@ -71,33 +91,80 @@ def random(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy)
     drawn = stream.below(new.number)
     if drawn >= buffer.bins:
         return Placement(None, "not_drawn", 0)
-    return Placement(drawn, "drawn", buffer.bins)
+    return _drawn(buffer, drawn, "drawn", buffer.bins, loop)
 
 
 @policy("fifo")
 def fifo(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Placement:
     """The set that entered first leaves."""
-    return Placement(int(np.argmin(buffer.numbers)), "oldest", buffer.bins)
+    open_bins = np.flatnonzero(may_leave(buffer, loop))
+    oldest = open_bins[np.argmin(buffer.numbers[open_bins])]
+    return Placement(int(oldest), "oldest", len(open_bins))
 
 
 @policy("kcenter")
 def kcenter(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Placement:
     """Keeps the stored sets far apart: if the new one is farther from all of them than the two
-    closest are from each other, the older of these two leaves."""
+    closest are from each other, the older of these two leaves, or the one that may."""
     near = buffer.neighbours
     one = int(np.argmax(near.closeness))  # the first of the closest pair
     if near.closest_to(new.direction) >= near.closeness[one]:
         return Placement(None, "not_farther_than_closest_pair", 0)
     other = int(near.nearest[one])
-    older = one if buffer.numbers[one] < buffer.numbers[other] else other
-    return Placement(older, "farther_than_closest_pair", 2)
+    free = may_leave(buffer, loop)
+    leaving = sorted((bin for bin in (one, other) if free[bin]), key=lambda b: buffer.numbers[b])
+    if not leaving:
+        return Placement(None, ASKED_ABOUT, 2)
+    return Placement(leaving[0], "farther_than_closest_pair", 2)
+
+
+@policy("balanced")
+def balanced(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Placement:
+    """A reservoir for each domain, of nearly equal sizes (after Chrysakis and Moens, 2020): a set
+    of the fullest domain leaves, by chance; where the new one's has hardly fewer, one of its own,
+    as often as Vitter's reservoir has it."""
+    most = int(buffer.counts.max())
+    mine = int(buffer.counts[new.domain])
+    if mine < most - 1:
+        fullest = np.flatnonzero(buffer.domains == int(np.argmax(buffer.counts)))
+        drawn = int(fullest[stream.below(most)])
+        return _drawn(buffer, drawn, "drawn_from_fullest_domain", most, loop)
+    place = stream.below(int(buffer.observed.counts[new.domain]) + 1)
+    if place >= mine:
+        return Placement(None, "not_drawn", 0)
+    drawn = int(np.flatnonzero(buffer.domains == new.domain)[place])
+    return _drawn(buffer, drawn, "drawn_from_own_domain", mine, loop)
+
+
+@policy("longest")
+def longest(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Placement:
+    """The set with the shortest answer leaves, the oldest of equals, if the new one's is longer."""
+    open_bins = np.flatnonzero(may_leave(buffer, loop))
+    lengths = buffer.answer_words[open_bins]
+    equals = open_bins[lengths == lengths.min()]
+    shortest = int(equals[np.argmin(buffer.numbers[equals])])
+    if new.answer_words <= buffer.answer_words[shortest]:
+        return Placement(None, "answer_no_longer", len(open_bins))
+    return Placement(shortest, "longer_answer", len(open_bins))
+
+
+@policy("typical")
+def typical(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Placement:
+    """Keeps what is like the stream and unlike the rest of the buffer (after TypiClust, Hacohen,
+    Dekel and Weinshall, 2022): the set for which that holds least leaves."""
+    stored, value = buffer.typicality.values(new.direction, buffer.observed.count + 1)
+    open_bins = np.flatnonzero(may_leave(buffer, loop))
+    weakest = int(open_bins[np.argmin(stored[open_bins])])
+    if value <= stored[weakest]:
+        return Placement(None, "no_more_typical", len(open_bins))
+    return Placement(weakest, "more_typical", len(open_bins))
 
 
 @policy("attune")
 def attune(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Placement:
     """The set of least worth leaves, if the new one's worth is greater (``worths``)."""
     stored, worth = worths(buffer, new, loop)
-    open_bins = np.flatnonzero(~buffer.waiting)
+    open_bins = np.flatnonzero(may_leave(buffer, loop) & ~buffer.waiting)
     if len(open_bins) == 0:
         return Placement(None, "all_wait_for_fine_tuning", 0)
     weakest = int(open_bins[np.argmin(stored[open_bins])])

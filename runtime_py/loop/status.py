@@ -24,6 +24,7 @@ class Status:
     domains: dict[str, int]
     questions_asked: int
     questions_pending: int
+    questions_lapsed: int
     answered: int
     synthesized: int
     fine_tunes: int
@@ -49,6 +50,7 @@ def status(store: Store, buffer: Buffer, policy: LoopPolicy, lexicons: Lexicons)
         domains={name: int(n) for name, n in zip(names, counts, strict=True) if n},
         questions_asked=count.get("asked", 0),
         questions_pending=store.rows("SELECT count(*) FROM questions")[0][0],
+        questions_lapsed=count.get("lapsed", 0),
         answered=count.get("answered", 0),
         synthesized=count.get("synthesized", 0),
         fine_tunes=count.get("fine_tunes", 0),

@@ -100,6 +100,21 @@ _VERSION_2 = (
     "ALTER TABLE jobs ADD COLUMN replay_share REAL NOT NULL DEFAULT 0.0",
     # training, stopping or guard; null: frozen before, training or guard as held_out says
     "ALTER TABLE job_sets ADD COLUMN part TEXT",
+    # which exchange is asked about, from 0; null: the last. day: it was asked on; null: unknown
+    "ALTER TABLE questions ADD COLUMN exchange INTEGER",
+    "ALTER TABLE questions ADD COLUMN day INTEGER",
+    "ALTER TABLE annotations ADD COLUMN exchange INTEGER",
+    # whether it was ever asked about, and the words of the reply that would be; null: of the last
+    "ALTER TABLE sets ADD COLUMN asked INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE sets ADD COLUMN answer_words INTEGER",
+    # of what was measured, and of what was asked about: how many, and the sum of their directions
+    """CREATE TABLE tallies (
+        domain TEXT PRIMARY KEY,
+        observed INTEGER NOT NULL,
+        observed_sum BLOB NOT NULL,  -- int64, little endian [hidden]
+        asked INTEGER NOT NULL,
+        asked_sum BLOB NOT NULL
+    ) WITHOUT ROWID""",
 )
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2)
@@ -118,4 +133,11 @@ TABLES = (  # parents before children
     "jobs",
     "job_sets",
     "log",
+    "tallies",
 )
+
+
+def tables_of(version: int) -> tuple[str, ...]:
+    """Those that a store of a schema version has, parents before children."""
+    made = "\n".join(sql for step in MIGRATIONS[:version] for sql in step)
+    return tuple(table for table in TABLES if f"CREATE TABLE {table} " in made)

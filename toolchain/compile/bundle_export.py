@@ -32,6 +32,7 @@ from toolchain.compile.export_job import (
 from toolchain.compile.general_text import write_general
 from toolchain.compile.golden_vectors import GoldenReference, GoldenTraining, stream, write_golden
 from toolchain.compile.ios import compile_ios
+from toolchain.compile.mean_vector import write_mean_vector
 from toolchain.compile.policy_file import LORA, PolicyFile, read_policy_file
 from toolchain.compile.precision import PrecisionChooser
 from toolchain.compile.shipped_text import shipped_dialogues
@@ -191,6 +192,8 @@ def _finish(job: ExportJob, results: Mapping[str, TargetResult], progress: Progr
             results[keeper].chosen.simulated, weights.spec, weights.section.lengths
         ),
     )
+    texts = job.texts["calibration"]
+    write_mean_vector(folder, results[keeper].chosen.simulated, texts, job.embed_length)
     for file in (path for path in folder.rglob("*") if path.is_file()):
         file.chmod(0o644)  # some writers keep theirs to the user who exported
     manifest = make_manifest(job, results, weights.section, lexicons, general, progress)

@@ -10,10 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from runtime_py.bundle import manifest as m
-from runtime_py.bundle.bundle import Bundle
+from runtime_py.bundle.bundle import ACKNOWLEDGEMENTS, Bundle
 from runtime_py.bundle.flat_tensor import locate
 from runtime_py.engine.memory import training_bytes
 from runtime_py.engine.phone_engine import PhoneEngine
+from runtime_py.loop.acknowledgements import BUILTIN as ACKNOWLEDGEMENT_LIST
 from runtime_py.loop.lexicons import BUILTIN as LEXICONS
 from runtime_py.loop.policy import LoopPolicy
 from toolchain.compile.android import ADAPTER
@@ -32,7 +33,9 @@ PEFT, CONFIG, TOKENIZER, CHAT_TEMPLATE, LEXICON_FOLDER = (
 
 
 def write_lexicons(folder: Path) -> tuple[str, ...]:
-    """Copies attune's own lexicons into the bundle ``folder``; their paths in it."""
+    """Copies attune's own lexicons, and its list of acknowledgements, into the bundle ``folder``;
+    the lexicons' paths in it."""
+    shutil.copyfile(ACKNOWLEDGEMENT_LIST, folder / ACKNOWLEDGEMENTS)
     (folder / LEXICON_FOLDER).mkdir()
     paths = []
     for source in sorted(Path(str(LEXICONS)).glob("*.txt")):

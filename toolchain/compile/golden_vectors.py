@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from exporters.coreml.functions import Embed
 from exporters.model.lora_tensors import set_adapter
 from exporters.model.transformer import Transformer
 from exporters.training.programs import TrainingSpec
@@ -37,6 +36,7 @@ from runtime_py.loop.protocols import Embedding
 from runtime_py.loop.words import words
 from toolchain.compile.autograd import WholeGradient, autograd_gradient
 from toolchain.compile.golden_bounds import Reading, close_scores, tolerances
+from toolchain.compile.mean_vector import embedding
 from toolchain.compile.tolerances import of_gradient, of_loss
 
 PROMPT, DECODED = 33, 4  # tokens of a case
@@ -134,7 +134,7 @@ def _target(
             tensors[f"{place}.logits"] = np.take_along_axis(rows, ids, axis=1)
     entropies = {}
     for case in cases:
-        pooled, entropy = _embedding(reference.model, case["tokens"])
+        pooled, entropy = embedding(reference.model, case["tokens"])
         tensors[f"{target}.{case['name']}.pooled"] = pooled
         entropies[case["name"]] = entropy
     section = {
@@ -192,16 +192,7 @@ def _chosen(rows: np.ndarray) -> np.ndarray:
     return np.concatenate([top, np.broadcast_to(spread, (len(rows), SAMPLED))], axis=1)
 
 
-@torch.no_grad()
-def _embedding(model: Transformer, tokens: Sequence[int]) -> tuple[np.ndarray, float]:
-    count = len(tokens)
-    pooled, entropy = Embed(model, count)(
-        torch.tensor([list(tokens)], dtype=torch.int32), torch.tensor([count], dtype=torch.int32)
-    )
-    return pooled.numpy(), float(entropy)
-
-
-_READING = Reading(_logits, _embedding)
+_READING = Reading(_logits, embedding)
 
 
 def _decisions(
@@ -215,20 +206,20 @@ def _decisions(
     policy = {"selection": "paper", "bins": _BINS, "seed": 0}
     loop = StorelessSelection(policy_of(policy), read_lexicons(), reference.model.spec.hidden)
     few = [ids[:embed_length] for _, ids in list(stream.values())[:_STREAM]]
-    known = [_embedding(reference.model, ids) for ids in few]
+    known = [embedding(reference.model, ids) for ids in few]
     close = close_scores(target, reference.model, _READING, few, known)
     dialogues, expected = [], []
     for number, (name, (text, ids)) in enumerate(stream.items()):
         tokens = ids[:embed_length]
         first = number < len(known)
-        pooled, entropy = known[number] if first else _embedding(reference.model, tokens)
-        embedding = Embedding(pooled.astype(np.float32), entropy)
+        pooled, entropy = known[number] if first else embedding(reference.model, tokens)
+        measured = Embedding(pooled.astype(np.float32), entropy)
         if len(loop.buffer) == _BINS:
-            new = loop.buffer.measure(name, 0, words(text), embedding, read_lexicons())
+            new = loop.buffer.measure(name, 0, words(text), measured, read_lexicons())
             gaps = np.abs(loop.buffer.scores - [new.scores.eoe, 0.0, new.scores.idd])
             if (gaps[:, 0] < close[0]).any() or (gaps[:, 2] < close[1]).any():
                 continue
-        expected.append(loop.observe(name, text, embedding))
+        expected.append(loop.observe(name, text, measured))
         dialogues.append({"id": name, "text": text, "tokens": tokens})
         if len(dialogues) == _STREAM:
             break

@@ -8,9 +8,9 @@ from pathlib import Path
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.loop.dialogue import Dialogue
-from toolchain.fleet.costs import phone_costs
 from toolchain.fleet.world import Costs, FleetPlace, LoopWorld
 from toolchain.simulate.device import Device
+from toolchain.study.phone_costs import phone_costs
 from toolchain.study.world import open_world as open_study_world
 
 

@@ -143,9 +143,9 @@ class Phone:
         if question.id in self._given_up or not self._user.answers(question.id):
             return
         ideal = self._ideal[question.id]
-        # A set that was cut in its bin ends with a reply that is the stream's already.
-        whole = len(ideal.turns) == len(question.dialogue.turns)
-        text = ideal.answer if self._plan.model_replies and whole else None
+        # All replies but a set's last are the stream's already.
+        own = self._plan.model_replies and question.exchange == ideal.exchanges - 1
+        text = ideal.answer if own else None
         try:
             self._retried(lambda: self._app.answer(question.id, text))
         except AnswerTooLong:

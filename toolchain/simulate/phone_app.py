@@ -10,6 +10,8 @@ from pathlib import Path
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.engine.phone_engine import LmCall, PhoneEngine
 from runtime_py.engine.streamed_tuner import StreamedFineTuner, TrainingCall
+from runtime_py.loop.acknowledgements import BUILTIN as ACKNOWLEDGEMENTS
+from runtime_py.loop.acknowledgements import read_acknowledgements
 from runtime_py.loop.lexicons import BUILTIN, Lexicons, read_lexicons
 from runtime_py.loop.personalizer import Personalizer
 from runtime_py.loop.policy import LoopPolicy
@@ -77,6 +79,8 @@ def open_loop(
         tuner=tuner,
         clock=clock,
         bundle=bundle,
+        acknowledgements=read_acknowledgements(bundle.acknowledgements or ACKNOWLEDGEMENTS),
+        mean=bundle.mean_vector,
     )
 
 

@@ -89,6 +89,7 @@ def _policy(bundle: Bundle) -> LoopPolicy:
         selection="attune",
         bins=64,
         questions_per_day=1000,
+        asking="entry",  # everything happens on one day
         paraphrases=0,  # a model of 4 million parameters cannot paraphrase
         fine_tune_every_sets=1,
         epochs=12,
@@ -106,6 +107,6 @@ def _live_through(app: Personalizer, ideal: Dialogue) -> None:
     except PromptTooLong:
         reply = ""
     app.observe(ideal.with_answer(reply) if is_text(reply) else ideal)
-    if ideal.id in {question.id for question in app.pending_questions()}:
+    for question in app.pending_questions():
         with suppress(AnswerTooLong):  # the question stays open
-            app.answer(ideal.id, ideal.answer)
+            app.answer(question.id, ideal.exchange(question.exchange)[1].content)

@@ -48,9 +48,7 @@ def stored_matrix(weights: BaseWeights, name: str) -> np.ndarray:
     return (grouped + weights[f"{name}.offset"][0][..., None]).reshape(integers.shape)
 
 
-def base_model(
-    bundle: Bundle, spec: ModelSpec, modules: Sequence[str], rank: int
-) -> Transformer:
+def base_model(bundle: Bundle, spec: ModelSpec, modules: Sequence[str], rank: int) -> Transformer:
     """The float32 transformer, with room for LoRA of ``rank`` on ``modules`` (short names)."""
     weights = BaseWeights(bundle.training_weights)
     adapted = lora_targets(spec, modules)
@@ -84,4 +82,3 @@ def _norms(weights: Mapping[str, np.ndarray], prefix: str, eps: float) -> dict[s
 def _column(weights: Mapping[str, np.ndarray], name: str) -> Tensor:
     """A stored vector [1, n, 1] as [n]."""
     return torch.from_numpy(np.array(weights[name]).reshape(-1))
-

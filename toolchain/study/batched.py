@@ -51,9 +51,7 @@ def _heads_first(x: Tensor, rows: int) -> Tensor:
     return x.view(rows, -1, *x.shape[2:]).transpose(1, 2)
 
 
-def _attention(
-    spec: ModelSpec, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None
-) -> Tensor:
+def _attention(spec: ModelSpec, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
     """q [B, H, S, D], k and v [B, K, T, D], seen bool [B or 1, 1, S, T] or None for causal ->
     [1, B·S, H, D]."""
     groups = spec.heads // spec.kv_heads
@@ -98,9 +96,7 @@ def hidden_states(model: Transformer, batch: Batch, adapted: bool) -> Tensor:
     return hidden.view(rows, size, -1)
 
 
-def label_losses(
-    model: Transformer, batch: Batch, labels: Tensor, adapted: bool = True
-) -> Tensor:
+def label_losses(model: Transformer, batch: Batch, labels: Tensor, adapted: bool = True) -> Tensor:
     """Cross-entropy in nats summed over each sequence's labels: float32 [B]. ``labels`` int64
     [B, S]: what follows each token, −100 where it does not count."""
     hidden = hidden_states(model, batch, adapted)
@@ -187,7 +183,9 @@ def continued(
         positions = batch.counts + index
         written[:, index] = torch.where(over, -1, token)
         over = over | (positions + 1 >= context)
-        if index + 1 == most or ((rows == 1 or index % _STEPS_BETWEEN_LOOKS == 0) and bool(over.all())):
+        if index + 1 == most or (
+            (rows == 1 or index % _STEPS_BETWEEN_LOOKS == 0) and bool(over.all())
+        ):
             break
         positions = positions.clamp(max=capacity - 1)
         seen = steps[None] <= positions[:, None]

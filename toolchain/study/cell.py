@@ -45,14 +45,17 @@ def run_cell(cell: Cell, world: World) -> CellResult:
     begun = time.perf_counter()
     made = world.stream(cell)
     tests = fitting(world, [one.dialogue for one in made.tests])
-    with tempfile.TemporaryDirectory(prefix="attune-study-") as folder:
-        with judged(cell, world, [one.dialogue for one in made.stream], tests, Path(folder)) as row:
-            world.use(row.adapter)
-            scores = score(world, tests, row, int(cell.options["reply_tokens"]))
-            facts = dict(row.facts)
-            if not row.before and row.adapter != world.bundle.adapter_file:
-                lost = world.general(int(cell.options["general_tokens"])).forgetting()
-                facts |= {"forgetting": lost.ratio, "kl": lost.kl}
+    stream = [one.dialogue for one in made.stream]
+    with (
+        tempfile.TemporaryDirectory(prefix="attune-study-") as folder,
+        judged(cell, world, stream, tests, Path(folder)) as row,
+    ):
+        world.use(row.adapter)
+        scores = score(world, tests, row, int(cell.options["reply_tokens"]))
+        facts = dict(row.facts)
+        if row.adapter != world.bundle.adapter_file:
+            lost = world.general(int(cell.options["general_tokens"])).forgetting()
+            facts |= {"forgetting": lost.ratio, "kl": lost.kl}
     facts["tests"] = len(tests)
     facts["seconds"] = time.perf_counter() - begun
     facts["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
@@ -81,10 +84,11 @@ def judged(
         lived = life.live()
         facts = {**_facts(lived), **_modelled(world)}
         before: Examples = {}
+        count = int(cell.options["examples"])
         if cell.row in ("retrieval", "retrieval_trained"):
-            before = {d.id: lived.app.recalled(d.turns[:-1]) for d in tests}
+            before = {d.id: lived.app.recalled(d.turns[:-1], count) for d in tests}
         elif cell.row == "random_examples":
-            before = _at_random(cell, lived.answered, tests)
+            before = _at_random(cell.ordering, count, lived.answered, tests)
         adapter = own if cell.row in _UNTOUCHED else lived.adapter
         yield Judged(adapter, _with_room(world, before, tests), None, facts)
 
@@ -99,12 +103,13 @@ def _untrained(cell: Cell, own: Path, tests: Sequence[Dialogue]) -> Judged:
     return Judged(own, {}, None, {})
 
 
-def _at_random(cell: Cell, answered: Sequence[Dialogue], tests: Sequence[Dialogue]) -> Examples:
-    chance, count = SplitMix64(cell.ordering), min(int(cell.options["examples"]), len(answered))
-    drawn = {}
+def _at_random(
+    seed: int, count: int, answered: Sequence[Dialogue], tests: Sequence[Dialogue]
+) -> Examples:
+    chance, drawn = SplitMix64(seed), {}
     for dialogue in tests:
         places = list(range(len(answered)))
-        chosen = [places.pop(chance.below(len(places))) for _ in range(count)]
+        chosen = [places.pop(chance.below(len(places))) for _ in range(min(count, len(answered)))]
         drawn[dialogue.id] = tuple(
             turn for place in sorted(chosen) for turn in answered[place].turns[-2:]
         )

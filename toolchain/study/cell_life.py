@@ -140,4 +140,3 @@ class CellLife:
 
     def _drafts(self, asked: Sequence[Dialogue]) -> Sequence[str]:
         return self._model.replies([dialogue.turns[:-1] for dialogue in asked], DRAFT_TOKENS)
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from toolchain.study.torch_loop import TorchEngine, TorchFineTuner
 
 
 class World:
-    """A model and its loop, as the fleet's lives take them, and what a study's cells need beside."""
+    """A model and its loop, as the fleet's lives take them, and what a study's cells need."""
 
     def __init__(self, place: Place) -> None:
         torch.set_num_threads(place.threads)
@@ -86,4 +86,3 @@ class World:
 def open_world(place: Place) -> World:
     """Raises ``AttuneError`` where a bundle or device cannot be used."""
     return World(place)
-

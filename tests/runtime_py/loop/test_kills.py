@@ -9,23 +9,39 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 
 from runtime_py.loop.personalizer import Personalizer
+from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.schedule import Moment
 from tests.runtime_py.loop.toy import NIGHT, dialogue, open_toy, small_policy
 
 LENGTH = 90
 
 
+def policy_of(name: str) -> LoopPolicy:
+    """A selection's, or one that asks by looking at the whole buffer."""
+    if name != "asking":
+        return small_policy(name)
+    return replace(
+        small_policy("typical"),
+        asking="dual",
+        ask_exchange="salient",
+        asking_typical_first=4,
+        asking_random_every=3,
+        question_days=1,
+    )
+
+
 def live(folder: Path, selection: str, fuse_ms: float | None) -> None:
     """What an app does, from wherever the store is; SIGKILL after ``fuse_ms`` of it."""
     place = [0]
-    policy = small_policy(selection)
-    with open_toy(folder, policy, clock=lambda: Moment(place[0], place[0] // 30)) as app:
+    policy = policy_of(selection)
+    with open_toy(folder, policy, clock=lambda: Moment(place[0], place[0] // 9)) as app:
         if fuse_ms is not None:
             kill = threading.Timer(fuse_ms / 1000, os.kill, (os.getpid(), signal.SIGKILL))
             kill.daemon = True
@@ -33,8 +49,9 @@ def live(folder: Path, selection: str, fuse_ms: float | None) -> None:
         place[0] = app.status().observed
         while True:
             for question in app.pending_questions():
-                odd = place[0] % 2
-                app.answer(question.id, f"walk to {question.dialogue.answer}" if odd else None)
+                kind = place[0] % 3
+                if kind < 2 or selection != "asking":  # else it may lapse
+                    app.answer(question.id, f"walk to {question.reply}" if kind else None)
             app.fine_tune(NIGHT)
             if place[0] == LENGTH:
                 return
@@ -44,7 +61,7 @@ def live(folder: Path, selection: str, fuse_ms: float | None) -> None:
 
 def everything(folder: Path) -> dict[str, object]:
     def read(app: Personalizer) -> dict[str, object]:
-        tables = ("counters", "streams", "sets", "questions", "annotations", "synthetic")
+        tables = ("counters", "streams", "tallies", "sets", "questions", "annotations", "synthetic")
         found: dict[str, object] = {
             table: app.store.rows(f"SELECT * FROM {table} ORDER BY 1")
             for table in (*tables, "adapters", "learnt", "jobs", "log")
@@ -52,7 +69,7 @@ def everything(folder: Path) -> dict[str, object]:
         found["lost"] = app.lost()
         return found
 
-    with open_toy(folder, small_policy(folder.name)) as app:
+    with open_toy(folder, policy_of(folder.name)) as app:
         found = read(app)
     adapters = folder / "state" / "adapters"
     found["files"] = {path.name: path.read_bytes() for path in sorted(adapters.iterdir())}
@@ -92,13 +109,13 @@ def compare(tmp_path: Path, selection: str, runs: int) -> None:
     assert killed >= runs
 
 
-@pytest.mark.parametrize("selection", ["paper", "attune"])
+@pytest.mark.parametrize("selection", ["paper", "attune", "asking"])
 def test_kills_change_nothing(tmp_path: Path, selection: str) -> None:
     compare(tmp_path, selection, runs=1)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("selection", ["paper", "random", "kcenter", "attune"])
+@pytest.mark.parametrize("selection", ["paper", "random", "kcenter", "attune", "asking"])
 def test_many_kills_change_nothing(tmp_path: Path, selection: str) -> None:
     compare(tmp_path, selection, runs=50)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from tests.runtime_py.loop.toy import (
     dialogue,
     open_toy,
     small_policy,
+    toy_bundle,
 )
 
 
@@ -73,13 +75,14 @@ def test_opened_again_it_decides_the_same(tmp_path: Path) -> None:
 
 
 def test_decisions_say_why(tmp_path: Path) -> None:
-    with open_toy(tmp_path, small_policy("fifo", bins=2)) as app:
+    policy = dataclasses.replace(small_policy("fifo", bins=2), keep_asked=False)
+    with open_toy(tmp_path, policy) as app:
         one = app.observe(dialogue(1))
         assert (one.bin, one.reason, one.replaced, one.asked) == (0, "free_bin", None, True)
         app.observe(dialogue(2))
         three = app.observe(dialogue(3))
         assert (three.bin, three.reason, three.replaced) == (0, "oldest", "d1")
-        assert [q.id for q in app.pending_questions()] == ["d2", "d3"]  # d1's lapsed
+        assert [q.id for q in app.pending_questions()] == ["d2", "d3"]  # d1's ended
         assert app.pending_questions()[0].text == LoopPolicy().question
         line = app.store.log()[-1]
         assert (line.event, line.id, line.data["replaced"]) == ("kept", "d3", "d1")
@@ -402,3 +405,102 @@ def test_replies_take_nothing_from_the_streams(tmp_path: Path) -> None:
         before = app.store.rows("SELECT * FROM streams")
         assert app.generate("bread and salt") == app.generate([Turn("user", "bread and salt")])
         assert app.store.rows("SELECT * FROM streams") == before
+
+
+def test_forgetting_leaves_the_tallies_too(tmp_path: Path) -> None:
+    """What was observed and asked about, less what was forgotten: as if it had never been."""
+    policy = small_policy("fifo", bins=64)
+
+    def tallies(folder: Path, numbers: list[int], forgotten: list[int]) -> list[tuple[object, ...]]:
+        with open_toy(folder, policy) as app:
+            for number in numbers:
+                app.observe(dialogue(number))
+            for number in forgotten:
+                app.forget(f"d{number}")
+            return app.store.rows("SELECT * FROM tallies ORDER BY domain")
+
+    without = tallies(tmp_path / "a", [1, 2, 4, 6, 7, 8], [])
+    assert tallies(tmp_path / "b", [1, 2, 3, 4, 6, 7, 8], [3]) != without  # the fifth is not asked
+    policy = dataclasses.replace(policy, questions_per_day=100)
+    without = tallies(tmp_path / "c", [1, 2, 4, 6, 7, 8], [])
+    assert tallies(tmp_path / "d", [1, 2, 3, 4, 5, 6, 7, 8], [3, 5]) == without
+
+
+def test_centred_directions(tmp_path: Path) -> None:
+    """Against cosines of centred vectors; another mean starts the tallies anew."""
+    policy = dataclasses.replace(small_policy("fifo", bins=64), centre="bundle")
+    mean = np.random.default_rng(1).standard_normal(HIDDEN).astype(np.float32)
+    engine = ToyEngine()
+
+    def reopen(mean: np.ndarray | None, policy: LoopPolicy = policy) -> Personalizer:
+        bundle = toy_bundle(tmp_path)
+        return Personalizer(
+            tmp_path / "state", policy, LEXICONS, engine, ToyTuner(), Clock(), bundle, mean=mean
+        )
+
+    with pytest.raises(LoopError, match="centres vectors by the bundle's mean"):
+        reopen(None)
+    with pytest.raises(LoopError, match=r"the mean of vectors is float64 \[12\]"):
+        reopen(mean.astype(np.float64))
+    with reopen(mean) as app:
+        vectors: dict[str, list[np.ndarray]] = {}
+        for number in range(30):
+            decision = app.observe(dialogue(number))
+            own = engine.embed(dialogue(number)).pooled.astype(np.float64) - mean
+            own /= np.linalg.norm(own)
+            mates = vectors.setdefault(str(decision.domain), [])
+            expected = 1 - float(np.mean([own @ mate for mate in mates])) if mates else 1.0
+            assert decision.scores is not None
+            assert decision.scores.idd == pytest.approx(expected, abs=2e-6)
+            mates.append(own)
+    with reopen(mean) as app:
+        assert app.store.log()[-1].event != "tallies_restarted"
+    with reopen(mean + 1) as app:
+        assert app.store.log()[-1].event == "tallies_restarted"
+    with reopen(None, small_policy("fifo", bins=64)) as app:
+        assert [line.event for line in app.store.log()[-2:]] == [
+            "policy_changed",
+            "tallies_restarted",
+        ]
+
+
+def test_recalled_examples_stand_before_the_conversation(tmp_path: Path) -> None:
+    class Hearing(ToyEngine):
+        heard: tuple[Turn, ...] = ()
+
+        def generate(
+            self, messages: Sequence[Turn], *, temperature: float, seed: int, max_new_tokens: int
+        ) -> str:
+            self.heard = tuple(messages)
+            return "yes"
+
+    engine = Hearing()
+    policy = dataclasses.replace(
+        small_policy("fifo", bins=64), recall_examples=3, questions_per_day=100
+    )
+    conversation = (*dialogue(77).turns, Turn("user", "bread salt oven"))
+    with open_toy(tmp_path, policy, engine=engine) as app:
+        app.generate(conversation)
+        assert engine.heard == conversation  # nothing is answered yet
+        for number in range(20):
+            app.observe(dialogue(number, exchanges=2))
+        for question in app.pending_questions()[:15]:
+            app.answer(question.id, f"walk {question.id}")
+        app.generate(conversation)
+        own = engine.embed(Dialogue("prompt", conversation)).pooled.astype(np.float64)
+
+        def cosine(number: int) -> float:
+            other = engine.embed(dialogue(number, exchanges=2)).pooled.astype(np.float64)
+            return float(own @ other / np.linalg.norm(own) / np.linalg.norm(other))
+
+        closest = sorted(sorted(range(15), key=cosine)[-3:])
+        expected = [
+            turn
+            for n in closest
+            for turn in (dialogue(n, exchanges=2).turns[2], Turn("assistant", f"walk d{n}"))
+        ]
+        assert engine.heard == (*expected, *conversation)
+        app.forget(f"d{closest[0]}")
+        app.generate(conversation)
+        assert len(engine.heard) == 9
+        assert engine.heard[0] != expected[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime_py.loop.annotation import annotated, is_held_out, may_ask
+from runtime_py.loop.annotation import check_answer, has_lapsed, is_held_out, learnt, may_ask
 from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.errors import AnswerTooLong, LoopError
 from runtime_py.loop.lesson import Capacity
@@ -115,18 +115,35 @@ def test_one_in_five_is_held_out_and_the_first() -> None:
 
 
 def test_answers() -> None:
+    one = dialogue(1, exchanges=3)
+    assert learnt(one, 2, None) == one
+    assert learnt(one, 2, "better").turns == (*one.turns[:-1], Turn("assistant", "better"))
+    assert learnt(one, 0, None).turns == one.turns[:2]
+    assert learnt(one, 1, "better").turns == (*one.turns[:3], Turn("assistant", "better"))
+    wide = Capacity(lambda dialogue: 1, longest=1)
+    check_answer(one, 1, None, 0, wide)
+    with pytest.raises(LoopError, match="is empty"):
+        check_answer(one, 1, "  ", 10_000, wide)
+    reply = len(one.turns[3].content)
+    longest = "x" * (reply + 10_000 - one.bytes)  # the whole set stays in its bin
+    check_answer(one, 1, longest, 10_000, wide)
+    with pytest.raises(AnswerTooLong, match=r"which is 1 more than its bin has left"):
+        check_answer(one, 1, f"{longest}x", 10_000, wide)
+
+
+def test_an_answer_that_cannot_be_learned_is_refused() -> None:
     one = Dialogue("d", (*dialogue(1, exchanges=2).turns[:2], *_exchange("a b c", "d e")))
     words = Capacity(lambda dialogue: len(dialogue.text.split()), longest=6)
-    assert annotated(one, None, 10_000, words) is one
-    assert annotated(one, "better still now", 10_000, words).answer == "better still now"
-    with pytest.raises(LoopError, match="is empty"):
-        annotated(one, "  ", 10_000, words)
-    with pytest.raises(AnswerTooLong, match=r"more than its bin has left"):
-        annotated(one, "x" * 10_000, 10_000, words)
-    with pytest.raises(AnswerTooLong, match="'d' has 7 tokens with this answer, and at most 6 can"):
-        annotated(one, "one two three four", 10_000, words)
+    check_answer(one, 1, "better still now", 10_000, words)
+    with pytest.raises(AnswerTooLong, match="2 of dialogue 'd' has 7 tokens with this answer, and"):
+        check_answer(one, 1, "one two three four", 10_000, words)
     with pytest.raises(AnswerTooLong, match="has 5 tokens with this answer, and at most 4 can"):
-        annotated(one, None, 10_000, words.within(4))
+        check_answer(one, 1, None, 10_000, words.within(4))
+
+
+def test_questions_lapse() -> None:
+    policy = LoopPolicy(question_days=3)
+    assert [has_lapsed(4, day, policy) for day in (3, 4, 6, 7, 8)] == [False] * 3 + [True] * 2
 
 
 def test_schedule() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from runtime_py.loop.buffer import Buffer, Candidate, Scores
 from runtime_py.loop.errors import LoopError
-from runtime_py.loop.metrics import UNIT
+from runtime_py.loop.metrics import UNIT, direction
 from runtime_py.loop.neighbours import COARSE
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.random_stream import SplitMix64
@@ -31,34 +33,76 @@ class Slow:
     stream: SplitMix64
     bins: list[Candidate | None] = field(default_factory=list)
     waiting: set[str] = field(default_factory=set)
+    questions: set[str] = field(default_factory=set)
+    observed: list[Candidate] = field(default_factory=list)
 
     def choose(self, new: Candidate) -> int | None:
         for bin, held in enumerate(self.bins):
             if held is None:
                 return bin
         held_sets = [held for held in self.bins if held is not None]
+        if not any(map(self.free, held_sets)):
+            return None
         return getattr(self, self.loop.selection)(new, held_sets)
+
+    def free(self, held: Candidate) -> bool:
+        return not self.loop.keep_asked or held.id not in self.waiting | self.questions
 
     def paper(self, new: Candidate, held: list[Candidate]) -> int | None:
         mine = new.scores
         beaten = []
         for bin, old in enumerate(held):
             s = old.scores
-            if mine.eoe > s.eoe and mine.dss > s.dss and mine.idd > s.idd:
+            won = mine.eoe > s.eoe and mine.dss > s.dss and mine.idd > s.idd
+            if won and self.free(old):
                 beaten.append(bin)
         return beaten[self.stream.below(len(beaten))] if beaten else None
 
     def random(self, new: Candidate, held: list[Candidate]) -> int | None:
         drawn = self.stream.below(new.number)
-        return drawn if drawn < len(held) else None
+        return drawn if drawn < len(held) and self.free(held[drawn]) else None
 
     def fifo(self, new: Candidate, held: list[Candidate]) -> int | None:
-        return sorted(range(len(held)), key=lambda bin: held[bin].number)[0]
+        free = [bin for bin in range(len(held)) if self.free(held[bin])]
+        return sorted(free, key=lambda bin: held[bin].number)[0]
+
+    def longest(self, new: Candidate, held: list[Candidate]) -> int | None:
+        free = [bin for bin in range(len(held)) if self.free(held[bin])]
+        shortest = min(free, key=lambda bin: (held[bin].answer_words, held[bin].number))
+        return shortest if new.answer_words > held[shortest].answer_words else None
+
+    def balanced(self, new: Candidate, held: list[Candidate]) -> int | None:
+        by_domain = {d: [b for b, h in enumerate(held) if h.domain == d] for d in range(DOMAINS)}
+        most = max(map(len, by_domain.values()))
+        own = by_domain[new.domain]
+        if len(own) + 1 < most:
+            fullest = next(bins for bins in by_domain.values() if len(bins) == most)
+            drawn = fullest[self.stream.below(most)]
+        else:
+            seen = sum(one.domain == new.domain for one in self.observed) + 1
+            place = self.stream.below(seen)
+            if place >= len(own):
+                return None
+            drawn = own[place]
+        return drawn if self.free(held[drawn]) else None
+
+    def typical(self, new: Candidate, held: list[Candidate]) -> int | None:
+        def mean(me: Candidate, others: list[Candidate]) -> Fraction:
+            if not others:
+                return Fraction(0)
+            total = sum(product(me, other) for other in others)  # of length UNIT
+            scaled = Fraction(total, len(others) * UNIT * UNIT) * 2**20 + Fraction(1, 2)
+            return Fraction(math.floor(scaled), 2**20)
+
+        def typicality(me: Candidate) -> Fraction:
+            others = [old for old in held if old is not me]
+            return mean(me, [*self.observed, new]) - mean(me, others)
+
+        free = [bin for bin in range(len(held)) if self.free(held[bin])]
+        weakest = min(free, key=lambda bin: (typicality(held[bin]), bin))
+        return weakest if typicality(new) > typicality(held[weakest]) else None
 
     def kcenter(self, new: Candidate, held: list[Candidate]) -> int | None:
-        def product(a: Candidate, b: Candidate) -> int:
-            return sum(int(x) * int(y) for x, y in zip(a.direction, b.direction, strict=True))
-
         best: tuple[int, int, int] | None = None
         for i in range(len(held)):
             for j in range(len(held)):
@@ -66,8 +110,8 @@ class Slow:
                     best = (product(held[i], held[j]), i, j)
         if best is None or max(product(new, old) for old in held) >= best[0]:
             return None
-        _, i, j = best
-        return i if held[i].number < held[j].number else j
+        free = [bin for bin in best[1:] if self.free(held[bin])]
+        return min(free, key=lambda bin: held[bin].number) if free else None
 
     def attune(self, new: Candidate, held: list[Candidate]) -> int | None:
         everyone = [*held, new]
@@ -87,7 +131,9 @@ class Slow:
         def domain_mates(me: Candidate) -> int:
             return sum(old.domain == me.domain and old is not me for old in held)
 
-        free = [bin for bin, old in enumerate(held) if old.id not in self.waiting]
+        free = [
+            bin for bin, old in enumerate(held) if old.id not in self.waiting and self.free(old)
+        ]
         if not free:
             return None
         worths = {bin: worth(held[bin], domain_mates(held[bin])) for bin in free}
@@ -99,6 +145,10 @@ class Slow:
         return weakest if gap > 0 else None
 
 
+def product(a: Candidate, b: Candidate) -> int:
+    return sum(int(x) * int(y) for x, y in zip(a.direction, b.direction, strict=True))
+
+
 class Rounded(Exception):  # noqa: N818
     pass
 
@@ -107,7 +157,8 @@ def candidate(number: int, draw: SplitMix64) -> Candidate:
     """Scores on a coarse grid, so that ties abound."""
     scores = Scores(*(draw.below(9) / 8 for _ in range(3)))
     direction = np.array([draw.below(21) - 10 for _ in range(HIDDEN)], np.int64) * STEP
-    return Candidate(f"d{number}", number, draw.below(DOMAINS), scores, direction)
+    domain = draw.below(DOMAINS + 2) % DOMAINS  # some more often than others
+    return Candidate(f"d{number}", number, domain, scores, direction, draw.below(6))
 
 
 def compare(selection: str, seed: int, length: int = 24) -> None:
@@ -117,6 +168,7 @@ def compare(selection: str, seed: int, length: int = 24) -> None:
         bins=1 + draw.below(6),
         age_fills=(1 + draw.below(40)) / 8,
         crowding=draw.below(9) / 8,
+        keep_asked=draw.below(4) > 0,
     )
     state = draw.next()
     buffer, fast_stream = Buffer(loop.bins, DOMAINS, HIDDEN), SplitMix64(state)
@@ -130,13 +182,27 @@ def compare(selection: str, seed: int, length: int = 24) -> None:
         if choice.bin is not None:
             slow.bins[choice.bin] = new
             buffer.put(choice.bin, new)
+        slow.observed.append(new)
+        buffer.see(new)
         if draw.below(4) == 0:  # an answer
             bin = draw.below(loop.bins)
             if buffer.ids[bin]:
                 slow.waiting.add(str(buffer.ids[bin]))
                 buffer.waiting[bin] = True
+        if draw.below(4) == 0:  # a question
+            bin = draw.below(loop.bins)
+            if buffer.ids[bin] and not buffer.was_asked[bin]:
+                slow.questions.add(str(buffer.ids[bin]))
+                buffer.ask(bin)
+        if draw.below(4) == 0 and slow.questions:  # it lapses
+            id = min(slow.questions)
+            slow.questions.remove(id)
+            buffer.end_question(id)
         if draw.below(8) == 0:  # forgetting
             bin = draw.below(loop.bins)
+            if (gone := slow.bins[bin]) is not None:
+                slow.observed = [one for one in slow.observed if one is not gone]
+                buffer.unsee(bin)
             slow.bins[bin] = None
             buffer.clear(bin)
         assert buffer.ids == [held.id if held else None for held in slow.bins]
@@ -224,11 +290,74 @@ def test_attune_keeps_what_was_answered_and_not_learnt() -> None:
         buffer.put(number - 1, candidate(number, stream))
     buffer.waiting[:] = True
     choice = choose(buffer, candidate(3, stream), stream, loop)
+    assert (choice.bin, choice.reason) == (None, "asked_about")
+    anyhow = dataclasses.replace(loop, keep_asked=False)
+    choice = choose(buffer, candidate(3, stream), stream, anyhow)
     assert (choice.bin, choice.reason) == (None, "all_wait_for_fine_tuning")
     buffer.waiting[1] = False
     assert choose(buffer, candidate(3, stream), stream, loop).bin == 1
 
 
 def test_an_unknown_policy_names_the_known() -> None:
-    with pytest.raises(LoopError, match="expected one of paper, random, fifo, kcenter, attune"):
+    with pytest.raises(LoopError, match=r"one of paper, random, fifo, kcenter, .*, attune\."):
         find_policy("best")
+
+
+def test_balanced_shares_the_buffer_and_is_fair_within_a_domain() -> None:
+    """Nine sets in ten are of one domain; every set of a domain is kept as often."""
+    kept = np.zeros(200)
+    for seed in range(600):
+        loop, stream = LoopPolicy(selection="balanced", bins=6), SplitMix64(seed)
+        buffer = Buffer(loop.bins, DOMAINS, HIDDEN)
+        for number in range(1, 201):
+            domain = 1 if number % 10 == 0 else 0
+            scores, direction = Scores(0, 0, 0), np.zeros(HIDDEN, np.int64)
+            new = Candidate(f"d{number}", number, domain, scores, direction)
+            bin = choose(buffer, new, stream, loop).bin
+            if bin is not None:
+                buffer.put(bin, new)
+            buffer.see(new)
+        assert abs(int(buffer.counts[0]) - int(buffer.counts[1])) <= 1
+        kept[buffer.numbers - 1] += 1
+    rare = np.arange(1, 201) % 10 == 0
+    share = kept[rare].sum() / 600  # sets of the rare domain that a run keeps
+    for group, expected in ((kept[rare], 30 * share), (kept[~rare], 10 / 3 * (6 - share))):
+        assert (abs(group - expected) < 5 * expected**0.5 + 1).all()
+
+
+def test_typical_keeps_the_middle_of_a_stream() -> None:
+    """Three groups of directions, and lone ones: the groups stay, the lone ones leave."""
+    loop, stream, draw = LoopPolicy(selection="typical", bins=6), SplitMix64(0), SplitMix64(5)
+    buffer = Buffer(6, DOMAINS, 16)
+    for number in range(1, 121):
+        vector = np.array([draw.below(7) - 3 for _ in range(16)], np.float32)
+        lone = number % 4 == 0
+        vector[3 + number // 4 % 13 if lone else number % 3] += 60
+        new = Candidate(f"d{number}", number, int(lone), Scores(0, 0, 0), direction(vector))
+        bin = choose(buffer, new, stream, loop).bin
+        if bin is not None:
+            buffer.put(bin, new)
+        buffer.see(new)
+    assert buffer.counts[1] == 0
+    groups = {int(number) % 3 for number in buffer.numbers[buffer.domains == 0]}
+    assert groups == {0, 1, 2}
+
+
+@pytest.mark.parametrize("selection", sorted(POLICIES))
+def test_what_is_asked_about_stays(selection: str) -> None:
+    draw, loop = SplitMix64(3), LoopPolicy(selection=selection, bins=4, age_fills=0.1)
+    buffer, stream = Buffer(4, DOMAINS, HIDDEN), SplitMix64(1)
+    for number in range(1, 5):
+        buffer.put(number - 1, candidate(number, draw))
+        buffer.see(candidate(number, draw))
+    buffer.ask(1)
+    buffer.waiting[2] = True
+    for number in range(5, 200):
+        new = candidate(number, draw)
+        bin = choose(buffer, new, stream, loop).bin
+        assert bin not in (1, 2)
+        if bin is not None:
+            buffer.put(bin, new)
+        buffer.see(new)
+    assert buffer.ids[1:3] == ["d2", "d3"]
+    assert buffer.ids[0] != "d1" or buffer.ids[3] != "d4"

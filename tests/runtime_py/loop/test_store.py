@@ -17,10 +17,11 @@ from runtime_py.loop.errors import DiskFull, LoopError, StoreBusy, StoreDamaged
 from runtime_py.loop.log import replay
 from runtime_py.loop.personalizer import STORE
 from runtime_py.loop.random_stream import SplitMix64
+from runtime_py.loop.records import annotated_sets
 from runtime_py.loop.recovery import recover
 from runtime_py.loop.schedule import Moment
 from runtime_py.loop.store import open_store
-from runtime_py.loop.store_schema import MIGRATIONS, TABLES
+from runtime_py.loop.store_schema import MIGRATIONS, TABLES, tables_of
 from tests.runtime_py.loop.toy import NIGHT, ToyTuner, dialogue, open_toy, small_policy
 
 NOW = Moment(1.0, 0)
@@ -252,6 +253,78 @@ def test_recover_refuses_what_it_cannot_do(used: Path, tmp_path: Path) -> None:
         recover(junk, tmp_path / "new", NOW)
     with pytest.raises(StoreDamaged):
         open_store(junk)
+
+
+def make_older(used: Path) -> None:
+    """The store as the first schema had it."""
+    old = used.with_name("old.sqlite")
+    with closing(sqlite3.connect(used)) as new, closing(sqlite3.connect(old)) as connection:
+        for statement in MIGRATIONS[0]:
+            connection.execute(statement)
+        for table in tables_of(1):
+            columns = [row[1] for row in connection.execute(f"PRAGMA table_info ({table})")]
+            names, marks = ", ".join(columns), ", ".join("?" * len(columns))
+            for row in new.execute(f"SELECT {names} FROM {table}").fetchall():
+                connection.execute(f"INSERT INTO {table} VALUES ({marks})", row)
+        connection.execute("DELETE FROM meta WHERE key = 'directions'")
+        connection.execute("DELETE FROM streams WHERE name = 'asking'")
+        connection.execute("DELETE FROM counters WHERE name = 'asking_day'")
+        connection.execute(f"PRAGMA application_id = {store_schema.APPLICATION_ID}")
+        connection.execute("PRAGMA user_version = 1")
+        connection.commit()
+    for path in used.parent.glob(f"{used.name}*"):
+        path.unlink()
+    old.rename(used)
+
+
+def test_a_store_of_the_first_schema_opens(used: Path, tmp_path: Path) -> None:
+    def later() -> Moment:
+        return Moment(1000.0, 9)
+
+    with open_toy(tmp_path, small_policy("fifo", bins=16, every=15), clock=later) as app:
+        app.observe(dialogue(500))
+        before = annotated_sets(app.store)
+        stored = app.status().stored
+        asked = [question.id for question in app.pending_questions()]
+    assert asked
+    make_older(used)
+    with open_toy(tmp_path, small_policy("fifo", bins=16, every=15), clock=later) as app:
+        assert app.store.rows("PRAGMA user_version") == [(len(MIGRATIONS),)]
+        assert app.lost() == ()
+        assert annotated_sets(app.store) == before
+        events = [line.event for line in app.store.log()]
+        assert events[-2:] == ["streams_restarted", "tallies_restarted"]
+        assert app.store.stream("asking").state == small_policy().seed + 3
+        assert app.store.rows("SELECT sum (observed) FROM tallies") == [(stored,)]
+        questions = app.pending_questions()
+        assert [question.id for question in questions] == asked
+        assert all(q.exchange == q.dialogue.exchanges - 1 for q in questions)
+        app.answer(asked[0], "walk")
+        assert app.observe(dialogue(501)).number == 42
+
+
+def test_a_damaged_store_of_the_first_schema_is_recovered(used: Path, tmp_path: Path) -> None:
+    make_older(used)
+    whole = used.read_bytes()
+    assert recover(used, tmp_path / "new.sqlite", NOW).problems == ()
+    raw = bytearray(whole)
+    raw[:4096] = b"\xaa" * 4096
+    used.write_bytes(raw)
+    report = recover(used, tmp_path / "newer.sqlite", NOW)
+    assert report.problems == ("the first page was damaged and was taken from an empty store.",)
+    _, lost, observed = opened(tmp_path / "newer.sqlite", tmp_path)
+    assert (lost, observed) == ((), 41)
+
+
+def test_lost_tallies_begin_anew(used: Path, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(used)) as connection:
+        connection.execute("DELETE FROM tallies WHERE domain = 'food'")
+        connection.commit()
+    with open_toy(tmp_path, small_policy(bins=16, every=15)) as app:
+        assert app.store.log()[-1].event == "tallies_restarted"
+        stored = app.status().domains
+        rows = dict(app.store.rows("SELECT domain, observed FROM tallies WHERE observed > 0"))
+        assert rows == stored
 
 
 @pytest.fixture

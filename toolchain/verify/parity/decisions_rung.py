@@ -62,6 +62,8 @@ def live(
         bins=BINS,
         bin_bytes=4 * context.bundle.manifest.model.hidden + 16384,
         questions_per_day=1000,
+        asking="entry",  # everything happens on one day
+        keep_asked=False,  # so that sets are replaced though all are asked about
         heldout_every=3,
         paraphrases=0,  # they are sampled at a temperature: the text below is not
         fine_tune_every_sets=len(stream),

@@ -12,11 +12,11 @@ from runtime_py.engine.streamed_tuner import TrainingCall
 from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import FineTuneJob, FineTuneResult
-from toolchain.fleet.costs import PhoneCosts
 from toolchain.fleet.counted import CountedEngine, Ledger
 from toolchain.simulate.device import find_device
 from toolchain.simulate.rhythm import Clock
 from toolchain.simulate.roofline import Cost
+from toolchain.study.phone_costs import PhoneCosts
 
 PIXEL = find_device("pixel-8")
 
