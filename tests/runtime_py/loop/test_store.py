@@ -305,8 +305,13 @@ def test_a_store_of_the_first_schema_opens(used: Path, tmp_path: Path) -> None:
         assert app.observe(dialogue(501)).number == 42
 
 
-def test_a_damaged_store_of_the_first_schema_is_recovered(used: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("opened_since", [False, True])
+def test_a_damaged_store_of_the_first_schema_is_recovered(
+    used: Path, tmp_path: Path, opened_since: bool
+) -> None:
     make_older(used)
+    if opened_since:  # its new tables lie behind its rows
+        open_toy(tmp_path, small_policy(bins=16, every=15)).close()
     whole = used.read_bytes()
     assert recover(used, tmp_path / "new.sqlite", NOW).problems == ()
     raw = bytearray(whole)
