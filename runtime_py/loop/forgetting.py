@@ -54,9 +54,9 @@ def forget(
     with store.transaction(durable=True):
         if bin is not None:
             domain = lexicons.names[buffer.domains[bin]]
-            columns = ("observed", "asked") if buffer.was_asked[bin] else ("observed",)
-            for column in columns:
-                count_direction(store, column, domain, buffer.directions[bin], -1)
+            count_direction(store, "observed", domain, buffer.directions[bin], -1)
+            if buffer.was_asked[bin]:
+                count_direction(store, "asked", domain, buffer.directions[bin], -1)
         stored = store.execute("DELETE FROM sets WHERE id = ?", id) > 0
         for (job,) in begun:
             jobs.end(job)

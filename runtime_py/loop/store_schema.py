@@ -107,14 +107,13 @@ _VERSION_2 = (
     # whether it was ever asked about, and the words of the reply that would be; null: of the last
     "ALTER TABLE sets ADD COLUMN asked INTEGER NOT NULL DEFAULT 0",
     "ALTER TABLE sets ADD COLUMN answer_words INTEGER",
-    # of what was measured, and of what was asked about: how many, and the sum of their directions
     """CREATE TABLE tallies (
-        domain TEXT PRIMARY KEY,
-        observed INTEGER NOT NULL,
-        observed_sum BLOB NOT NULL,  -- int64, little endian [hidden]
-        asked INTEGER NOT NULL,
-        asked_sum BLOB NOT NULL
-    ) WITHOUT ROWID""",
+        kind TEXT NOT NULL,       -- observed or asked
+        domain TEXT NOT NULL,
+        sets INTEGER NOT NULL,
+        sum BLOB NOT NULL,        -- of their directions: int64, little endian [hidden]
+        PRIMARY KEY (kind, domain)
+    )""",
 )
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Literal
 
 import numpy as np
 
@@ -12,9 +13,10 @@ from runtime_py.loop.lexicons import Lexicons
 from runtime_py.loop.neighbours import coarse
 from runtime_py.loop.schedule import Moment
 from runtime_py.loop.store import Store
+from runtime_py.loop.tally import Tally
 
 _KEY = "directions"  # in meta: what the sums' directions and domains depend on
-_COLUMNS = ("observed", "asked")
+Kind = Literal["observed", "asked"]
 
 
 def load_tallies(store: Store, buffer: Buffer, lexicons: Lexicons, now: Moment) -> None:
@@ -27,50 +29,50 @@ def load_tallies(store: Store, buffer: Buffer, lexicons: Lexicons, now: Moment) 
     buffer.count_stored()
     with store.transaction(durable=True):
         store.execute("DELETE FROM tallies")
-        for place, name in enumerate(names):
-            values: list[object] = []
-            for tally in (buffer.observed, buffer.asked):
-                total = tally.sums[place].astype("<i8").tobytes()
-                values += [int(tally.counts[place]), total]
-            store.execute("INSERT INTO tallies VALUES (?, ?, ?, ?, ?)", name, *values)
+        for kind, tally in _by_kind(buffer).items():
+            for name, count, total in zip(names, tally.counts, tally.sums, strict=True):
+                values = (kind, name, int(count), total.astype("<i8").tobytes())
+                store.execute("INSERT INTO tallies VALUES (?, ?, ?, ?)", *values)
         store.set_meta(_KEY, key)
         if store.count("observed"):
             store.append(now, "tallies_restarted", None, {"sets": buffer.observed.count})
 
 
-def _read(store: Store, buffer: Buffer, names: tuple[str, ...]) -> bool:
-    """False where the rows are not one a domain, or of another length."""
-    rows = store.rows("SELECT domain, observed, observed_sum, asked, asked_sum FROM tallies")
-    size = 8 * buffer.directions.shape[1]
-    sound = all(len(total) == size for row in rows for total in row[2::2])
-    if not sound or {row[0] for row in rows} != set(names):
-        return False
-    for domain, *values in rows:
-        place = names.index(domain)
-        for tally, count, total in zip(
-            (buffer.observed, buffer.asked), values[::2], values[1::2], strict=True
-        ):
-            tally.counts[place], tally.sums[place] = count, np.frombuffer(total, "<i8")
-    return True
-
-
 def count_direction(
-    store: Store, column: str, domain: str, direction: np.ndarray, times: int = 1
+    store: Store, kind: Kind, domain: str, direction: np.ndarray, times: int = 1
 ) -> None:
-    """Inside a transaction: adds one set of a domain to the tally ``column``, ``observed`` or
-    ``asked``, or takes it away (``times`` −1); ``direction`` is int [hidden]."""
-    if column not in _COLUMNS:
-        raise ValueError(f"there is no tally {column!r}; expected {' or '.join(_COLUMNS)}.")
+    """Inside a transaction: adds one set of a domain to a tally, or takes it away (``times`` −1);
+    ``direction`` is int [hidden]."""
     ((count, total),) = store.rows(
-        f"SELECT {column}, {column}_sum FROM tallies WHERE domain = ?", domain
+        "SELECT sets, sum FROM tallies WHERE kind = ? AND domain = ?", kind, domain
     )
     changed = np.frombuffer(total, "<i8") + times * coarse(direction).astype("<i8")
     store.execute(
-        f"UPDATE tallies SET {column} = ?, {column}_sum = ? WHERE domain = ?",
+        "UPDATE tallies SET sets = ?, sum = ? WHERE kind = ? AND domain = ?",
         count + times,
         changed.tobytes(),
+        kind,
         domain,
     )
+
+
+def _by_kind(buffer: Buffer) -> dict[str, Tally]:
+    return {"observed": buffer.observed, "asked": buffer.asked}
+
+
+def _read(store: Store, buffer: Buffer, names: tuple[str, ...]) -> bool:
+    """False where there is not one row of each kind and domain, or one of another length."""
+    rows = store.rows("SELECT kind, domain, sets, sum FROM tallies")
+    tallies = _by_kind(buffer)
+    size = 8 * buffer.directions.shape[1]
+    whole = {(kind, name) for kind in tallies for name in names}
+    if {row[:2] for row in rows} != whole or any(len(row[3]) != size for row in rows):
+        return False
+    for kind, domain, count, total in rows:
+        place = names.index(domain)
+        tallies[kind].counts[place] = count
+        tallies[kind].sums[place] = np.frombuffer(total, "<i8")
+    return True
 
 
 def _key(mean: np.ndarray | None, names: tuple[str, ...]) -> str:

@@ -63,7 +63,7 @@ def everything(folder: Path) -> dict[str, object]:
     def read(app: Personalizer) -> dict[str, object]:
         tables = ("counters", "streams", "tallies", "sets", "questions", "annotations", "synthetic")
         found: dict[str, object] = {
-            table: app.store.rows(f"SELECT * FROM {table} ORDER BY 1")
+            table: app.store.rows(f"SELECT * FROM {table} ORDER BY 1, 2")
             for table in (*tables, "adapters", "learnt", "jobs", "log")
         }
         found["lost"] = app.lost()

@@ -417,7 +417,7 @@ def test_forgetting_leaves_the_tallies_too(tmp_path: Path) -> None:
                 app.observe(dialogue(number))
             for number in forgotten:
                 app.forget(f"d{number}")
-            return app.store.rows("SELECT * FROM tallies ORDER BY domain")
+            return app.store.rows("SELECT * FROM tallies ORDER BY kind, domain")
 
     without = tallies(tmp_path / "a", [1, 2, 4, 6, 7, 8], [])
     assert tallies(tmp_path / "b", [1, 2, 3, 4, 6, 7, 8], [3]) != without  # the fifth is not asked

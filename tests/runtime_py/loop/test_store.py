@@ -295,7 +295,9 @@ def test_a_store_of_the_first_schema_opens(used: Path, tmp_path: Path) -> None:
         events = [line.event for line in app.store.log()]
         assert events[-2:] == ["streams_restarted", "tallies_restarted"]
         assert app.store.stream("asking").state == small_policy().seed + 3
-        assert app.store.rows("SELECT sum (observed) FROM tallies") == [(stored,)]
+        assert app.store.rows("SELECT sum (sets) FROM tallies WHERE kind = 'observed'") == [
+            (stored,)
+        ]
         questions = app.pending_questions()
         assert [question.id for question in questions] == asked
         assert all(q.exchange == q.dialogue.exchanges - 1 for q in questions)
@@ -303,8 +305,13 @@ def test_a_store_of_the_first_schema_opens(used: Path, tmp_path: Path) -> None:
         assert app.observe(dialogue(501)).number == 42
 
 
-def test_a_damaged_store_of_the_first_schema_is_recovered(used: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("opened_since", [False, True])
+def test_a_damaged_store_of_the_first_schema_is_recovered(
+    used: Path, tmp_path: Path, opened_since: bool
+) -> None:
     make_older(used)
+    if opened_since:  # its new tables lie behind its rows
+        open_toy(tmp_path, small_policy(bins=16, every=15)).close()
     whole = used.read_bytes()
     assert recover(used, tmp_path / "new.sqlite", NOW).problems == ()
     raw = bytearray(whole)
@@ -323,7 +330,9 @@ def test_lost_tallies_begin_anew(used: Path, tmp_path: Path) -> None:
     with open_toy(tmp_path, small_policy(bins=16, every=15)) as app:
         assert app.store.log()[-1].event == "tallies_restarted"
         stored = app.status().domains
-        rows = dict(app.store.rows("SELECT domain, observed FROM tallies WHERE observed > 0"))
+        rows = dict(
+            app.store.rows("SELECT domain, sets FROM tallies WHERE kind = 'observed' AND sets > 0")
+        )
         assert rows == stored
 
 
