@@ -59,5 +59,5 @@ def test_what_cannot_be_written_is_refused_where_it_is_made() -> None:
             replace(one.scores, loss=(loss,))
     with pytest.raises(LoopError, match="equal numbers"):
         replace(one.scores, loss=(1.0, 2.0))
-    with pytest.raises(LoopError, match="names a test dialogue twice"):
+    with pytest.raises(LoopError, match="name a test dialogue twice"):
         result("base", 0, "aa", [1.0, 1.0], [1, 1])
