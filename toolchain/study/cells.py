@@ -158,6 +158,15 @@ class CellResult:
     scores: Scores
     facts: Mapping[str, float | int | str | None]
 
+    def __post_init__(self) -> None:
+        try:
+            canonical([asdict(self.scores), dict(self.facts)])
+        except (TypeError, ValueError) as error:
+            raise LoopError(
+                f"a cell's result cannot be written ({error}): expected plain, finite numbers, "
+                f"text and None."
+            ) from None
+
     def to_json(self) -> bytes:
         """Canonical, without what was measured of the machine: equal results, equal bytes."""
         return canonical(asdict(self.settled())) + b"\n"
