@@ -250,5 +250,5 @@ def _whole(half: Tensor, head_dim: int, rest: float) -> Tensor:
     """[S, 1, n] for pairs -> [S, 1, D] for channels; those not rotated get ``rest``."""
     parts = [half, half]
     if (left := head_dim - 2 * half.shape[-1]) > 0:
-        parts.append(torch.full((half.shape[0], 1, left), rest))
+        parts.append(torch.full((half.shape[0], 1, left), rest, device=half.device))
     return torch.cat(parts, dim=-1)

@@ -7,7 +7,7 @@ from typing import cast
 
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.loop.dialogue import Turn
-from runtime_py.loop.errors import BundleError
+from runtime_py.loop.errors import BundleError, PromptTooLong
 
 
 class ChatText:
@@ -23,6 +23,7 @@ class ChatText:
             if index is not None:
                 setattr(self.tokenizer, name, self.tokenizer.convert_ids_to_tokens(index))
         self.template = (bundle.path / facts.chat_template).read_text(encoding="utf-8")
+        self._context = bundle.manifest.model.context
         self.stops = [str(self.tokenizer.convert_ids_to_tokens(index)) for index in facts.eos_ids]
 
     def render(self, turns: Sequence[Turn], reply: bool = False) -> str:
@@ -41,6 +42,23 @@ class ChatText:
         """Token ids, and which characters of the text each stands for: [begin, end)."""
         encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
+
+    def prompt(self, messages: Sequence[Turn], prefix: str = "") -> list[int]:
+        """Token ids up to where the assistant begins to speak, and of what its reply begins with.
+
+        Where they fill the context the oldest exchanges are left out. Raises ``PromptTooLong``
+        where even the last message does.
+        """
+        taken = 0
+        for first in range(0, len(messages), 2):
+            ids = self.encode(self.render(messages[first:], reply=True) + prefix)
+            taken = len(ids)
+            if taken < self._context:
+                return ids
+        raise PromptTooLong(
+            f"the last message takes {taken} tokens, and the model's context holds "
+            f"{self._context}, of which a reply needs one; shorten the message."
+        )
 
     def assistant_spans(self, turns: Sequence[Turn]) -> list[tuple[int, int]]:
         """Where the assistant speaks in ``render(turns)``: characters [begin, end) of each of its

@@ -50,7 +50,8 @@ class Program(_Section):
 
 class Model(_Section):
     """``heads``, ``kv_heads``: of queries, and of keys and values; ``head_dim``: channels of one;
-    ``intermediate``: width of the MLP; ``context``: the most tokens."""
+    ``intermediate``: width of the MLP; ``context``: the most tokens; ``config``: the file with the
+    model's Hugging Face configuration, for tools that build it anew."""
 
     name: str
     source: str
@@ -64,6 +65,7 @@ class Model(_Section):
     head_dim: int
     intermediate: int
     context: int
+    config: str
 
 
 class Tokenizer(_Section):
@@ -223,8 +225,9 @@ class Manifest(_Section):
     def _names_checked_files(self) -> Manifest:
         """Whatever a host will open is among ``files``, or a folder of them."""
         programs = [p for target in (self.android, self.ios) if target for p in target.programs]
-        named = [self.tokenizer.file, self.tokenizer.chat_template, self.adapter.peft]
-        named += [p.file for p in programs] + [self.adapter.runtime or self.adapter.peft]
+        named = [self.model.config, self.tokenizer.file, self.tokenizer.chat_template]
+        named += [p.file for p in programs]
+        named += [self.adapter.peft, self.adapter.runtime or self.adapter.peft]
         named += self.policy.lexicons
         named += [file for file in (self.policy.general, self.policy.replay) if file]
         if self.training:

@@ -17,7 +17,7 @@ from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.native import silenced
 from runtime_py.loop.dialogue import Dialogue, Turn
-from runtime_py.loop.errors import LoopError, PromptTooLong
+from runtime_py.loop.errors import LoopError
 from runtime_py.loop.protocols import Embedding
 from runtime_py.loop.random_stream import SplitMix64
 
@@ -110,7 +110,7 @@ class PhoneEngine:
         """Ends at an end token, after ``max_new_tokens``, or with the context. Where messages and
         ``prefix`` fill the context the oldest exchanges are left out; raises ``PromptTooLong``
         where even the last message does."""
-        prompt = self._prompt(messages, prefix)
+        prompt = self.text.prompt(messages, prefix)
         lm = self._loaded("forward")
         stops = set(self._bundle.manifest.tokenizer.eos_ids)
         chance = SplitMix64(seed)
@@ -128,18 +128,6 @@ class PhoneEngine:
         self._on_call(LmCall("decode", len(written), len(prompt)))
         text = self.text.tokenizer.decode(written, skip_special_tokens=True)
         return cast(str, text).strip()  # of one list of tokens one text
-
-    def _prompt(self, messages: Sequence[Turn], prefix: str) -> list[int]:
-        context, taken = self._bundle.manifest.model.context, 0
-        for first in range(0, len(messages), 2):
-            ids = self.text.encode(self.text.render(messages[first:], reply=True) + prefix)
-            taken = len(ids)
-            if taken < context:
-                return ids
-        raise PromptTooLong(
-            f"the last message takes {taken} tokens, and the model's context holds {context}, of "
-            f"which a reply needs one; shorten the message."
-        )
 
 
 def _tokens(ids: Sequence[int]) -> Tensor:

@@ -43,8 +43,11 @@ class Lessons:
         return max(e.inputs for e in (*self.training, *self.stopping, *self.guard))
 
 
-def lessons(job: FineTuneJob, text: ChatText, longest: int, bundle: Bundle) -> Lessons:
-    """What the job learns and is judged by, with the bundle's own dialogues and text.
+def lessons(
+    job: FineTuneJob, text: ChatText, longest: int, bundle: Bundle | None = None
+) -> Lessons:
+    """What the job learns and is judged by, with the bundle's own dialogues and text where the job
+    asks for them.
 
     Raises ``TrainingError`` where a dialogue reads more than ``longest`` tokens: nothing is cut
     here, for a reply that is cut is not what the user wanted."""
@@ -63,6 +66,13 @@ def lessons(job: FineTuneJob, text: ChatText, longest: int, bundle: Bundle) -> L
         raise TrainingError(
             f"job {job.number} has {len(whole.training)} dialogues to learn and "
             f"{len(whole.guard)} to judge by: give at least one of each."
+        )
+    if not job.replay_share and job.forgetting_bound >= UNBOUNDED:
+        return whole
+    if bundle is None:
+        raise TrainingError(
+            f"job {job.number} replays dialogues or bounds what is forgotten, and both come with a "
+            f"bundle: give it one."
         )
     return _with_generic(whole, job, text, bundle)
 

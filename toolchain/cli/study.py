@@ -171,18 +171,21 @@ def _show(summary: Summary) -> None:
         if one.rows:
             output.print(f"\n[bold]{escape(one.title)}[/]")
             _print_table(one)
+    minutes = summary.study.folder.seconds(summary.study.done) / 60
+    output.print(f"\n{len(summary.study.done):,} cells in {minutes:,.1f} minutes of all workers")
     if summary.missing:
-        output.print(f"\n{summary.missing:,} of {summary.cells:,} cells are missing")
+        output.print(f"{summary.missing:,} of {summary.cells:,} cells are missing")
 
 
 def _print_table(one: StudyTable) -> None:
-    """Without ROUGE-L, for which a terminal has no room."""
-    shown = list(range(len(one.heads)))
+    """Without what a terminal has no room for."""
+    narrow = {"ROUGE-L", "dialogues", "difference"}
+    hidden = {place for place, head in enumerate(one.heads) if head in narrow}
     if "ROUGE-L" in one.heads:
-        without = one.heads.index("ROUGE-L")
-        shown = [place for place in shown if place not in (without, without + 1)]
+        hidden.add(one.heads.index("ROUGE-L") + 1)  # its change
+    shown = [place for place in range(len(one.heads)) if place not in hidden]
     heads = [one.heads[place] for place in shown]
-    table = plain_table(heads, texts=heads[:1], whole=("orderings", heads[0]))
+    table = plain_table(heads, texts=(heads[0], "streams", "score"), whole=("orderings", heads[0]))
     for row in one.rows:
         table.add_row(*(escape(str(row[place].content)) for place in shown))
     output.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from toolchain import defaults
 from toolchain.compile.android import compile_android
 from toolchain.compile.bundle_manifest import (
     CHAT_TEMPLATE,
+    CONFIG,
     PEFT,
     TOKENIZER,
     make_manifest,
@@ -167,6 +169,8 @@ def _finish(job: ExportJob, results: Mapping[str, TargetResult], progress: Progr
     tokenizer = checkpoint.tokenizer.backend_tokenizer.to_str(pretty=True)
     (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
     (folder / CHAT_TEMPLATE).write_text(checkpoint.chat_template, encoding="utf-8")
+    config = json.dumps(checkpoint.config.to_dict(), indent=1, sort_keys=True, default=str)
+    (folder / CONFIG).write_text(config + "\n", encoding="utf-8")
     keeper, weights = _weights(results)
     order = dict.fromkeys((keeper, *results))
     write_golden(

@@ -22,8 +22,9 @@ from toolchain.compile.paraphrase_forms import choose_form, trial_dialogues, unm
 from toolchain.compile.policy_file import FORM, within_lengths
 from toolchain.compile.tested_versions import tested_versions
 
-PEFT, TOKENIZER, CHAT_TEMPLATE, LEXICON_FOLDER = (
+PEFT, CONFIG, TOKENIZER, CHAT_TEMPLATE, LEXICON_FOLDER = (
     "adapter",
+    "config.json",
     "tokenizer.json",
     "chat_template.jinja",
     "lexicons",
@@ -97,6 +98,7 @@ def _model(job: ExportJob) -> m.Model:
         head_dim=spec.head_dim,
         intermediate=spec.intermediate,
         context=spec.context,
+        config=CONFIG,
     )
 
 

@@ -31,6 +31,7 @@ h3 {{ font-size: 1rem; margin: 0 0 .4rem; }} p {{ max-width: 48rem; }}
 .tiles b {{ display: block; font-size: 1.35rem; font-weight: 600; }}
 .columns {{ display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }}
+.stack {{ display: grid; gap: 1rem; }}
 .columns .card {{ margin: 0 0 .7rem; }}
 .figures {{ display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); }}

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ OPTIONS: dict[str, Value] = {
     "tests": 0,  # that nothing has seen and the scores are of; 0: as the recipe, 200 of a dataset
     "rows": "",  # of the datasets: a name in ROW_SETS, empty: the recipe's own
     "answers": 0,  # the user gives at most; 0: as many as the policy's questions get
+    "answer_tokens": 0,  # of all answers together at most; 0: no bound
     "steps": 0,  # of training, the same for every row; 0: what the policy's budget gives
     "nights": 1,  # of fine-tuning, spread evenly over what is observed
     "user": "ideal",  # a name in USERS
@@ -47,7 +48,7 @@ OPTIONS: dict[str, Value] = {
     "estimator": "norm",  # of EOE: a name in ESTIMATORS
     "without": "",  # the score that selection does not see: a name in SCORES_OF_SELECTION
     "preset": "",  # of the policy: a name in PRESETS; empty: the bundle's own policy
-    "precision": "",  # of the base weights, empty: the bundle's own
+    "general_tokens": 4096,  # of the general text that forgetting is measured on
     "examples": 4,  # answered sets in the prompt: retrieval, retrieval_trained, random_examples
     "reply_tokens": 64,  # of a reply at most, greedy
 }
@@ -65,7 +66,6 @@ ESTIMATORS: dict[str, str] = {
 }
 SCORES_OF_SELECTION = ("eoe", "dss", "idd")
 ROW_SETS = ("development", "judging", "all")  # what is tuned on, and what never is
-PRECISIONS = ("8da4w", "8da8w", "float32")
 MEASURED = frozenset({"seconds", "peak_memory_mb"})  # facts of a machine, not of the cell
 
 
@@ -160,9 +160,12 @@ class CellResult:
 
     def to_json(self) -> bytes:
         """Canonical, without what was measured of the machine: equal results, equal bytes."""
+        return canonical(asdict(self.settled())) + b"\n"
+
+    def settled(self) -> CellResult:
+        """Without the facts of the machine: what ``from_json`` gives of ``to_json``."""
         told = {name: fact for name, fact in self.facts.items() if name not in MEASURED}
-        raw = {"cell": asdict(self.cell), "scores": asdict(self.scores), "facts": told}
-        return canonical(raw) + b"\n"
+        return replace(self, facts=told)
 
     def measured(self) -> dict[str, float | int | str | None]:
         """The facts of the machine it ran on."""

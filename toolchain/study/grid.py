@@ -14,7 +14,6 @@ from runtime_py.loop.replacement import POLICIES
 from toolchain.study.cells import (
     ESTIMATORS,
     OPTIONS,
-    PRECISIONS,
     ROW_SETS,
     ROWS,
     SCORES_OF_SELECTION,
@@ -29,7 +28,6 @@ CHOICES: dict[str, Sequence[str]] = {  # of options whose values are names
     "estimator": tuple(ESTIMATORS),
     "without": ("", *SCORES_OF_SELECTION),
     "rows": ("", *ROW_SETS),
-    "precision": ("", *PRECISIONS),
 }
 _LEAST: dict[str, float] = {
     "observed": 1,

@@ -36,7 +36,7 @@ def page(summary: Summary) -> str:
         *_notes(summary),
         element("div", *_tiles(summary), kind="tiles"),
         _primary(summary),
-        *drawn,
+        element("div", *drawn, kind="stack"),
         *[section(one.title, _markup(one)) for one in tables(summary)],
         section("Contrasts", _markup(contrasts)) if contrasts.rows else Markup(""),
         _method(summary),
@@ -98,12 +98,7 @@ def _primary(summary: Summary) -> Markup:
 
 
 def _markup(one: StudyTable) -> Markup:
-    """Its columns but the first are numbers; heads may stand twice, so they are told by cells."""
-    rows = [
-        [row[0], *(html.Cell(cell.content, f"number {cell.kind}".strip()) for cell in row[1:])]
-        for row in one.rows
-    ]
-    return table(one.heads, rows)
+    return table(one.heads, one.rows, numbers=one.heads[1:])
 
 
 def _method(summary: Summary) -> Markup:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,11 @@ def pictures(summary: Summary) -> list[Picture]:
         note = f"Change of held-out loss to {base}; all else as in the row."
         made.append(_curves(summary, name, title, note))
     made.append(
-        _costs(summary, "Held-out loss against what a night takes of each phone (modelled).")
+        _costs(
+            summary,
+            "Held-out loss against what a night takes of each phone (modelled), means over the "
+            "streams; named are rows that no other beats on both.",
+        )
     )
     return [picture for picture in made if picture is not None]
 
@@ -172,32 +176,63 @@ def _curve(axes: Axes, label: str, points: _Points) -> None:
             axes.plot([value], [100 * point], ".", color=line.get_color(), markersize=3)
 
 
+@dataclass(frozen=True)
+class _Cost:
+    """Of a line on a phone, means over its streams. ``gain``: change of loss in percent."""
+
+    label: str
+    cost: float
+    gain: float
+
+
 @house_style()
 def _costs(summary: Summary, note: str) -> Picture | None:
     kinds = {"minutes.": "minutes of a night", "memory_mb.": "peak memory, MB"}
-    found = {kind: list(_cost_points(summary, kind)) for kind in kinds}
-    found = {kind: points for kind, points in found.items() if points}
+    found = {kind: _phones(summary, kind) for kind in kinds}
+    found = {kind: phones for kind, phones in found.items() if phones}
     if not found:
         return None
     figure, axes = _grid(len(found), height=_HEIGHT + 0.4, width=4.6)
-    for where, (kind, points) in zip(axes, found.items(), strict=True):
-        for index, phone in enumerate(dict.fromkeys(phone for phone, _, _ in points)):
-            own = [(cost, gain) for name, cost, gain in points if name == phone]
-            across, up = zip(*own, strict=True)
-            where.plot(across, up, "o", markersize=4, alpha=0.8, label=phone,
-                       color=SERIES[index % len(SERIES)])  # fmt: skip
+    for where, (kind, phones) in zip(axes, found.items(), strict=True):
+        for index, (phone, costs) in enumerate(phones.items()):
+            color = SERIES[index % len(SERIES)]
+            across, up = [one.cost for one in costs], [one.gain for one in costs]
+            where.plot(across, up, "o", markersize=4, alpha=0.8, label=phone, color=color)
+            for one in _unbeaten(costs):
+                place: Any = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 7}
+                where.annotate(one.label, (one.cost, one.gain), color=color, **place)
         where.set(xlabel=kinds[kind], ylabel="loss, %")
         where.legend(fontsize=8)
     return Picture("Quality against its cost", inline_svg(figure, "Quality and cost"), note)
 
 
-def _cost_points(summary: Summary, kind: str) -> Iterator[tuple[str, float, float]]:
-    """Phone, cost, change of loss in percent, of each line that was trained."""
+def _phones(summary: Summary, kind: str) -> dict[str, list[_Cost]]:
+    """By phone: every line that was trained and has a cost of this kind."""
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for line, contrast in _compared(summary.lines):
         if line.facts.get("steps", 0.0) > 0.0:
             for name, value in line.facts.items():
                 if name.startswith(kind):
-                    yield name.removeprefix(kind), value, 100 * float(contrast.relative or 0.0)
+                    gain = 100 * float(contrast.relative or 0.0)
+                    phone = name.removeprefix(kind)
+                    points.setdefault((phone, line.label), []).append((value, gain))
+    phones: dict[str, list[_Cost]] = {}
+    for (phone, label), pairs in points.items():
+        cost, gain = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+        phones.setdefault(phone, []).append(_Cost(label, cost, gain))
+    return phones
+
+
+def _unbeaten(costs: Sequence[_Cost]) -> list[_Cost]:
+    """Those than which none is both cheaper and better, by a part of the range that can be seen;
+    of equals the first."""
+    gains = [one.gain for one in costs]
+    seen = 0.03 * (max(gains) - min(gains))
+    best: list[_Cost] = []
+    for one in sorted(costs, key=lambda one: (one.cost, one.gain)):
+        if not best or one.gain < best[-1].gain - seen:
+            best.append(one)
+    return best
 
 
 def _grid(count: int, height: float, width: float = _WIDTH) -> tuple[Figure, list[Axes]]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from runtime_py.engine.native import silenced
 from runtime_py.loop.errors import LoopError
 from toolchain.study.executor import DIED, Done, Failed, NoWorld, Result, Task, Work, failed
 from toolchain.study.executor import perform as perform_task
@@ -53,7 +54,8 @@ def _connected(address: str) -> Any:
     _check_answers(address)
     own: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        with silenced():  # Ray's native part tells every try
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise _silent(address, str(error).splitlines()[0] if str(error) else "") from None
     return ray

@@ -33,9 +33,14 @@ _MAY_GROW = (
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """Opened for one configuration."""
+    """Opened for one configuration; ``study``: what ``study.json`` holds, or will."""
 
     path: Path
+    study: bytes
+
+    def begin(self) -> None:
+        """Makes the folder what it was opened for: not before there is something to write."""
+        write_bytes(self.path / STUDY, self.study)
 
     def cell_file(self, cell: Cell) -> Path:
         return self.path / "cells" / f"{cell.key}.json"
@@ -59,15 +64,16 @@ class StudyFolder:
             found[cell.key] = result
         return found, damaged
 
-    def read_measured(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """By key. A file that is not there or damaged is left out: it is only told."""
-        found = {}
+    def seconds(self, keys: Iterable[str]) -> float:
+        """That workers spent on the cells, as far as it is known: it is only told."""
+        total = 0.0
         for key in keys:
             try:
-                found[key] = dict(json.loads((self.path / "measured" / f"{key}.json").read_bytes()))
-            except (OSError, ValueError, TypeError):
+                raw = json.loads((self.path / "measured" / f"{key}.json").read_bytes())
+                total += float(raw["seconds"])
+            except (OSError, ValueError, TypeError, KeyError):
                 continue
-        return found
+        return total
 
     def write(self, result: CellResult) -> None:
         """The cell's file last: a cell that is there is there whole."""
@@ -82,7 +88,7 @@ class StudyFolder:
 
 
 def open_folder(path: Path, configuration: dict[str, Any], plan: dict[str, Any]) -> StudyFolder:
-    """Makes the folder, or goes on with one of the same configuration.
+    """A new folder, of which nothing is written yet, or one of the same configuration.
 
     A plan may grow: cells that are there stay good. Raises ``LoopError`` where the configuration
     or the plan's primary contrast is another than the folder's, with the difference. Both are plain
@@ -100,8 +106,7 @@ def open_folder(path: Path, configuration: dict[str, Any], plan: dict[str, Any])
                 f"another folder, or give what it was begun with."
             )
     text = json.dumps(raw, ensure_ascii=False, indent=1) + "\n"  # the plan keeps its order
-    write_bytes(path / STUDY, text.encode())
-    return StudyFolder(path)
+    return StudyFolder(path, text.encode())
 
 
 def read_folder(path: Path) -> tuple[StudyFolder, dict[str, Any]]:
@@ -109,7 +114,7 @@ def read_folder(path: Path) -> tuple[StudyFolder, dict[str, Any]]:
     there = _read_study(path)
     if there is None:
         raise LoopError(f"there is no study in {path}: run one with --out {path} first.")
-    return StudyFolder(path), there["plan"]
+    return StudyFolder(path, (path / STUDY).read_bytes()), there["plan"]
 
 
 def _read_study(path: Path) -> dict[str, Any] | None:

@@ -108,10 +108,16 @@ def run(
     run_cell: Callable[[Cell, Any], CellResult],
     told: Callable[[CellResult | Failure], None] = lambda outcome: None,
 ) -> list[Failure]:
-    """Measures ``cells``, each written as soon as it is there, and returns those that failed."""
+    """Measures ``cells``, each written as soon as it is there, and returns those that failed.
+
+    Nothing is written where no worker can be had."""
     work: Work[Place, Cell, CellResult] = Work(open_world, run_cell, place)
     failures: list[Failure] = []
-    for outcome in _outcomes(work, cells, crew):
+    if not cells:
+        study.folder.begin()
+    for number, outcome in enumerate(_outcomes(work, cells, crew)):
+        if number == 0:
+            study.folder.begin()
         cell = cells[outcome.index]
         if isinstance(outcome, Failed):
             failures.append(Failure(cell, outcome.sentence))
@@ -119,7 +125,7 @@ def run(
             told(failures[-1])
             continue
         study.folder.write(outcome.result)
-        study.done[cell.key] = outcome.result
+        study.done[cell.key] = outcome.result.settled()
         told(outcome.result)
     return failures
 

@@ -17,6 +17,7 @@ from toolchain.study.ray_executor import run_on_ray
 pytest.importorskip("ray", reason="needs the extra `ray`")
 
 
+@pytest.mark.full
 def test_the_same_outcomes_on_a_local_cluster(tmp_path: Path) -> None:
     (tmp_path / f"kill-{CELLS[0].key}").touch()
     (tmp_path / f"raise-{CELLS[1].key}").touch()

@@ -1,0 +1,143 @@
+"""The life of the loop that a cell describes: what it observes, what is answered, its nights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from runtime_py.loop import records
+from runtime_py.loop.dialogue import Dialogue
+from runtime_py.loop.errors import LoopError
+from runtime_py.loop.fine_tuning import FineTuneReport
+from runtime_py.loop.personalizer import Personalizer
+from runtime_py.loop.policy import LoopPolicy
+from runtime_py.loop.presets import preset
+from runtime_py.loop.schedule import Conditions, Moment
+from toolchain.study.answers import answers_of
+from toolchain.study.cells import Cell
+from toolchain.study.torch_loop import TorchEngine
+from toolchain.study.world import World
+
+EVERYTHING = ("everything_steps", "everything_epochs")
+_ON_THE_CHARGER = Conditions(True, True, 20.0, 1 << 20)
+_MOST_STEPS = 10_000
+DIALOGUES_A_DAY = 100
+DRAFT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Lived:
+    """``adapter``: the file of the active version; ``refused``: answers that could not be learned;
+    ``answered``: the sets in the buffer that were answered, in the order of the answers."""
+
+    app: Personalizer
+    adapter: Path
+    nights: tuple[FineTuneReport, ...]
+    asked: int
+    refused: int
+    answered: tuple[Dialogue, ...]
+
+
+def cell_policy(cell: Cell, world: World, observed: int) -> LoopPolicy:
+    """The bundle's policy or the preset, with the cell's fields; ``observed``: dialogues.
+
+    A cell that counts answers asks about stored sets when all is observed; else the policy's own
+    questions are asked, day by day.
+    """
+    options = cell.options
+    start = preset(str(options["preset"])) if options["preset"] else world.policy
+    policy = LoopPolicy.from_fields({**asdict(start), **cell.policy, "seed": cell.ordering})
+    nights, answers = int(options["nights"]), int(options["answers"])
+    changes: dict[str, object] = {"fine_tune_every_sets": max(1, observed // nights)}
+    if cell.row in EVERYTHING:
+        changes |= {"selection": "fifo", "bins": observed}
+        answers = nights * observed
+    if answers:
+        rule = policy.asking if policy.asking != "entry" else "random"
+        changes |= {"asking": rule, "questions_per_day": -(-answers // nights)}
+    steps = int(options["steps"])
+    if cell.row == "everything_steps" and not steps:
+        steps = steps_for(policy, int(options["answers"]) or policy.bins)
+    if steps:
+        changes |= {"fewest_steps": steps, "most_steps": steps}
+    elif cell.row == "everything_epochs":
+        changes["most_steps"] = _MOST_STEPS
+    return LoopPolicy.from_fields({**asdict(policy), **changes})
+
+
+def steps_for(policy: LoopPolicy, answers: int) -> int:
+    """What the loop takes with so many answers, its held-out share among them."""
+    learnt = answers - -(-answers // policy.heldout_every)
+    budget = -(-learnt * policy.epochs // policy.batch)
+    return max(policy.fewest_steps, min(policy.most_steps, budget))
+
+
+class CellLife:
+    """``folder``: of the store. Use ``live`` once, and close the app when all is read."""
+
+    def __init__(self, cell: Cell, world: World, stream: Sequence[Dialogue], folder: Path) -> None:
+        self._cell, self._stream = cell, stream
+        self._ideal = {dialogue.id: dialogue for dialogue in stream}
+        self.policy = cell_policy(cell, world, len(stream))
+        self._engine: TorchEngine = world.engine.with_estimator(str(cell.options["estimator"]))
+        self._model, self._tuner = world.model, world.tuner
+        self._day, self._asked, self._refused = 0, 0, 0
+        self.app = Personalizer(
+            folder=folder,
+            policy=self.policy,
+            lexicons=world.lexicons,
+            engine=self._engine,
+            tuner=world.tuner,
+            clock=lambda: Moment(86400.0 * self._day, self._day),
+            bundle=world.bundle,
+        )
+
+    def live(self) -> Lived:
+        self._engine.prepare(self._stream)
+        self._tuner.runs.clear()
+        nights = int(self._cell.options["nights"])
+        counted = bool(self._cell.options["answers"]) or self._cell.row in EVERYTHING
+        reports = []
+        size = -(-len(self._stream) // nights)
+        for night in range(nights):
+            for place, dialogue in enumerate(self._stream[night * size : (night + 1) * size]):
+                self.app.observe(dialogue)
+                if not counted:
+                    self._answer()
+                    if (place + 1) % DIALOGUES_A_DAY == 0:
+                        self._day += 1
+            if counted:
+                self._day += 2  # past the day whose questions were chosen of an empty buffer
+                self._answer()
+            reports.append(self.app.fine_tune(_ON_THE_CHARGER))
+            self._day += 2
+        answered = tuple(one.dialogue for one in records.annotated_sets(self.app.store))
+        file = self._engine.file
+        if file is None:
+            raise LoopError("the life of this cell had no adapter; please report it.")
+        return Lived(self.app, file, tuple(reports), self._asked, self._refused, answered)
+
+    def _answer(self) -> None:
+        questions = self.app.pending_questions()
+        self._asked += len(questions)
+        given = answers_of(
+            str(self._cell.options["user"]),
+            [self._asked_about(question.dialogue, question.exchange) for question in questions],
+            self._cell.ordering,
+            float(self._cell.options["answer_rate"]),
+            self._drafts,
+        )
+        for id, text in given.items():
+            try:
+                self.app.answer(id, text)
+            except LoopError:  # another's answer can be too long to be learned
+                self._refused += 1
+
+    def _asked_about(self, dialogue: Dialogue, exchange: int) -> Dialogue:
+        """Up to the exchange whose reply is asked about: the stream's own, and so the reference."""
+        return replace(dialogue, turns=dialogue.turns[: 2 * exchange + 2])
+
+    def _drafts(self, asked: Sequence[Dialogue]) -> Sequence[str]:
+        return self._model.replies([dialogue.turns[:-1] for dialogue in asked], DRAFT_TOKENS)
+

@@ -1,0 +1,105 @@
+"""Estimators of a dialogue's entropy of embedding, by name: what the score EOE may be.
+
+The paper says that a set's tokens carry information and not how p comes from their vectors.
+``norm`` is what the ``embed`` program computes; the others are compared to it in the study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from exporters.model.transformer import Transformer
+from toolchain.study.batched import Batch
+
+Estimator = Callable[["TokenVectors"], np.ndarray]
+ESTIMATORS: dict[str, Estimator] = {}
+BAND_CENTRE = 3.0  # nats a token
+
+
+@dataclass(frozen=True, eq=False)
+class TokenVectors:
+    """What an estimator sees of a call: ``vectors`` [B, S, hidden] after the final norm, of the
+    base model; ``batch``: its tokens, padded."""
+
+    model: Transformer
+    batch: Batch
+    vectors: Tensor
+
+    def each(self) -> list[Tensor]:
+        """Each sequence's own vectors [n, hidden], float64."""
+        counts = self.batch.counts.tolist()
+        return [row[:n].double() for row, n in zip(self.vectors, counts, strict=True)]
+
+
+def estimator(name: str) -> Callable[[Estimator], Estimator]:
+    def register(function: Estimator) -> Estimator:
+        ESTIMATORS[name] = function
+        return function
+
+    return register
+
+
+@estimator("norm")
+def norm(seen: TokenVectors) -> np.ndarray:
+    """−Σ p ln p / ln n with p the tokens' share of the norms; 0 for one token."""
+    real = seen.batch.real
+    norms = seen.vectors.double().norm(dim=-1) * real
+    p = norms / norms.sum(1, keepdim=True)
+    nats = -torch.where(p > 0, p * torch.log(p.clamp(min=1e-300)), 0.0).sum(1)
+    counts = seen.batch.counts.double()
+    return torch.where(counts > 1, nats / torch.log(counts.clamp(min=2)), 0.0).cpu().numpy()
+
+
+@estimator("renyi2")
+def renyi2(seen: TokenVectors) -> np.ndarray:
+    """Rényi's entropy of order 2 of the centred unit vectors, without the first token:
+    −ln ‖ZᵀZ / n‖² in nats (von Neumann form; Giraldo et al., 2015); 0 below three tokens."""
+    values = []
+    for vectors in seen.each():
+        rest = vectors[1:]
+        if len(rest) < 2:
+            values.append(0.0)
+            continue
+        centred = rest - rest.mean(0)
+        unit = centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        gram = unit @ unit.T / len(unit)
+        values.append(float(-torch.log((gram * gram).sum())))
+    return np.array(values)
+
+
+@estimator("surprisal")
+def surprisal(seen: TokenVectors) -> np.ndarray:
+    """Mean surprisal of the tokens under the base model, in nats; 0 for one token."""
+    values = []
+    tokens, counts = seen.batch.tokens, seen.batch.counts.tolist()
+    for row, n in enumerate(counts):
+        if n < 2:
+            values.append(0.0)
+            continue
+        logits = seen.model.logits(seen.vectors[row, : n - 1])
+        values.append(float(nn.functional.cross_entropy(logits, tokens[row, 1:n])))
+    return np.array(values)
+
+
+@estimator("surprisal_band")
+def surprisal_band(seen: TokenVectors) -> np.ndarray:
+    """−|mean surprisal − ``BAND_CENTRE``|: what is too easy and what is too hard both lose."""
+    return -np.abs(surprisal(seen) - BAND_CENTRE)
+
+
+@estimator("nuclear")
+def nuclear(seen: TokenVectors) -> np.ndarray:
+    """Nuclear norm of the matrix of next-token probabilities P [n, vocab], over n (Cui et al.,
+    2020): high where predictions are sure and differ from each other."""
+    values = []
+    counts = seen.batch.counts.tolist()
+    for vectors, n in zip(seen.vectors, counts, strict=True):
+        p = torch.softmax(seen.model.logits(vectors[:n]).double(), dim=-1)
+        spectrum = torch.linalg.eigvalsh(p @ p.T).clamp(min=0.0)  # squares of singular values
+        values.append(float(spectrum.sqrt().sum()) / n)
+    return np.array(values)
