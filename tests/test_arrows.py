@@ -53,11 +53,16 @@ ARROWS: dict[str, set[str]] = {
         "toolchain.study", "toolchain.streams", "toolchain.simulate", "toolchain.report",
         "runtime_py",
     },
+    "toolchain.tune": {
+        "toolchain.study", "toolchain.streams", "toolchain.simulate", "toolchain.report",
+        "runtime_py",
+    },
     "toolchain.bench": {
         "toolchain.verify", "toolchain.compile", "toolchain.report", "exporters", "runtime_py",
     },
     "toolchain.cli": {
-        "toolchain.bench", "toolchain.fleet", "toolchain.study", "toolchain.simulate",
+        "toolchain.bench", "toolchain.fleet", "toolchain.tune", "toolchain.study",
+        "toolchain.simulate",
         "toolchain.streams", "toolchain.verify", "toolchain.adapter_training",
         "toolchain.defaults", "toolchain.compile", "toolchain.report", "exporters", "runtime_py",
     },

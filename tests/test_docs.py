@@ -24,6 +24,7 @@ _MODULE = re.compile(r"(runtime_py|exporters|toolchain)(\.\w+)+")
 _WRITTEN = {
     *("adapter", "adapters", "android", "ios", "golden", "lexicons"),
     *("jobs", "00001-512", "out"),
+    *("cells", "lives", "swaps", "measured", "failed"),
 }
 
 

@@ -26,6 +26,7 @@ from toolchain.cli import (
     stream,
     study,
     train,
+    tune,
 )
 from toolchain.report.console import console
 
@@ -49,6 +50,7 @@ app.command("simulate")(simulate.simulate)
 app.command("stream")(stream.stream)
 app.command("study")(study.study)
 app.command("fleet")(fleet.fleet)
+app.command("tune")(tune.tune)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.add_typer(adapter.app, name="adapter")

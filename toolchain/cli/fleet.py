@@ -28,6 +28,9 @@ def fleet(
         Path, typer.Option(help="Folder of the results; a fleet that was cut off goes on from it.")
     ],
     users: Annotated[int, typer.Option(min=2)] = 100,
+    first: Annotated[
+        int, typer.Option(help="Number of the first user, for a large fleet in parts.", min=0)
+    ] = 0,
     dialogues: Annotated[int, typer.Option(help="Of each user.", min=1)] = 300,
     nights: Annotated[int, typer.Option(help="Fine-tunings that fall due.", min=1)] = 3,
     tests: Annotated[
@@ -94,7 +97,7 @@ def fleet(
     changed = {name: value for name, value in wanted.items() if value != asdict(base)[name]}
     life = LifeOptions(nights, answer_rate, dialogues_a_day, replies, reply_tokens, changed)
     options = FleetOptions(
-        users, dialogues, tests, partners, seed, life, _names(datasets), _names(manners)
+        users, dialogues, tests, partners, seed, life, _names(datasets), _names(manners), first
     )
     place = FleetPlace(Place(bundle.resolve(), data.resolve(), device, threads), phone)
     facts: dict[str, Any] = {"bundle": sha256(bundle / MANIFEST), "device": device}

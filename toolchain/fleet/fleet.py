@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.replacement import find_policy
 from toolchain.fleet.folder import FleetFolder, open_folder
-from toolchain.fleet.life import LifeTask, Lived, a_day, evenings, live, policy_of
+from toolchain.fleet.life import LifeTask, Lived, UserLife, a_day, evenings, live, policy_of
 from toolchain.fleet.options import FleetOptions, check_options
 from toolchain.fleet.outcome import FleetOutcome, UserFailure
 from toolchain.fleet.swap import Swapped, SwapTask, partners_of, swap
@@ -45,14 +45,21 @@ def prepare(
     checked = policy_of(policy, options.life, 0, due)
     find_policy(checked.selection)
     data = place.study.data
+    numbers = range(options.first, options.first + options.users)
     crowd = make_crowd(
-        data, options.users, options.dialogues, options.tests, options.seed, options.datasets,
+        data,
+        numbers,
+        options.dialogues,
+        options.tests,
+        options.seed,
+        options.datasets,
         options.manners,
-    )  # fmt: skip
+    )
     life = options.life
     configuration = {
         **facts,
         "phone": phone.name,
+        "first": options.first,
         "users": options.users,
         "dialogues": options.dialogues,
         "tests": options.tests,
@@ -148,14 +155,7 @@ def _swap(
         if user.number in partners
         and not (user.number in there and there[user.number].partners == partners[user.number])
     ]
-    tasks = [
-        SwapTask(
-            user,
-            tuple((n, folder.adapter(lives[n])) for n in partners[user.number]),
-            fleet.place.study.data,
-        )
-        for user in users
-    ]
+    tasks = _SwapTasks(fleet, users, lives, partners)
     done = len(lived) - len(users)
     told("swaps", done, len(lived))
     work: Work[FleetPlace, SwapTask, Swapped] = Work(open_world, swap, fleet.place)
@@ -166,6 +166,36 @@ def _swap(
             folder.write_swap(outcome.result)
         done += 1
         told("swaps", done, len(lived))
+
+
+class _SwapTasks(Sequence[SwapTask]):
+    """Each is made when it is asked for: adapters of a whole fleet would fill the memory."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        users: Sequence[FleetUser],
+        lives: Mapping[int, UserLife],
+        partners: Mapping[int, tuple[int, ...]],
+    ) -> None:
+        self._fleet, self._users, self._lives, self._partners = fleet, users, lives, partners
+
+    def __len__(self) -> int:
+        return len(self._users)
+
+    @overload
+    def __getitem__(self, place: int) -> SwapTask: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[SwapTask]: ...
+
+    def __getitem__(self, place: int | slice) -> SwapTask | Sequence[SwapTask]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(len(self))[place]]
+        user = self._users[place]
+        adapter = self._fleet.folder.adapter
+        adapters = tuple((n, adapter(self._lives[n])) for n in self._partners[user.number])
+        return SwapTask(user, adapters, self._fleet.place.study.data)
 
 
 def _note(

@@ -10,8 +10,8 @@ from toolchain.fleet.life import LifeOptions
 
 @dataclass(frozen=True)
 class FleetOptions:
-    """``partners``: others whose adapters each user's dialogues are tried with; ``seed``: of users,
-    streams and partners."""
+    """``users``: how many, from number ``first`` on. ``partners``: others whose adapters each
+    user's dialogues are tried with; ``seed``: of users, streams and partners."""
 
     users: int
     dialogues: int
@@ -21,6 +21,7 @@ class FleetOptions:
     life: LifeOptions
     datasets: tuple[str, ...] = ()
     manners: tuple[str, ...] = ()
+    first: int = 0
 
 
 def check_options(options: FleetOptions) -> None:

@@ -47,7 +47,7 @@ class Crowd:
 
 def make_crowd(
     data: Path,
-    users: int,
+    numbers: Sequence[int],
     dialogues: int,
     tests: int,
     seed: int,
@@ -71,7 +71,7 @@ def make_crowd(
         )
     crowd = tuple(
         make_user(number, seed, large, names[number % len(names)], dialogues, tests)
-        for number in range(users)
+        for number in numbers
     )
     return Crowd(crowd, tuple(large), small)
 

@@ -156,8 +156,9 @@ def test_the_same_bytes_by_one_process_and_after_an_interruption(
 def test_a_fleet_may_grow(lived: tuple[Fleet, FleetOutcome], place: FleetPlace) -> None:
     """A user is what its number makes it: the lives that are there stay good."""
     fleet, _ = lived
-    more = make_crowd(place.study.data, 9, 60, 8, 5)
+    more = make_crowd(place.study.data, range(9), 60, 8, 5)
     assert more.users[:6] == fleet.crowd.users
+    assert make_crowd(place.study.data, range(4, 9), 60, 8, 5).users == more.users[4:]
 
 
 def test_another_configuration_is_refused(
