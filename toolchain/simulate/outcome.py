@@ -41,8 +41,9 @@ class StreamBlock:
 
 @dataclass(frozen=True)
 class TuningOutcome:
-    """A fine-tuning that ended; losses in nats a label. ``forgetting``: what the adapter, with every
-    B times ``scale``, adds to the general text's perplexity, as a part; None: not measured."""
+    """A fine-tuning that ended; losses in nats a label. ``forgetting``: what the adapter, with
+    every B times ``scale``, adds to the general text's perplexity, as a part; None: not measured.
+    """
 
     job: int
     place: int
