@@ -12,8 +12,8 @@ from toolchain.simulate.outcome_reader import _tunings
 LOSSES = {"heldout_loss_before": 2.0, "heldout_loss_after": 1.5}
 
 
-def line(number: int, event: str, **data: Any) -> LogLine:
-    return LogLine(number, float(number), 0, event, None, data)
+def line(seq: int, event: str, **data: Any) -> LogLine:
+    return LogLine(seq, float(seq), 0, event, None, data)
 
 
 def test_what_a_fine_tuning_forgot() -> None:
