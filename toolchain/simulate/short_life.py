@@ -106,6 +106,6 @@ def _live_through(app: Personalizer, ideal: Dialogue) -> None:
     except PromptTooLong:
         reply = ""
     app.observe(ideal.with_answer(reply) if is_text(reply) else ideal)
-    for question in app.pending_questions():
+    if ideal.id in {question.id for question in app.pending_questions()}:
         with suppress(AnswerTooLong):  # the question stays open
-            app.answer(question.id, ideal.answer)
+            app.answer(ideal.id, ideal.answer)

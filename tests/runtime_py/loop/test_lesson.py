@@ -20,7 +20,8 @@ from runtime_py.loop.jobs import count_steps, held_out_parts
 from runtime_py.loop.lesson import Capacity, lesson, longest_lesson
 from runtime_py.loop.personalizer import STORE, Personalizer
 from runtime_py.loop.policy import LoopPolicy
-from runtime_py.loop.schedule import Conditions
+from runtime_py.loop.recovery import recover
+from runtime_py.loop.schedule import Conditions, Moment
 from runtime_py.loop.store import open_store
 from runtime_py.loop.store_schema import MIGRATIONS
 from tests.runtime_py.loop.toy import NIGHT, WORDS, ToyEngine, ToyTuner, open_toy, small_policy
@@ -454,9 +455,6 @@ def test_what_is_asked_can_be_learned_and_what_is_learnt_was_trained(
 
 
 def test_a_recovered_store_keeps_what_a_job_is_made_of(tmp_path: Path) -> None:
-    from runtime_py.loop.recovery import recover
-    from runtime_py.loop.schedule import Moment
-
     tuner = ToyTuner()
     tuner.halt = True
     with open_toy(tmp_path, POLICY, tuner) as app:

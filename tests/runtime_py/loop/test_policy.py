@@ -14,7 +14,7 @@ from runtime_py.loop.errors import AnswerTooLong, LoopError
 from runtime_py.loop.lesson import Capacity
 from runtime_py.loop.lexicons import make_lexicons, read_lexicons
 from runtime_py.loop.policy import BRACKETS, LoopPolicy
-from runtime_py.loop.presets import PRESETS, preset
+from runtime_py.loop.presets import _DAC2024, PRESETS, preset
 from runtime_py.loop.schedule import (
     Conditions,
     is_due,
@@ -157,9 +157,7 @@ def test_sequences_have_the_length_of_a_program() -> None:
 
 
 def test_presets_state_every_field() -> None:
-    from runtime_py.loop import presets
-
-    assert set(presets._DAC2024) == {field.name for field in dataclasses.fields(LoopPolicy)}
+    assert set(_DAC2024) == {field.name for field in dataclasses.fields(LoopPolicy)}
     paper = preset("dac2024")
     assert (paper.batch, paper.epochs, paper.learning_rate) == (128, 3, 3e-4)
     assert sorted(PRESETS) == ["dac2024"]
