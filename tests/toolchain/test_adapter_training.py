@@ -59,7 +59,7 @@ def test_it_learns_and_peft_agrees(
     """Losses fall; PEFT loads the result and finds the same held-out loss; lm speaks otherwise."""
     out = tmp_path / "run"
     said = attune(
-        *("train", fp32.bundle, "--data", data, "--out", out, "--epochs", 4, "--batch", 6),
+        *("train", fp32.bundle, "--data", data, "--out", out, "--steps", 12, "--batch", 6),
         *("--learning-rate", 3e-3, "--held-out", 0.2, "--json"),
     ).json()
     assert said["losses"][-1] < 0.5 * said["losses"][0]

@@ -13,16 +13,9 @@ from rich.table import Table
 
 from exporters.errors import ExportError
 from runtime_py.bundle.manifest import Manifest, Policy
-from toolchain.cli.inspect import describe
+from toolchain.cli.inspect import describe, paraphrases
 from toolchain.cli.options import Json
-from toolchain.defaults import (
-    BUILTIN,
-    LOWEST_YIELD,
-    PRECISIONS,
-    TARGETS,
-    TRAIN_LENGTHS,
-    TRAIN_WEIGHTS,
-)
+from toolchain.defaults import BUILTIN, PRECISIONS, TARGETS, TRAIN_LENGTHS, TRAIN_WEIGHTS
 from toolchain.report.console import Stages, console, megabytes, print_json
 
 _FRESH = Policy()
@@ -148,21 +141,6 @@ def export(
         summary(manifest, out, seconds, peak)
         talk = f", [bold]attune chat {out}[/]" if manifest.android else ""
         console.print(f"next: [bold]attune inspect {out}[/]{talk}")
-
-
-def paraphrases(manifest: Manifest) -> str:
-    """The form of paraphrases that was chosen, what each gave, and whether it is used."""
-    synthesis = manifest.policy.synthesis
-    if synthesis is None or not synthesis.measured:
-        if manifest.android is not None:
-            return "as the policy file has them, not tried"
-        return "not tried, for there is no Android program that runs here"
-    rows = [f"{row.form} {row.usable} of {row.tried}" for row in synthesis.measured]
-    if manifest.policy.loop["paraphrases"]:
-        verdict = f"the form {synthesis.form}"
-    else:
-        verdict = f"switched off, for no form gave {LOWEST_YIELD:.0%}"
-    return f"{verdict} (usable pairs: {', '.join(rows)})"
 
 
 def peak_memory() -> int:

@@ -9,6 +9,7 @@ from rich.table import Table
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.bundle.manifest import Manifest, PlatformTarget, Tensor
 from toolchain.cli.options import AnyBundle, Json
+from toolchain.defaults import LOWEST_YIELD
 from toolchain.report.console import megabytes, output, print_json
 
 
@@ -40,6 +41,21 @@ def describe(manifest: Manifest) -> dict:
     return value
 
 
+def paraphrases(manifest: Manifest) -> str:
+    """The form of paraphrases that was chosen, what each gave, and whether it is used."""
+    synthesis = manifest.policy.synthesis
+    if synthesis is None or not synthesis.measured:
+        if manifest.android is not None:
+            return "as the policy file has them, not tried"
+        return "not tried, for there is no Android program that runs here"
+    rows = [f"{row.form} {row.usable} of {row.tried}" for row in synthesis.measured]
+    if manifest.policy.loop["paraphrases"]:
+        verdict = f"the form {synthesis.form}"
+    else:
+        verdict = f"switched off, for no form gave {LOWEST_YIELD:.0%}"
+    return f"{verdict} (usable pairs: {', '.join(rows)})"
+
+
 def _tensors(tensors: tuple[Tensor, ...]) -> str:
     lines = [f"{t.name} {list(t.shape)} {t.dtype}".replace("'", "") for t in tensors]
     if len(lines) > 4:
@@ -59,6 +75,7 @@ def _show(bundle: Path, manifest: Manifest) -> None:
         f"adapter  LoRA r {adapter.rank}, α {adapter.alpha:g} on {', '.join(adapter.targets)}: "
         f"{adapter.peft} (PEFT)" + (f", {adapter.runtime} (runtime)" if adapter.runtime else "")
     )
+    output.print(f"paraphrases: {paraphrases(manifest)}")
     for name, target in (("android", manifest.android), ("ios", manifest.ios)):
         if target is not None:
             _show_target(name, target)

@@ -40,6 +40,7 @@ def facts(outcome: SimulationOutcome) -> list[Fact]:
             f"{count('fine_tunes')}, {count('adapters_accepted')}",
         ),
         Fact("held-out loss, nats a label, at the last new adapter", loss),
+        Fact("perplexity of the general text, with that adapter", _forgotten(outcome)),
         Fact(f"peak memory, of {limit:,.0f} MB", f"{peak:,.0f} MB", peak > limit),
         Fact(f"storage, of {device.storage.app_mb:,.0f} MB", f"{outcome.storage_mb:,.1f} MB"),
         Fact(
@@ -54,6 +55,14 @@ def facts(outcome: SimulationOutcome) -> list[Fact]:
         Fact("embedding here", f"{outcome.tokens_per_second:,.0f} tokens/s"),
         Fact("cores enforced, of the device's", f"{record.cores} of {device.compute.cores}"),
     ]
+
+
+def _forgotten(outcome: SimulationOutcome) -> str:
+    last = outcome.last_tuning
+    if last is None or last.forgetting is None:
+        return "—"
+    scaled = "" if last.scale == 1.0 else f", the adapter scaled by {last.scale:g}"
+    return f"{last.forgetting:+.1%} of the model's own{scaled}"
 
 
 def print_table(output: Console, outcome: SimulationOutcome) -> None:

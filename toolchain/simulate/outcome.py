@@ -41,7 +41,9 @@ class StreamBlock:
 
 @dataclass(frozen=True)
 class TuningOutcome:
-    """A fine-tuning that ended; losses in nats a label."""
+    """A fine-tuning that ended; losses in nats a label. ``forgetting``: what the adapter, with
+    every B times ``scale``, adds to the general text's perplexity, as a part; None: not measured.
+    """
 
     job: int
     place: int
@@ -50,6 +52,8 @@ class TuningOutcome:
     before: float
     after: float
     losses: tuple[float, ...]
+    scale: float = 1.0
+    forgetting: float | None = None
 
 
 @dataclass(frozen=True)
@@ -145,10 +149,15 @@ class SimulationOutcome:
     def heldout(self) -> tuple[float | None, float | None]:
         """Before and after the last accepted fine-tuning, on the same sets; where none was
         accepted, of the last one."""
+        last = self.last_tuning
+        return (last.before, last.after) if last else (None, None)
+
+    @property
+    def last_tuning(self) -> TuningOutcome | None:
+        """The last accepted one; where none was accepted, the last one with losses."""
         measured = [one for one in self.tunings if math.isfinite(one.before + one.after)]
         accepted = [one for one in measured if one.accepted]
-        last = (accepted or measured)[-1:]
-        return (last[0].before, last[0].after) if last else (None, None)
+        return next(reversed(accepted or measured), None)
 
     def count(self, name: str) -> int:
         """One of the store's counters."""

@@ -121,6 +121,8 @@ def _tunings(log: list[LogLine], nights: list[NightEnded]) -> tuple[TuningOutcom
                 before=_loss(data["heldout_loss_before"]),
                 after=_loss(data["heldout_loss_after"]),
                 losses=losses.get(data["job"], ()),
+                scale=data.get("scale", 1.0),
+                forgetting=_forgetting(data.get("base_perplexity"), data.get("perplexity")),
             )
             tunings.append(tuning)
     return tuple(tunings)
@@ -129,6 +131,11 @@ def _tunings(log: list[LogLine], nights: list[NightEnded]) -> tuple[TuningOutcom
 def _loss(logged: float | str | None) -> float:
     """NaN where it was no number; logs of before have that as a word."""
     return math.nan if logged is None else float(logged)
+
+
+def _forgetting(base: float | None, adapted: float | None) -> float | None:
+    """None where it was not measured; logs of before have neither."""
+    return None if base is None or adapted is None else adapted / base - 1.0
 
 
 def _nights(device: Device, nights: list[NightEnded]) -> tuple[NightOutcome, ...]:
