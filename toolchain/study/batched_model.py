@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from exporters.model.lora_tensors import adapter_tensors
+from exporters.model.projection import LoRA
 from runtime_py.bundle.adapter_state import AdapterState, FlatLayout
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
@@ -92,11 +93,10 @@ class BatchedModel:
         places = self.layout.places
         for index, block in enumerate(self.model.blocks):
             for module in block.modules():
-                target = getattr(module, "target", None)
-                if target is None:
+                if not isinstance(module, LoRA):
                     continue
-                for name in ("lora_A", *module.b_names):  # type: ignore[attr-defined,operator]
-                    start, shape = places[f"layers.{index}.{target.module}.{name}"]
+                for name in ("lora_A", *module.b_names):
+                    start, shape = places[f"layers.{index}.{module.target.module}.{name}"]
                     size = int(np.prod(shape))
                     module._buffers[name] = line[start : start + size].view(shape)
 
