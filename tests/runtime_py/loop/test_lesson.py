@@ -423,8 +423,13 @@ def test_what_is_asked_can_be_learned_and_what_is_learnt_was_trained(
                 whole = sizes if len(sizes) % 2 == 0 else sizes[:-1]
                 decision = app.observe(sized(f"d{next(places)}", *whole))
                 one = app.store.rows("SELECT turns FROM sets WHERE id = ?", decision.id)[0][0]
-                learnable = lesson(Dialogue("", turns_from_json(one)), capacity) is not None
-                assert decision.asked == learnable
+                stored = Dialogue("", turns_from_json(one))
+                fitting = [
+                    exchange
+                    for exchange in range(stored.exchanges)
+                    if lesson(stored, capacity, exchange) is not None
+                ]
+                assert decision.exchange == (fitting[-1] if fitting else None)
             for question in app.pending_questions()[::2]:
                 app.answer(question.id)
             before = used(app)
