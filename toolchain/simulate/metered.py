@@ -141,6 +141,13 @@ class NightTuner:
         numbers = sum(math.prod(tensor.shape) for tensor in bundle.manifest.adapter.tensors)
         self._state, self._adapter = 16 * numbers, 5 * numbers  # bytes, with their headers
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self._tuner.lengths
+
+    def tokens(self, dialogue: Dialogue) -> int:
+        return self._tuner.tokens(dialogue)
+
     def run(
         self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
     ) -> FineTuneResult | None:
