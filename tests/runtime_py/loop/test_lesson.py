@@ -7,7 +7,7 @@ import json
 import math
 import sqlite3
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from runtime_py.loop.jobs import count_steps, held_out_parts
 from runtime_py.loop.lesson import Capacity, lesson, longest_lesson
 from runtime_py.loop.personalizer import STORE, Personalizer
 from runtime_py.loop.policy import LoopPolicy
+from runtime_py.loop.protocols import FineTuneJob, FineTuneResult
 from runtime_py.loop.recovery import recover
 from runtime_py.loop.schedule import Conditions, Moment
 from runtime_py.loop.store import open_store
@@ -375,6 +376,43 @@ def test_a_text_that_fills_the_context_has_no_paraphrase(tmp_path: Path) -> None
         events = [line.event for line in app.store.log()]
     assert events.count("not_synthesized") == 2
     assert engine.asked == 2  # another try would fill it too
+
+
+class Forgetful(ToyTuner):
+    """Its adapters add so much to the general text's perplexity, at that scale."""
+
+    def run(
+        self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
+    ) -> FineTuneResult | None:
+        found = super().run(job, folder, stop)
+        if found is None:
+            return None
+        return dataclasses.replace(found, scale=0.75, base_perplexity=20.0, perplexity=20.5)
+
+
+def test_a_job_keeps_its_bound_and_says_what_was_forgotten(tmp_path: Path) -> None:
+    """Also where the policy is another one when the job goes on."""
+    tuner = Forgetful()
+    tuner.halt = True
+    before = dataclasses.replace(
+        POLICY, forgetting_bound=0.05, forgetting_tokens=300, replay_share=0.25
+    )
+    with open_toy(tmp_path, before, tuner) as app:
+        for id in ("a", "b"):
+            app.observe(sized(id, 20, 10))
+        answer_all(app)
+        assert app.fine_tune(NIGHT).state == "stopped"
+    tuner.halt = False
+    with open_toy(tmp_path, dataclasses.replace(before, forgetting_bound=1.0), tuner) as app:
+        report = app.fine_tune(NIGHT)
+        (line,) = (line for line in app.store.log() if line.event == "adapter_accepted")
+    jobs = [(job.forgetting_bound, job.forgetting_tokens, job.replay_share) for job in tuner.jobs]
+    assert set(jobs) == {(0.05, 300, 0.25)}
+    assert len(jobs) > 1
+    assert (report.state, report.scale) == ("accepted", 0.75)
+    assert report.forgetting == pytest.approx(0.025)
+    known = (line.data["scale"], line.data["base_perplexity"], line.data["perplexity"])
+    assert known == (0.75, 20.0, 20.5)
 
 
 def assert_whole(app: Personalizer) -> None:
