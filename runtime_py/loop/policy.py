@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import combinations
 from math import inf
 from typing import Any
 
@@ -25,6 +26,7 @@ REWRITE = (
 
 
 CENTRES = ("none", "bundle")
+SCORES = ("eoe", "dss", "idd")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class LoopPolicy:
 
     selection: str = "paper"  # a name in policies.POLICIES
     seed: int = 0  # of the random streams
+    scores: str = "eoe dss idd"  # those of ``SCORES`` that paper and attune look at
     bins: int = 128
     bin_bytes: int = 22 * 1024
     age_fills: float = 50.0  # attune: observed sets, in buffers, that cost a set all its rank
@@ -93,6 +96,11 @@ class LoopPolicy:
         if wrong:
             raise LoopError(f"the policy cannot be used: {'; '.join(wrong)}. Correct it.")
 
+    @property
+    def score_columns(self) -> list[int]:
+        """The places of ``scores`` in ``SCORES``."""
+        return [SCORES.index(name) for name in self.scores.split(" ")]
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
 
@@ -124,6 +132,8 @@ class LoopPolicy:
 
 
 _MAY_BE_EMPTY = {"paraphrase_prefix", "paraphrase_begin", "paraphrase_end"}
+_SCORE_CHOICES = [" ".join(some) for count in (1, 2, 3) for some in combinations(SCORES, count)]
+
 _LIMITS: dict[str, tuple[float, float]] = {  # field: (least, most)
     "seed": (0, (1 << 64) - 1),
     "bins": (1, 1 << 14),  # as far as the sum of directions fits an int64
@@ -183,6 +193,8 @@ def _misfits(policy: LoopPolicy) -> list[tuple[str, object, str]]:
 
 def _mismatches(policy: LoopPolicy) -> Iterator[tuple[str, object, str]]:
     """What each field's own kind and limits do not say."""
+    if policy.scores not in _SCORE_CHOICES:
+        yield "scores", policy.scores, f"some of {' '.join(SCORES)}, in this order"
     if policy.centre not in CENTRES:
         yield "centre", policy.centre, " or ".join(CENTRES)
     if policy.paraphrase_prompt.count(TEXT) != 1:

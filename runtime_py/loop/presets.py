@@ -13,6 +13,7 @@ from runtime_py.loop.policy import BRACKETS, QUESTION, UNBOUNDED, LoopPolicy
 _DAC2024: dict[str, Any] = {
     "selection": "paper",
     "seed": 0,
+    "scores": "eoe dss idd",
     "bins": 128,
     "bin_bytes": 22 * 1024,
     "age_fills": 50.0,

@@ -76,9 +76,9 @@ def _drawn(buffer: Buffer, bin: int, reason: str, candidates: int, loop: LoopPol
 
 @policy("paper")
 def paper(buffer: Buffer, new: Candidate, stream: SplitMix64, loop: LoopPolicy) -> Placement:
-    """Qin et al.: one of the sets that the new one beats on all three scores, by chance."""
+    """Qin et al.: one of the sets that the new one beats on all its scores, by chance."""
     scores = np.array([new.scores.eoe, new.scores.dss, new.scores.idd])
-    won = (scores > buffer.scores).all(axis=1)
+    won = (scores > buffer.scores)[:, loop.score_columns].all(axis=1)
     beaten = np.flatnonzero(won & may_leave(buffer, loop))  # in the bins' order
     if len(beaten) == 0:
         return Placement(None, ASKED_ABOUT if won.any() else "beats_none_on_all_scores", 0)
@@ -184,7 +184,8 @@ def worths(buffer: Buffer, new: Candidate, loop: LoopPolicy) -> tuple[np.ndarray
     """
     scores = np.array([new.scores.eoe, new.scores.dss, new.scores.idd])
     ranks = np.zeros(buffer.bins + 1, np.int64)
-    for column in np.vstack([buffer.scores, scores]).T:  # [bins + 1], the new set last
+    columns = loop.score_columns
+    for column in np.vstack([buffer.scores, scores]).T[columns]:  # [bins + 1], the new set last
         order = np.argsort(column)
         ordered = column[order]
         first = np.append(True, ordered[1:] != ordered[:-1])  # of a run of equals
@@ -192,7 +193,7 @@ def worths(buffer: Buffer, new: Candidate, loop: LoopPolicy) -> tuple[np.ndarray
         ends = np.append(starts[1:], len(ordered))
         twice = starts + ends - 1  # 2 · how many are less + how many others are equal
         ranks[order] += twice[np.cumsum(first) - 1]
-    rank = ranks / (6 * buffer.bins)  # in [0, 1], the mean of three
+    rank = ranks / (2 * len(columns) * buffer.bins)  # in [0, 1], their mean
     age = (new.number - buffer.numbers) / (loop.age_fills * buffer.bins)
     others = buffer.counts[buffer.domains] - 1
     stored = rank[:-1] - age - loop.crowding * (others / buffer.bins)

@@ -96,6 +96,18 @@ def hidden_states(model: Transformer, batch: Batch, adapted: bool) -> Tensor:
     return hidden.view(rows, size, -1)
 
 
+def middle_states(model: Transformer, batch: Batch) -> Tensor:
+    """After half of the blocks, without the adapter: [B, S, hidden]."""
+    rows, size = batch.tokens.shape
+    x = model.lookup(batch.tokens.view(1, -1))
+    rotations = model.rotations(_positions(batch))
+    layers = list(zip(model.blocks, model.spec.layers, strict=True))
+    for block, layer in layers[: len(layers) // 2]:
+        rotation = rotations[layer.rope] if layer.rope else None
+        x = block(x, rotation, _whole(model.spec, layer, rows), False)
+    return x.view(rows, size, -1)
+
+
 def label_losses(model: Transformer, batch: Batch, labels: Tensor, adapted: bool = True) -> Tensor:
     """Cross-entropy in nats summed over each sequence's labels: float32 [B]. ``labels`` int64
     [B, S]: what follows each token, −100 where it does not count."""

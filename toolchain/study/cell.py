@@ -18,14 +18,13 @@ from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.lesson import Capacity, lesson
 from runtime_py.loop.random_stream import SplitMix64
 from toolchain.simulate.device import device_names, find_device
-from toolchain.study.cell_life import CellLife, Lived
+from toolchain.study.cell_life import UNTOUCHED, CellLife, Lived
 from toolchain.study.cells import UNTRAINED, Cell, CellResult, Scores
 from toolchain.study.world import World
 
 Fact = float | int | str | None
 Examples = Mapping[str, tuple[Turn, ...]]  # what stands before a test dialogue, by its id
 
-_UNTOUCHED = ("retrieval", "random_examples")  # rows that live, and answer without an adapter
 _INSTRUCTION = "Reply in about {words} words, in the tone of a helpful friend."
 
 
@@ -89,7 +88,7 @@ def judged(
             before = {d.id: lived.app.recalled(d.turns[:-1], count) for d in tests}
         elif cell.row == "random_examples":
             before = _at_random(cell.ordering, count, lived.answered, tests)
-        adapter = own if cell.row in _UNTOUCHED else lived.adapter
+        adapter = own if cell.row in UNTOUCHED else lived.adapter
         yield Judged(adapter, _with_room(world, before, tests), None, facts)
 
 
@@ -168,9 +167,9 @@ def _facts(lived: Lived) -> dict[str, Fact]:
         "accepted": sum(night.state == "accepted" for night in nights),
         "rejected": sum(night.state == "rejected" for night in nights),
         "steps": sum(night.steps for night in nights),
-        "kept_step": nights[-1].kept_step,
-        "guard_before": nights[-1].heldout_loss_before,
-        "guard_after": nights[-1].heldout_loss_after,
+        "kept_step": nights[-1].kept_step if nights else None,
+        "guard_before": nights[-1].heldout_loss_before if nights else None,
+        "guard_after": nights[-1].heldout_loss_after if nights else None,
         "mean_eoe": _number(means[0]),
         "mean_dss": _number(means[1]),
         "mean_idd": _number(means[2]),

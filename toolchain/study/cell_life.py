@@ -20,6 +20,7 @@ from toolchain.study.torch_loop import TorchEngine
 from toolchain.study.world import World
 
 EVERYTHING = ("everything_steps", "everything_epochs")
+UNTOUCHED = ("retrieval", "random_examples")  # rows that answer without an adapter
 _ON_THE_CHARGER = Conditions(True, True, 20.0, 1 << 20)
 _MOST_STEPS = 10_000
 DIALOGUES_A_DAY = 100
@@ -82,7 +83,7 @@ class CellLife:
         self.policy = cell_policy(cell, world, len(stream))
         self._engine: TorchEngine = world.engine.with_estimator(str(cell.options["estimator"]))
         self._model, self._tuner = world.model, world.tuner
-        self._day, self._asked, self._refused = 0, 0, 0
+        self._day, self._asked, self._refused, self._spent = 0, 0, 0, 0
         self.app = Personalizer(
             folder=folder,
             policy=self.policy,
@@ -110,7 +111,8 @@ class CellLife:
             if counted:
                 self._day += 2  # past the day whose questions were chosen of an empty buffer
                 self._answer()
-            reports.append(self.app.fine_tune(_ON_THE_CHARGER))
+            if self._cell.row not in UNTOUCHED:
+                reports.append(self.app.fine_tune(_ON_THE_CHARGER))
             self._day += 2
         answered = tuple(one.dialogue for one in records.annotated_sets(self.app.store))
         file = self._engine.file
@@ -129,10 +131,21 @@ class CellLife:
             self._drafts,
         )
         for id, text in given.items():
+            if not self._affordable(text):
+                continue
             try:
                 self.app.answer(id, text)
             except LoopError:  # another's answer can be too long to be learned
                 self._refused += 1
+
+    def _affordable(self, answer: str) -> bool:
+        """Within the tokens of all answers that the cell allows; what is given counts."""
+        most = int(self._cell.options["answer_tokens"])
+        tokens = len(self._model.text.encode(answer))
+        if most and self._spent + tokens > most:
+            return False
+        self._spent += tokens
+        return True
 
     def _asked_about(self, dialogue: Dialogue, exchange: int) -> Dialogue:
         """Up to the exchange whose reply is asked about: the stream's own, and so the reference."""

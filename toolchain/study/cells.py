@@ -46,7 +46,6 @@ OPTIONS: dict[str, Value] = {
     "user": "ideal",  # a name in USERS
     "answer_rate": 1.0,  # the probability that a question gets an answer
     "estimator": "norm",  # of EOE: a name in ESTIMATORS
-    "without": "",  # the score that selection does not see: a name in SCORES_OF_SELECTION
     "preset": "",  # of the policy: a name in PRESETS; empty: the bundle's own policy
     "general_tokens": 4096,  # of the general text that forgetting is measured on
     "examples": 4,  # answered sets in the prompt: retrieval, retrieval_trained, random_examples
@@ -60,11 +59,11 @@ USERS: dict[str, str] = {
 }
 ESTIMATORS: dict[str, str] = {
     "norm": "entropy of the token vectors' norms",
-    "renyi2": "Rényi-2 entropy of centred unit token vectors of a middle layer",
-    "surprisal": "surprisal under the base model, within a band",
-    "nuclear": "nuclear norm of the logits",
+    "renyi2": "Rényi-2 entropy of centred unit token vectors of the middle layer",
+    "surprisal": "mean surprisal under the base model",
+    "surprisal_band": "how near that is to a middle that is neither easy nor hard",
+    "nuclear": "nuclear norm of the predictions",
 }
-SCORES_OF_SELECTION = ("eoe", "dss", "idd")
 ROW_SETS = ("development", "judging", "all")  # what is tuned on, and what never is
 MEASURED = frozenset({"seconds", "peak_memory_mb"})  # facts of a machine, not of the cell
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.model.transformer import Transformer
-from toolchain.study.batched import Batch
+from toolchain.study.batched import Batch, middle_states
 
 Estimator = Callable[["TokenVectors"], np.ndarray]
 ESTIMATORS: dict[str, Estimator] = {}
@@ -30,10 +30,11 @@ class TokenVectors:
     batch: Batch
     vectors: Tensor
 
-    def each(self) -> list[Tensor]:
-        """Each sequence's own vectors [n, hidden], float64."""
+    def middle(self) -> list[Tensor]:
+        """Each sequence's vectors [n, hidden] after half of the layers, float64."""
         counts = self.batch.counts.tolist()
-        return [row[:n].double() for row, n in zip(self.vectors, counts, strict=True)]
+        states = middle_states(self.model, self.batch)
+        return [row[:n].double() for row, n in zip(states, counts, strict=True)]
 
 
 def estimator(name: str) -> Callable[[Estimator], Estimator]:
@@ -57,10 +58,10 @@ def norm(seen: TokenVectors) -> np.ndarray:
 
 @estimator("renyi2")
 def renyi2(seen: TokenVectors) -> np.ndarray:
-    """Rényi's entropy of order 2 of the centred unit vectors, without the first token:
-    −ln ‖ZᵀZ / n‖² in nats (von Neumann form; Giraldo et al., 2015); 0 below three tokens."""
+    """Rényi's entropy of order 2 of the middle layer's centred unit vectors, without the first
+    token: −ln ‖Z Zᵀ / n‖² in nats (matrix-based: Giraldo et al., 2015); 0 below three tokens."""
     values = []
-    for vectors in seen.each():
+    for vectors in seen.middle():
         rest = vectors[1:]
         if len(rest) < 2:
             values.append(0.0)

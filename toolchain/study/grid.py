@@ -16,7 +16,6 @@ from toolchain.study.cells import (
     OPTIONS,
     ROW_SETS,
     ROWS,
-    SCORES_OF_SELECTION,
     USERS,
     Cell,
     Value,
@@ -26,7 +25,6 @@ from toolchain.study.plan import RowPlan, StudyPlan, VaryPlan
 CHOICES: dict[str, Sequence[str]] = {  # of options whose values are names
     "user": tuple(USERS),
     "estimator": tuple(ESTIMATORS),
-    "without": ("", *SCORES_OF_SELECTION),
     "rows": ("", *ROW_SETS),
 }
 _LEAST: dict[str, float] = {

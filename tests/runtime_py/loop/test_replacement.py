@@ -19,7 +19,7 @@ from runtime_py.loop.metrics import UNIT, direction
 from runtime_py.loop.neighbours import COARSE
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.random_stream import SplitMix64
-from runtime_py.loop.replacement import POLICIES, choose, find_policy
+from runtime_py.loop.replacement import POLICIES, choose, find_policy, paper, worths
 
 HIDDEN, DOMAINS = 4, 3
 STEP = UNIT // COARSE  # directions that coarse rounding leaves as they are
@@ -361,3 +361,22 @@ def test_what_is_asked_about_stays(selection: str) -> None:
         buffer.see(new)
     assert buffer.ids[1:3] == ["d2", "d3"]
     assert buffer.ids[0] != "d1" or buffer.ids[3] != "d4"
+
+
+@pytest.mark.parametrize("names", ["eoe", "dss idd", "eoe idd", "eoe dss idd"])
+def test_only_the_scores_that_the_policy_names_decide(names: str) -> None:
+    """A set that is better in one score alone beats all others under that score alone."""
+    loop = LoopPolicy(scores=names, bins=4, crowding=0.0, age_fills=1e9)
+    buffer = Buffer(4, 1, 2)
+    for bin in range(4):
+        scores = Scores(0.2 + bin / 8, 0.5 - bin / 8, 0.25)
+        buffer.put(bin, Candidate(f"d{bin}", bin + 1, 0, scores, np.array([1, 0], np.int64), 1))
+    best = {"eoe": 0.875, "dss": 0.0, "idd": 0.0}  # in the entropy alone
+    new = Candidate("new", 5, 0, Scores(**best), np.array([1, 0], np.int64), 1)
+    wins = names == "eoe"
+    assert (paper(buffer, new, SplitMix64(0), loop).bin is not None) == wins
+    stored, worth = worths(buffer, new, loop)
+    columns = names.split(" ")
+    expected = sum(4 if name == "eoe" else 0 for name in columns) / (4 * len(columns))
+    assert worth == pytest.approx(expected, abs=1e-12)
+    assert stored.max() <= 1.0
