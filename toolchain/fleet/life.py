@@ -246,7 +246,7 @@ class _Days:
             if not self._user.answers(question.id):
                 continue
             try:
-                self.app.answer(question.id, manner.rewrite(question.dialogue.answer))
+                self.app.answer(question.id, manner.rewrite(question.reply))
             except LoopError:  # its bin has no room for it
                 self.refused += 1
                 continue

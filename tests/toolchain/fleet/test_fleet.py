@@ -138,6 +138,8 @@ def test_the_same_bytes_by_one_process_and_after_an_interruption(
     lived: tuple[Fleet, FleetOutcome], place: FleetPlace, tmp_path: Path
 ) -> None:
     fleet, outcome = lived
+    assert prepared(place, tmp_path / "new").folder.lives() == {}
+    assert not (tmp_path / "new").exists()  # until there is a world
     out = tmp_path / "out"
     shutil.copytree(fleet.folder.path, out)
     for gone in ("lives/000001.json", "swaps/000004.json", "adapters/000002.bin"):
@@ -337,4 +339,4 @@ def test_the_command(
     said = attune("fleet", bundle, "--data", data, "--out", tmp_path / "o", "--phone", "nokia")
     assert said.code == 2
     assert "there is no device 'nokia'" in said.err
-    assert FleetFolder(out).lives().keys() == {0, 1}
+    assert FleetFolder(out, b"").lives().keys() == {0, 1}
