@@ -44,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
         "toolchain.compile", "toolchain.defaults", "toolchain.report", "exporters", "runtime_py",
     },
     "toolchain.simulate": {"toolchain.compile", "toolchain.report", "exporters", "runtime_py"},
-    "toolchain.streams": {"runtime_py"},
+    "toolchain.streams": {"toolchain.compile", "runtime_py"},
     "toolchain.study": {
         "toolchain.streams", "toolchain.verify", "toolchain.simulate", "toolchain.adapter_training",
         "toolchain.compile", "toolchain.defaults", "toolchain.report", "exporters", "runtime_py",

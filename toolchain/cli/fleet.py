@@ -38,8 +38,8 @@ def fleet(
     ] = 30,
     replies: Annotated[
         int, typer.Option(help="Of them, those that are answered, for the manner.", min=0)
-    ] = 8,
-    reply_tokens: Annotated[int, typer.Option(help="Of such a reply at most.", min=1)] = 64,
+    ] = 4,
+    reply_tokens: Annotated[int, typer.Option(help="Of such a reply at most.", min=1)] = 128,
     partners: Annotated[
         int, typer.Option(help="Others whose adapters each user is tried with.", min=1)
     ] = 5,

@@ -38,7 +38,7 @@ def tune(
     groups: Annotated[
         str | None,
         typer.Option(
-            help="learning, selection, synthesis, forgetting; by comma. Default: all of them."
+            help="learning, selection, asking, synthesis, forgetting; by comma. Default: all."
         ),
     ] = None,
     streams: Annotated[

@@ -21,9 +21,10 @@ from typing import Any
 from runtime_py.loop.dialogue import Dialogue, Turn, check
 from runtime_py.loop.errors import LoopError
 from toolchain.compile.builtin.recipe import SOURCES, held_out
+from toolchain.compile.general_ids import GENERAL, REPLAY, packed
 
 FOLDER = "general"  # in a bundle
-GENERAL, REPLAY, ATTRIBUTION = "text.jsonl", "replay.jsonl", "ATTRIBUTION.md"
+ATTRIBUTION = "ATTRIBUTION.md"
 CHATS, REPLAYED = 72, 128  # SGD dialogues that are measured on, and that are trained on
 CHAT_WORDS = (60, 160)  # of such a dialogue
 TRANSCRIPTS = 20  # of MTS-Dialog, as plain text
@@ -35,22 +36,10 @@ def write_general(folder: Path) -> tuple[str, str]:
     (folder / FOLDER).mkdir()
     data = files("toolchain.compile").joinpath("data")
     for name in (GENERAL, REPLAY):
-        packed = data.joinpath(f"general_{name}.gz").read_bytes()
-        (folder / FOLDER / name).write_bytes(gzip.decompress(packed))
+        (folder / FOLDER / name).write_bytes(gzip.decompress(packed(name)))
     source = data.joinpath("general_ATTRIBUTION.md")
     (folder / FOLDER / ATTRIBUTION).write_bytes(source.read_bytes())
     return f"{FOLDER}/{GENERAL}", f"{FOLDER}/{REPLAY}"
-
-
-def general_ids() -> frozenset[str]:
-    """The corpus's ids of all that ships: a stream that is drawn from it leaves them out."""
-    data = files("toolchain.compile").joinpath("data")
-    rows = [
-        json.loads(line)
-        for name in (GENERAL, REPLAY)
-        for line in gzip.decompress(data.joinpath(f"general_{name}.gz").read_bytes()).splitlines()
-    ]
-    return frozenset(row["id"] for row in rows)
 
 
 def draw(corpus: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from exporters.errors import ExportError
+from runtime_py.loop.asking import find_asking_rule
 from runtime_py.loop.errors import LoopError
+from runtime_py.loop.exchanges import find_exchange_rule
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.replacement import find_policy
 
@@ -48,7 +50,7 @@ def read_policy_file(path: Path | None, lengths: Sequence[int]) -> PolicyFile:
     longest = max(lengths, default=0)
     try:
         policy = LoopPolicy.from_fields(within_lengths(loop, lengths))
-        find_policy(policy.selection)
+        check_names(policy)
     except LoopError as error:
         raise ExportError(f"{path}: {error}") from None
     if policy.longest_sequence_tokens > longest:
@@ -58,6 +60,13 @@ def read_policy_file(path: Path | None, lengths: Sequence[int]) -> PolicyFile:
             f"{policy.longest_sequence_tokens}."
         )
     return PolicyFile(loop, *_adapter(path, raw))
+
+
+def check_names(policy: LoopPolicy) -> None:
+    """Raises ``LoopError`` for a name that nothing has."""
+    find_policy(policy.selection)
+    find_asking_rule(policy.asking)
+    find_exchange_rule(policy.ask_exchange)
 
 
 def within_lengths(loop: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Any]:

@@ -129,6 +129,7 @@ def _live(
     told("lives", done, len(everyone))
     work: Work[FleetPlace, LifeTask, Lived] = Work(open_world, live, fleet.place)
     for outcome in _outcomes(work, tasks, crew, fleet.place):
+        fleet.folder.begin()
         if isinstance(outcome, Failed):
             _note(fleet, users[outcome.index], "life", outcome, failures)
         else:

@@ -24,9 +24,15 @@ FLEET = "fleet.json"
 
 @dataclass(frozen=True)
 class FleetFolder:
-    """Opened for one configuration. Files are by the users' numbers."""
+    """Opened for one configuration, whose ``text`` is fleet.json's. Files are by the users'
+    numbers."""
 
     path: Path
+    text: bytes
+
+    def begin(self) -> None:
+        """Once there is a world: what cannot be run leaves no folder."""
+        write_bytes(self.path / FLEET, self.text)
 
     def write_life(self, lived: Lived) -> None:
         """The life last: a life that is there has its adapter."""
@@ -95,10 +101,8 @@ class FleetFolder:
 
 
 def open_folder(path: Path, configuration: Mapping[str, Any]) -> FleetFolder:
-    """Makes the folder, or goes on with one of the same configuration; a fleet may grow.
-
-    Raises ``LoopError`` where it is another's, with the difference.
-    """
+    """A new folder, of which nothing is written yet, or one of the same configuration; a fleet may
+    grow. Raises ``LoopError`` where it is another's, with the difference."""
     now = json.loads(canonical(configuration))
     file = path / FLEET
     if file.exists():
@@ -115,8 +119,7 @@ def open_folder(path: Path, configuration: Mapping[str, Any]) -> FleetFolder:
     elif path.is_dir() and any(path.iterdir()):
         raise LoopError(f"{path} has files and no {FLEET}: choose an empty or a new --out.")
     text = json.dumps(now, ensure_ascii=False, sort_keys=True, indent=1) + "\n"
-    write_bytes(file, text.encode())
-    return FleetFolder(path)
+    return FleetFolder(path, text.encode())
 
 
 def _known(file: Path) -> dict[str, Any]:

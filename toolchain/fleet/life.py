@@ -16,8 +16,10 @@ from pydantic import TypeAdapter
 
 from runtime_py.loop.dialogue import Dialogue
 from runtime_py.loop.errors import LoopError
+from runtime_py.loop.lesson import Capacity, lesson
 from runtime_py.loop.personalizer import Personalizer
 from runtime_py.loop.policy import LoopPolicy
+from runtime_py.loop.protocols import FineTuner
 from toolchain.fleet.counted import CountedEngine, CountedTuner, Ledger
 from toolchain.fleet.manners import Manner, compliance, find_manner
 from toolchain.fleet.users import FleetUser
@@ -124,7 +126,8 @@ def live(task: LifeTask, world: FleetWorld) -> Lived:
     user, options = task.user, task.options
     stream, tests = make_stream(user.recipe, task.data, user.seed)
     manner = find_manner(user.manner)
-    wanted = as_wanted(tests, manner)
+    tests = tuple(as_wanted(tests, manner, world.tuner))
+    wanted = [one.dialogue for one in tests]
     with tempfile.TemporaryDirectory(prefix="attune-fleet-") as folder:
         days = _Days(task, world, Path(folder), len(stream))
         with days.app:
@@ -156,9 +159,26 @@ def live(task: LifeTask, world: FleetWorld) -> Lived:
         return Lived(life, adapter, time.perf_counter() - begun)
 
 
-def as_wanted(dialogues: Sequence[StreamDialogue], manner: Manner) -> list[Dialogue]:
-    """With the answers that the user would rather have."""
-    return [one.dialogue.with_answer(manner.rewrite(one.dialogue.answer)) for one in dialogues]
+def as_wanted(
+    dialogues: Sequence[StreamDialogue], manner: Manner, tuner: FineTuner
+) -> list[StreamDialogue]:
+    """With the answers that the user would rather have, and as lessons are: without the oldest
+    exchanges that ``tuner`` has no room for. What does not fit even so is no test.
+
+    Raises ``LoopError`` where none fits."""
+    capacity = Capacity(tuner.tokens, max(tuner.lengths))
+    found = []
+    for one in dialogues:
+        wanted = one.dialogue.with_answer(manner.rewrite(one.dialogue.answer))
+        fitting = lesson(wanted, capacity)
+        if fitting is not None:
+            found.append(replace(one, dialogue=fitting))
+    if not found:
+        raise LoopError(
+            f"none of the {len(dialogues)} test dialogues fits the {capacity.longest} tokens that "
+            f"the training programs have: give more --tests, or export longer --train-lengths."
+        )
+    return found
 
 
 def a_day(phone: Device, options: LifeOptions, dialogues: int) -> int:
@@ -246,7 +266,7 @@ class _Days:
             if not self._user.answers(question.id):
                 continue
             try:
-                self.app.answer(question.id, manner.rewrite(question.dialogue.answer))
+                self.app.answer(question.id, manner.rewrite(question.reply))
             except LoopError:  # its bin has no room for it
                 self.refused += 1
                 continue

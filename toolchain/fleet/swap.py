@@ -62,7 +62,8 @@ def partners_of(number: int, lived: Sequence[int], count: int, seed: int) -> tup
 def swap(task: SwapTask, world: FleetWorld) -> Swapped:
     """Runs each partner's adapter on the user's tests, as the user would have them answered."""
     tests = make_stream(task.user.recipe, task.data, task.user.seed).tests
-    wanted = as_wanted(tests, find_manner(task.user.manner))
+    fitting = as_wanted(tests, find_manner(task.user.manner), world.tuner)
+    wanted = [one.dialogue for one in fitting]
     own = world.bundle.adapter_file
     losses = []
     with tempfile.TemporaryDirectory(prefix="attune-fleet-") as folder:

@@ -33,7 +33,7 @@ class Costs(Protocol):
     def training(self, job: FineTuneJob, result: FineTuneResult) -> float: ...
 
 
-class LoopWorld(Protocol):
+class FleetWorld(Protocol):
     """A model and its loop, opened once in each worker."""
 
     @property
@@ -53,6 +53,8 @@ class LoopWorld(Protocol):
     @property
     def tuner(self) -> FineTuner: ...
 
+    def costs(self, phone: Device) -> Costs: ...
+
     def losses(self, adapter: Path, dialogues: Sequence[Dialogue]) -> Sequence[float]:
         """Of each dialogue's last reply with an adapter's file: nats a label."""
         ...
@@ -60,12 +62,6 @@ class LoopWorld(Protocol):
     def replies(self, adapter: Path, dialogues: Sequence[Dialogue], most: int) -> Sequence[str]:
         """The greedy reply of at most ``most`` tokens to all but the last turn of each."""
         ...
-
-
-class FleetWorld(LoopWorld, Protocol):
-    """With what its work costs on a phone."""
-
-    def costs(self, phone: Device) -> Costs: ...
 
 
 @dataclass(frozen=True)

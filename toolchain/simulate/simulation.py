@@ -14,8 +14,8 @@ from runtime_py.engine.memory import training_bytes
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.presets import PRESETS, preset
-from runtime_py.loop.replacement import find_policy
 from runtime_py.loop.stream import read_stream
+from toolchain.compile.policy_file import check_names
 from toolchain.simulate.device import Device, find_device, host_cores
 from toolchain.simulate.estimate import Estimate, check_fits, estimate
 from toolchain.simulate.events import PhoneEvent
@@ -118,7 +118,7 @@ def read_policy(manifest: Manifest, chosen: str | Path | None) -> LoopPolicy:
     elif chosen is not None:
         fields |= _fields_of(Path(chosen))
     policy = LoopPolicy.from_fields(fields)
-    find_policy(policy.selection)
+    check_names(policy)
     return policy
 
 

@@ -3,7 +3,8 @@
 The loop knows a user and an assistant who take turns, the user first and the assistant last. So a
 system's turns are left out, the turns before the user's first, and those after the assistant's last
 one; a row's ``system`` and ``trailing_user`` are no turns. A row in which no reply is left has no
-reference and cannot be used; nor can one whose turns do not alternate.
+reference and cannot be used; nor can one whose turns do not alternate. What ships in every bundle
+as general text, to measure forgetting on and to replay, is in no stream.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ from typing import Any, Literal
 from runtime_py.loop.dialogue import Dialogue, Turn, check
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.stream import read_rows
+from toolchain.compile.general_ids import general_ids
 
 Rows = Literal["all", "development", "judging"]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """``dialogues``: those that can be used, in the file's order. Of the ``rows`` so many have no
-    reply, and so many are bad for another reason, of which ``bad`` has the first sentence."""
+    """``dialogues``: those that can be used, in the file's order. Of the ``rows`` so many are
+    general text, so many have no reply, and so many are bad for another reason, of which ``bad``
+    has the first sentence."""
 
     path: Path
     rows: int
     dialogues: tuple[Dialogue, ...]
+    general: int
     without_reply: int
     unusable: int
     bad: str
@@ -64,10 +68,13 @@ def _cached(path: Path, changed: int, size: int) -> Dataset:
 
 def _read(path: Path) -> Dataset:
     bad: list[str] = []
-    rows, without = 0, 0
+    rows, without, general = 0, 0, 0
     found: dict[str, Dialogue] = {}
     for row in read_rows(path, lambda error: bad.append(str(error))):
         rows += 1
+        if isinstance(row.id, str) and row.id in general_ids():
+            general += 1
+            continue
         turns = observed_turns(row.turns)
         if not turns:
             without += 1
@@ -87,7 +94,7 @@ def _read(path: Path) -> Dataset:
             else f"{path} has no dialogue: give one JSON object with id and turns a line."
         )
     sound = tuple(found.values())
-    return Dataset(path, rows, sound, without, len(bad), bad[0] if bad else "")
+    return Dataset(path, rows, sound, general, without, len(bad), bad[0] if bad else "")
 
 
 def observed_turns(turns: tuple[tuple[Any, Any], ...]) -> tuple[Turn, ...]:

@@ -137,6 +137,8 @@ def _too_few(
     rows = "" if recipe.rows == "all" else f" among its rows for {recipe.rows}"
     text = f"{source.file} has {found:,} {what}{rows}, {wanted:,} are wanted"
     lost = []
+    if dataset.general:
+        lost.append(f"{dataset.general:,} are the general text of bundles")
     if dataset.without_reply:
         lost.append(f"{dataset.without_reply:,} have no reply to refer to")
     if dataset.unusable:

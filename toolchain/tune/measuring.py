@@ -114,6 +114,7 @@ class Bench:
         missing = [cell for cell in dict.fromkeys(cells) if cell.key not in done]
         wrong: list[str] = []
         for outcome in self._outcomes(missing):
+            self._folder.begin()
             cell = missing[outcome.index]
             if isinstance(outcome, Failed):
                 self._folder.write_failure(cell, outcome)

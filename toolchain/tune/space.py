@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from runtime_py.loop.asking import ASKING
 from runtime_py.loop.errors import LoopError
+from runtime_py.loop.exchanges import EXCHANGE_RULES
 from runtime_py.loop.policy import USES
 from runtime_py.loop.replacement import POLICIES
 
@@ -55,6 +57,11 @@ SPACE: dict[str, dict[str, Range]] = {
         "selection": Choice(tuple(POLICIES)),
         "crowding": Number(0.0, 1.0),
         "age_fills": Number(5.0, 200.0, log=True),
+    },
+    "asking": {
+        "asking": Choice(tuple(ASKING)),
+        "ask_exchange": Choice(tuple(EXCHANGE_RULES)),
+        "question_days": Whole(1, 7),
     },
     "synthesis": {
         "paraphrases": Whole(0, 4),

@@ -20,6 +20,7 @@ from tests.tiny import config_of, paper_bundle
 from toolchain.compile import general_text
 from toolchain.compile.builtin import recipe
 from toolchain.compile.export_input import builtin_folder
+from toolchain.compile.general_ids import general_ids
 
 CORPUS = Path(__file__).parents[4] / "shared" / "data" / "corpus"
 
@@ -57,7 +58,7 @@ def test_every_id_says_where_it_is_from_and_none_is_twice(bundle: Bundle) -> Non
     assert len({*measured, *replayed}) == len(measured) + len(replayed)
     assert {id.partition("-")[0] for id in measured} == {"sgd", "mts_dialog"}
     assert {id.partition("-")[0] for id in replayed} == {"sgd"}
-    assert general_text.general_ids() == {*measured, *replayed}
+    assert general_ids() == {*measured, *replayed}
     terms = (bundle.path / "general" / "ATTRIBUTION.md").read_text(encoding="utf-8")
     for name in ("Schema-Guided Dialogue", "MTS-Dialog", "CC BY-SA 4.0", "CC BY 4.0"):
         assert name in terms

@@ -41,6 +41,8 @@ def test_what_a_file_says(tmp_path: Path) -> None:
         ({"lora_rang": 1}, "lora_rank, lora_alpha, lora_targets."),
         ({"batch": 0, "bins": "many"}, "bins is 'many', expected a int; batch is 0"),
         ({"selection": "magic"}, "magic"),
+        ({"asking": "magic"}, "magic"),
+        ({"ask_exchange": "magic"}, "magic"),
         ({"longest_sequence_tokens": 512}, "give --train-lengths 512"),
         ({"shortest_sequence_tokens": 300}, "at most longest_sequence_tokens"),
         (

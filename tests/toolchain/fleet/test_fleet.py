@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime_py.bundle import bundle as bundles
+from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.policy import LoopPolicy
 from tests.toolchain.conftest import Attune
@@ -31,7 +32,7 @@ from toolchain.fleet.swap import partners_of
 from toolchain.fleet.users import make_crowd, make_user
 from toolchain.fleet.world import FleetPlace
 from toolchain.simulate.device import find_device
-from toolchain.streams.made import make_stream
+from toolchain.streams.made import StreamDialogue, make_stream
 from toolchain.study.cells import Place
 from toolchain.study.study import Crew
 
@@ -108,7 +109,8 @@ def test_gains_are_those_of_the_adapters(
     losses = np.empty((6, 6))  # [adapter, user]
     for user in fleet.crowd.users:
         tests = make_stream(user.recipe, place.study.data, user.seed).tests
-        wanted = as_wanted(tests, find_manner(user.manner))
+        manner = find_manner(user.manner)
+        wanted = [one.dialogue for one in as_wanted(tests, manner, toy_world.WordTuner())]
         for number, life in lives.items():
             file = tmp_path / f"{number}.json"
             file.write_bytes(fleet.folder.adapter(life) or b'{"words": []}')
@@ -138,6 +140,8 @@ def test_the_same_bytes_by_one_process_and_after_an_interruption(
     lived: tuple[Fleet, FleetOutcome], place: FleetPlace, tmp_path: Path
 ) -> None:
     fleet, outcome = lived
+    assert prepared(place, tmp_path / "new").folder.lives() == {}
+    assert not (tmp_path / "new").exists()  # until there is a world
     out = tmp_path / "out"
     shutil.copytree(fleet.folder.path, out)
     for gone in ("lives/000001.json", "swaps/000004.json", "adapters/000002.bin"):
@@ -337,4 +341,23 @@ def test_the_command(
     said = attune("fleet", bundle, "--data", data, "--out", tmp_path / "o", "--phone", "nokia")
     assert said.code == 2
     assert "there is no device 'nokia'" in said.err
-    assert FleetFolder(out).lives().keys() == {0, 1}
+    assert FleetFolder(out, b"").lives().keys() == {0, 1}
+
+
+def test_tests_are_cut_as_lessons_are() -> None:
+    """A token is a word: the oldest exchange goes, and what is too long alone is no test."""
+
+    def told(id: str, *words: int) -> StreamDialogue:
+        roles = ("user", "assistant") * (len(words) // 2)
+        turns = [Turn(role, "w " * n) for role, n in zip(roles, words, strict=True)]
+        return StreamDialogue(Dialogue(id, tuple(turns)), "a", "a")
+
+    tuner = toy_world.WordTuner(lengths=(4, 12))
+    dialogues = [told("fits", 4, 4), told("cut", 9, 9, 3, 3), told("long", 9, 9)]
+    found = as_wanted(dialogues, MANNERS["lower"], tuner)
+    assert [(one.dialogue.id, len(one.dialogue.turns)) for one in found] == [
+        ("fits", 2),
+        ("cut", 2),
+    ]
+    with pytest.raises(LoopError, match="none of the 1 test dialogues fits the 12 tokens"):
+        as_wanted(dialogues[2:], MANNERS["lower"], tuner)

@@ -20,6 +20,7 @@ from runtime_py.loop.random_stream import SplitMix64
 from runtime_py.loop.stream import read_stream
 from tests.toolchain.conftest import Attune
 from tests.toolchain.streams.kit import data_folder, row, write_dataset
+from toolchain.compile.general_ids import general_ids
 from toolchain.streams.chance import apportioned, chance, shuffled, weighted
 from toolchain.streams.dataset import for_development, observed_turns, read_dataset
 from toolchain.streams.junk import reworded
@@ -236,6 +237,19 @@ def test_what_cannot_be_used_is_counted(tmp_path: Path) -> None:
         make_stream(single("a.jsonl.gz", 9, 3, "all"), tmp_path)
     assert "a.jsonl.gz has 7 dialogues beside the tests, 9 are wanted" in str(error.value)
     assert "of 13 rows 1 have no reply to refer to and 3 cannot be read" in str(error.value)
+
+
+def test_the_general_text_is_in_no_stream(tmp_path: Path) -> None:
+    """What forgetting is measured on, and what is replayed."""
+    rows = [row(number, "a") for number in range(10)]
+    for one, id in zip(rows[:4], sorted(general_ids())[::60], strict=True):
+        one["id"] = id
+    path = write_dataset(tmp_path, "a", rows)
+    dataset = read_dataset(path)
+    assert dataset.general == 4
+    assert general_ids().isdisjoint(one.id for one in dataset.dialogues)
+    with pytest.raises(LoopError, match="of 10 rows 4 are the general text"):
+        make_stream(single("a.jsonl.gz", 7, 0, "all"), tmp_path)
 
 
 def test_all_misfits_are_one_sentence(data: Path, tmp_path: Path) -> None:
