@@ -160,6 +160,7 @@ def paper_bundle(folder: Path, spec: ModelSpec, targets: Sequence[str], rank: in
         "android/adapter.ptd": bytes(64),
         "android/lm.pte": b"ET12" * 20,
         "chat_template.jinja": TEMPLATE.encode(),
+        "config.json": b"{}\n",
         "tokenizer.json": b"{}\n",
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -187,6 +188,7 @@ def paper_bundle(folder: Path, spec: ModelSpec, targets: Sequence[str], rank: in
                 head_dim=spec.head_dim,
                 intermediate=spec.intermediate,
                 context=spec.context,
+                config="config.json",
             ),
             tokenizer=manifest.Tokenizer(
                 file="tokenizer.json",
