@@ -17,7 +17,6 @@ from pydantic import TypeAdapter
 from runtime_py.loop.dialogue import Dialogue
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.lesson import Capacity, lesson
-from runtime_py.loop.personalizer import Personalizer
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import FineTuner
 from toolchain.fleet.counted import CountedEngine, CountedTuner, Ledger
@@ -143,7 +142,7 @@ def live(task: LifeTask, world: FleetWorld) -> Lived:
             kept=status.kept,
             asked=status.questions_asked,
             answered=dict(sorted(days.answered.items())),
-            refused=days.refused,
+            refused=len(days.refused),
             synthesized=status.synthesized,
             adapter=status.adapter,
             nights=tuple(days.nights),
@@ -236,16 +235,8 @@ class _Days:
         self._user = User(task.user.seed, options.answer_rate)
         self.nights: list[FleetNight] = []
         self.answered: Counter[str] = Counter()
-        self.refused = 0
-        self.app = Personalizer(
-            folder=folder,
-            policy=policy,
-            lexicons=world.lexicons,
-            engine=self.engine,
-            tuner=self._tuner,
-            clock=self._clock,
-            bundle=world.bundle,
-        )
+        self.refused: set[str] = set()
+        self.app = world.loop(folder, policy, self.engine, self._tuner, self._clock)
 
     @property
     def watt_hours(self) -> float:
@@ -268,7 +259,7 @@ class _Days:
             try:
                 self.app.answer(question.id, manner.rewrite(question.reply))
             except LoopError:  # its bin has no room for it
-                self.refused += 1
+                self.refused.add(question.id)
                 continue
             self.answered[kinds[question.id]] += 1
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from runtime_py.loop.dialogue import Dialogue, Turn
-from runtime_py.loop.lexicons import Lexicons
+from runtime_py.loop.personalizer import Personalizer
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import (
     AdapterBundle,
@@ -17,6 +17,7 @@ from runtime_py.loop.protocols import (
     FineTuner,
     FineTuneResult,
 )
+from runtime_py.loop.schedule import Moment
 from toolchain.simulate.device import Device
 from toolchain.study.cells import Place
 
@@ -42,9 +43,6 @@ class FleetWorld(Protocol):
         ...
 
     @property
-    def lexicons(self) -> Lexicons: ...
-
-    @property
     def bundle(self) -> AdapterBundle: ...
 
     @property
@@ -52,6 +50,17 @@ class FleetWorld(Protocol):
 
     @property
     def tuner(self) -> FineTuner: ...
+
+    def loop(
+        self,
+        folder: Path,
+        policy: LoopPolicy,
+        engine: Engine,
+        tuner: FineTuner,
+        clock: Callable[[], Moment],
+    ) -> Personalizer:
+        """With all that the bundle brings."""
+        ...
 
     def costs(self, phone: Device) -> Costs: ...
 

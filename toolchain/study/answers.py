@@ -10,7 +10,7 @@ from runtime_py.loop.metrics import rouge1
 from runtime_py.loop.words import words
 
 ADEQUATE = 0.3  # ROUGE-1 of a draft that the user "adequate" lets pass
-ERRS = 0.1  # of the answers of the user "errs" belong to another question
+ERRS = 0.1  # of the answers of the user "errs" belong to another dialogue
 SHORT = 0.5  # of the reference's words that the user "short" writes
 
 Drafts = Callable[[Sequence[Dialogue]], Sequence[str]]  # the model's own replies
@@ -23,22 +23,30 @@ def chance_of(seed: int, id: str, what: str) -> float:
 
 
 def answers_of(
-    user: str, asked: Sequence[Dialogue], seed: int, rate: float, drafts: Drafts
+    user: str,
+    asked: Sequence[Dialogue],
+    seed: int,
+    rate: float,
+    drafts: Drafts,
+    stream: Sequence[Dialogue],
 ) -> Mapping[str, str]:
     """By id; who does not answer is left out. The last reply of each dialogue is the reference;
-    ``user``: a name in ``cells.USERS``; ``rate``: the part that is answered."""
+    ``user``: a name in ``cells.USERS``; ``rate``: the part that is answered; ``stream``: dialogues
+    whose answers are given by mistake."""
     answered = [d for d in asked if chance_of(seed, d.id, "answers") < rate]
-    return dict(_USERS[user](answered, seed, drafts))
+    if user == "errs":
+        return dict(_errs(answered, seed, stream))
+    return dict(_USERS[user](answered, drafts))
 
 
 Answers = Sequence[tuple[str, str]]
 
 
-def _ideal(asked: Sequence[Dialogue], seed: int, drafts: Drafts) -> Answers:
+def _ideal(asked: Sequence[Dialogue], drafts: Drafts) -> Answers:
     return [(d.id, d.answer) for d in asked]
 
 
-def _adequate(asked: Sequence[Dialogue], seed: int, drafts: Drafts) -> Answers:
+def _adequate(asked: Sequence[Dialogue], drafts: Drafts) -> Answers:
     return [
         (d.id, draft if draft and _near(d.answer, draft) else d.answer)
         for d, draft in zip(asked, drafts(asked), strict=True)
@@ -49,7 +57,7 @@ def _near(reference: str, draft: str) -> bool:
     return rouge1(words(reference), words(draft)) >= ADEQUATE
 
 
-def _short(asked: Sequence[Dialogue], seed: int, drafts: Drafts) -> Answers:
+def _short(asked: Sequence[Dialogue], drafts: Drafts) -> Answers:
     shortened = []
     for d in asked:
         parts = d.answer.split()
@@ -57,17 +65,19 @@ def _short(asked: Sequence[Dialogue], seed: int, drafts: Drafts) -> Answers:
     return shortened
 
 
-def _errs(asked: Sequence[Dialogue], seed: int, drafts: Drafts) -> Answers:
-    others = [d.answer for d in asked[1:]] + [d.answer for d in asked[:1]]
-    return [
-        (d.id, other if chance_of(seed, d.id, "errs") < ERRS else d.answer)
-        for d, other in zip(asked, others, strict=True)
-    ]
+def _errs(asked: Sequence[Dialogue], seed: int, stream: Sequence[Dialogue]) -> Answers:
+    """Drawn by the question's own id, so that it does not matter how many are asked at once."""
+    given = []
+    for d in asked:
+        wrong = chance_of(seed, d.id, "errs") < ERRS
+        others = [one for one in stream if one.id != d.id] if wrong else []
+        place = int(chance_of(seed, d.id, "whose") * len(others))
+        given.append((d.id, others[place].answer if others else d.answer))
+    return given
 
 
-_USERS: Mapping[str, Callable[[Sequence[Dialogue], int, Drafts], Answers]] = {
+_USERS: Mapping[str, Callable[[Sequence[Dialogue], Drafts], Answers]] = {
     "ideal": _ideal,
     "adequate": _adequate,
     "short": _short,
-    "errs": _errs,
 }

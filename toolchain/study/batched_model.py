@@ -7,7 +7,8 @@ by one: last bits differ from the programs'.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -73,14 +74,27 @@ class BatchedModel:
         self.layout = FlatLayout.of(self.shape.tensors)
         self.tokens_a_call = tokens_a_call or (32768 if device.type == "cuda" else 4096)
         self._flat = torch.zeros(self.layout.rows, 1024, device=device)
-        self._bound: Tensor | None = None
+        self._scales: Mapping[str, np.ndarray] = {}
 
     def set_adapter(self, state: AdapterState) -> None:
         """Copies the adapter's numbers to the device."""
+        self._use(state.scales, torch.from_numpy(state.parameters).to(self.device, copy=True))
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Within it adapters are changed at will; the one that was in use is again afterwards."""
+        scales, flat = self._scales, self._flat
+        try:
+            yield
+        finally:
+            self._use(scales, flat)
+
+    def _use(self, scales: Mapping[str, np.ndarray], flat: Tensor) -> None:
         tensors = adapter_tensors(self.model)
-        for name, scale in state.scales.items():
+        for name, scale in scales.items():
             tensors[name].fill_(float(scale.item()))
-        self._bind(torch.from_numpy(state.parameters).to(self.device, copy=True))
+        self._scales = scales
+        self._bind(flat)
 
     def set_values(self, values: Mapping[str, np.ndarray]) -> None:
         """``values``: every tensor of the adapter by name, float32."""

@@ -20,6 +20,7 @@ from runtime_py.loop.random_stream import SplitMix64
 from toolchain.simulate.device import device_names, find_device
 from toolchain.study.cell_life import UNTOUCHED, CellLife, Lived
 from toolchain.study.cells import UNTRAINED, Cell, CellResult, Scores
+from toolchain.study.recorded import Night
 from toolchain.study.world import World
 
 Fact = float | int | str | None
@@ -52,7 +53,7 @@ def run_cell(cell: Cell, world: World) -> CellResult:
         world.use(row.adapter)
         scores = score(world, tests, row, int(cell.options["reply_tokens"]))
         facts = dict(row.facts)
-        if row.adapter != world.bundle.adapter_file:
+        if cell.row not in UNTRAINED and cell.row not in UNTOUCHED:
             lost = world.general(int(cell.options["general_tokens"])).forgetting()
             facts |= {"forgetting": lost.ratio, "kl": lost.kl}
     facts["tests"] = len(tests)
@@ -81,15 +82,17 @@ def judged(
     life = CellLife(cell, world, stream, folder)
     with life.app:
         lived = life.live()
-        facts = {**_facts(lived), **_modelled(world)}
+        facts = {**_facts(lived), **_modelled(world, lived.work)}
         before: Examples = {}
         count = int(cell.options["examples"])
         if cell.row in ("retrieval", "retrieval_trained"):
+            life.prepare([Dialogue("prompt", d.turns[:-1]) for d in tests])
             before = {d.id: lived.app.recalled(d.turns[:-1], count) for d in tests}
         elif cell.row == "random_examples":
             before = _at_random(cell.ordering, count, lived.answered, tests)
         adapter = own if cell.row in UNTOUCHED else lived.adapter
-        yield Judged(adapter, _with_room(world, before, tests), None, facts)
+        reply_tokens = int(cell.options["reply_tokens"])
+        yield Judged(adapter, with_room(world, before, tests, reply_tokens), None, facts)
 
 
 def _untrained(cell: Cell, own: Path, tests: Sequence[Dialogue]) -> Judged:
@@ -115,14 +118,21 @@ def _at_random(
     return drawn
 
 
-def _with_room(world: World, before: Examples, tests: Sequence[Dialogue]) -> Examples:
-    """Without the oldest of the examples where all of them, the dialogue and its reply would not
-    fit the context."""
+def with_room(
+    world: World, before: Examples, tests: Sequence[Dialogue], reply_tokens: int
+) -> Examples:
+    """Without the oldest of the examples where all of them, the dialogue and its reply, the
+    reference or one of ``reply_tokens``, would not fit the context."""
     context = world.bundle.manifest.model.context
+
+    def fits(whole: Dialogue) -> bool:
+        prompt = len(world.model.text.encode(world.model.text.render(whole.turns[:-1], reply=True)))
+        return world.tuner.tokens(whole) < context and prompt + reply_tokens <= context
+
     kept = {}
     for dialogue in tests:
         turns = before.get(dialogue.id, ())
-        while turns and world.tuner.tokens(_after(turns, dialogue)) >= context:
+        while turns and not fits(_after(turns, dialogue)):
             turns = turns[2:]
         if turns:
             kept[dialogue.id] = turns
@@ -161,6 +171,7 @@ def _facts(lived: Lived) -> dict[str, Fact]:
         "kept": status.kept,
         "asked": lived.asked,
         "answered": status.answered,
+        "answer_tokens": lived.tokens,
         "answers_refused": lived.refused,
         "synthesized": status.synthesized,
         "adapter": status.adapter,
@@ -180,16 +191,17 @@ def _number(value: object) -> float | None:
     return None if value is None else float(value)  # type: ignore[arg-type]
 
 
-def _modelled(world: World) -> dict[str, Fact]:
-    """Of the longest night on each phone that ships with attune, where the bundle has the programs
-    that a phone runs."""
+def _modelled(world: World, nights: Sequence[Night]) -> dict[str, Fact]:
+    """Of the longest night, and the training that takes most memory, on each phone that ships with
+    attune, where the bundle has the programs that a phone runs."""
     if world.bundle.manifest.android is None:
         return {}
-    longest = max(world.bundle.training.lengths)
-    memory = training_bytes(world.bundle, longest) / 1e6
     facts: dict[str, Fact] = {}
     for name in device_names():
         costs = world.costs(find_device(name))
-        seconds = [costs.training(job, result) for job, result in world.tuner.runs]
-        facts |= {f"minutes.{name}": max(seconds, default=0.0) / 60, f"memory_mb.{name}": memory}
+        seconds = [costs.night(night.replies, night.runs) for night in nights]
+        facts[f"minutes.{name}"] = max(seconds, default=0.0) / 60
+        lengths = {costs.length(job) for night in nights for job, _ in night.runs}
+        if lengths:
+            facts[f"memory_mb.{name}"] = training_bytes(world.bundle, max(lengths)) / 1e6
     return facts

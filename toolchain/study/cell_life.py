@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runtime_py.loop import records
 from runtime_py.loop.dialogue import Dialogue
-from runtime_py.loop.errors import LoopError
+from runtime_py.loop.errors import AnswerTooLong, LoopError
 from runtime_py.loop.fine_tuning import FineTuneReport
 from runtime_py.loop.personalizer import Personalizer
 from runtime_py.loop.policy import LoopPolicy
@@ -16,7 +16,7 @@ from runtime_py.loop.presets import preset
 from runtime_py.loop.schedule import Conditions, Moment
 from toolchain.study.answers import answers_of
 from toolchain.study.cells import Cell
-from toolchain.study.torch_loop import TorchEngine
+from toolchain.study.recorded import Night, RecordedEngine, RecordedTuner
 from toolchain.study.world import World
 
 EVERYTHING = ("everything_steps", "everything_epochs")
@@ -29,14 +29,18 @@ DRAFT_TOKENS = 64
 
 @dataclass(frozen=True)
 class Lived:
-    """``adapter``: the file of the active version; ``refused``: answers that could not be learned;
-    ``answered``: the sets in the buffer that were answered, in the order of the answers."""
+    """``adapter``: the file of the active version; ``nights``: what the loop said of each, and
+    ``work`` what was computed; ``refused``: answers that could not be learned; ``tokens``: of all
+    answers; ``answered``: the sets in the buffer that were answered, in the order of the answers.
+    """
 
     app: Personalizer
     adapter: Path
     nights: tuple[FineTuneReport, ...]
+    work: tuple[Night, ...]
     asked: int
     refused: int
+    tokens: int
     answered: tuple[Dialogue, ...]
 
 
@@ -59,7 +63,7 @@ def cell_policy(cell: Cell, world: World, observed: int) -> LoopPolicy:
         changes |= {"asking": rule, "questions_per_day": -(-answers // nights)}
     steps = int(options["steps"])
     if cell.row == "everything_steps" and not steps:
-        steps = steps_for(policy, int(options["answers"]) or policy.bins)
+        steps = steps_for(policy, min(int(options["answers"]) or policy.bins, policy.bins))
     if steps:
         changes |= {"fewest_steps": steps, "most_steps": steps}
     elif cell.row == "everything_epochs":
@@ -81,71 +85,94 @@ class CellLife:
         self._cell, self._stream = cell, stream
         self._ideal = {dialogue.id: dialogue for dialogue in stream}
         self.policy = cell_policy(cell, world, len(stream))
-        self._engine: TorchEngine = world.engine.with_estimator(str(cell.options["estimator"]))
-        self._model, self._tuner = world.model, world.tuner
-        self._day, self._asked, self._refused, self._spent = 0, 0, 0, 0
-        self.app = Personalizer(
-            folder=folder,
-            policy=self.policy,
-            lexicons=world.lexicons,
-            engine=self._engine,
-            tuner=world.tuner,
-            clock=lambda: Moment(86400.0 * self._day, self._day),
-            bundle=world.bundle,
+        self._engine = RecordedEngine(world.engine.with_estimator(str(cell.options["estimator"])))
+        self._model, self._tuner = world.model, RecordedTuner(world.tuner)
+        self._day, self._refused, self._given, self._spent = 0, 0, 0, 0
+        self._asked: set[str] = set()
+        self.app = world.loop(
+            folder,
+            self.policy,
+            self._engine,
+            self._tuner,
+            lambda: Moment(86400.0 * self._day, self._day),
         )
 
+    def prepare(self, dialogues: Sequence[Dialogue]) -> None:
+        """Embeds in batches what the loop will embed one by one."""
+        self._engine.prepare(dialogues)
+
     def live(self) -> Lived:
-        self._engine.prepare(self._stream)
-        self._tuner.runs.clear()
+        self.prepare(self._stream)
         nights = int(self._cell.options["nights"])
         counted = bool(self._cell.options["answers"]) or self._cell.row in EVERYTHING
-        reports = []
-        size = -(-len(self._stream) // nights)
+        reports, work = [], []
         for night in range(nights):
-            for place, dialogue in enumerate(self._stream[night * size : (night + 1) * size]):
+            for place, dialogue in enumerate(_part(self._stream, night, nights)):
                 self.app.observe(dialogue)
                 if not counted:
                     self._answer()
                     if (place + 1) % DIALOGUES_A_DAY == 0:
                         self._day += 1
             if counted:
-                self._day += 2  # past the day whose questions were chosen of an empty buffer
+                # A new day chooses its questions once: now that all is observed. None is chosen
+                # before, for the days until then are the last evening's.
+                self._day += max(2, self.policy.question_days)
                 self._answer()
             if self._cell.row not in UNTOUCHED:
+                self._engine.replies.clear()
+                self._tuner.runs.clear()
                 reports.append(self.app.fine_tune(_ON_THE_CHARGER))
-            self._day += 2
+                work.append(Night(tuple(self._engine.replies), tuple(self._tuner.runs)))
+            if not counted:
+                self._day += 2
         answered = tuple(one.dialogue for one in records.annotated_sets(self.app.store))
         file = self._engine.file
         if file is None:
             raise LoopError("the life of this cell had no adapter; please report it.")
-        return Lived(self.app, file, tuple(reports), self._asked, self._refused, answered)
+        return Lived(
+            app=self.app,
+            adapter=file,
+            nights=tuple(reports),
+            work=tuple(work),
+            asked=len(self._asked),
+            refused=self._refused,
+            tokens=self._spent,
+            answered=answered,
+        )
 
     def _answer(self) -> None:
-        questions = self.app.pending_questions()
-        self._asked += len(questions)
+        """The user looks at each question once: what is not answered then never is."""
+        new = [one for one in self.app.pending_questions() if one.id not in self._asked]
+        if not new:
+            return
+        self._asked.update(one.id for one in new)
         given = answers_of(
             str(self._cell.options["user"]),
-            [self._asked_about(question.dialogue, question.exchange) for question in questions],
+            [self._asked_about(question.dialogue, question.exchange) for question in new],
             self._cell.ordering,
             float(self._cell.options["answer_rate"]),
             self._drafts,
+            self._stream,
         )
         for id, text in given.items():
-            if not self._affordable(text):
+            tokens = len(self._model.text.encode(text))
+            if not self._affordable(tokens):
                 continue
             try:
                 self.app.answer(id, text)
-            except LoopError:  # another's answer can be too long to be learned
+            except AnswerTooLong:  # another's answer can be too long to be learned
                 self._refused += 1
+                continue
+            self._given += 1
+            self._spent += tokens
 
-    def _affordable(self, answer: str) -> bool:
-        """Within the tokens of all answers that the cell allows; what is given counts."""
-        most = int(self._cell.options["answer_tokens"])
-        tokens = len(self._model.text.encode(answer))
-        if most and self._spent + tokens > most:
+    def _affordable(self, tokens: int) -> bool:
+        """Within the answers, and the tokens of all answers, that the cell allows."""
+        options = self._cell.options
+        answers, most = int(options["answers"]), int(options["answer_tokens"])
+        if answers and self._cell.row not in EVERYTHING and self._given == answers:
             return False
-        self._spent += tokens
-        return True
+        return not most or self._spent + tokens <= most
 
     def _asked_about(self, dialogue: Dialogue, exchange: int) -> Dialogue:
         """Up to the exchange whose reply is asked about: the stream's own, and so the reference."""
@@ -153,3 +180,9 @@ class CellLife:
 
     def _drafts(self, asked: Sequence[Dialogue]) -> Sequence[str]:
         return self._model.replies([dialogue.turns[:-1] for dialogue in asked], DRAFT_TOKENS)
+
+
+def _part(stream: Sequence[Dialogue], night: int, nights: int) -> Sequence[Dialogue]:
+    """What is observed before a night: none has fewer than a fine-tuning is due after."""
+    begin, end = (number * len(stream) // nights for number in (night, night + 1))
+    return stream[begin:end]

@@ -55,7 +55,7 @@ USERS: dict[str, str] = {
     "ideal": "answers with the reference",
     "adequate": "accepts a draft that is near the reference, else answers with it",
     "short": "answers with the beginning of the reference",
-    "errs": "answers now and then with the reference of another question",
+    "errs": "answers now and then with the reference of another dialogue",
 }
 ESTIMATORS: dict[str, str] = {
     "norm": "entropy of the token vectors' norms",

@@ -6,6 +6,7 @@ The paper says that a set's tokens carry information and not how p comes from th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ def norm(seen: TokenVectors) -> np.ndarray:
     """−Σ p ln p / ln n with p the tokens' share of the norms; 0 for one token."""
     real = seen.batch.real
     norms = seen.vectors.double().norm(dim=-1) * real
-    p = norms / norms.sum(1, keepdim=True)
+    p = norms / norms.sum(1, keepdim=True).clamp(min=1e-300)
     nats = -torch.where(p > 0, p * torch.log(p.clamp(min=1e-300)), 0.0).sum(1)
     counts = seen.batch.counts.double()
     return torch.where(counts > 1, nats / torch.log(counts.clamp(min=2)), 0.0).cpu().numpy()
@@ -59,7 +60,8 @@ def norm(seen: TokenVectors) -> np.ndarray:
 @estimator("renyi2")
 def renyi2(seen: TokenVectors) -> np.ndarray:
     """Rényi's entropy of order 2 of the middle layer's centred unit vectors, without the first
-    token: −ln ‖Z Zᵀ / n‖² in nats (matrix-based: Giraldo et al., 2015); 0 below three tokens."""
+    token: −ln ‖Z Zᵀ / n‖² in nats (matrix-based: Giraldo et al., 2015); 0 below three tokens, and
+    where they are all alike."""
     values = []
     for vectors in seen.middle():
         rest = vectors[1:]
@@ -69,7 +71,8 @@ def renyi2(seen: TokenVectors) -> np.ndarray:
         centred = rest - rest.mean(0)
         unit = centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-12)
         gram = unit @ unit.T / len(unit)
-        values.append(float(-torch.log((gram * gram).sum())))
+        square = float((gram * gram).sum())
+        values.append(-math.log(square) if square else 0.0)
     return np.array(values)
 
 

@@ -6,12 +6,14 @@ roofline's matter. A training run's sequences are taken at their mean.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.phone_engine import LmCall
+from runtime_py.engine.retention import GRID
 from runtime_py.engine.streamed_tuner import TrainingCall
 from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.protocols import FineTuneJob, FineTuneResult
@@ -59,19 +61,38 @@ class PhoneCosts:
         written = len(self._text.encode(text))
         return self._lm(LmCall("prefill", read, 0)) + self._lm(LmCall("decode", written, read))
 
-    def training(self, job: FineTuneJob, result: FineTuneResult) -> float:
-        """Gradients of ``batch`` sequences a step and its update, the stopping sets at each look,
-        the guard before and after; by the programs that hold the longest sequence."""
+    def night(
+        self,
+        replies: Sequence[tuple[Sequence[Turn], str]],
+        runs: Sequence[tuple[FineTuneJob, FineTuneResult]],
+    ) -> float:
+        """Of paraphrases, by what was read and what was written, and of trainings."""
+        written = sum(self.reply(messages, text) for messages, text in replies)
+        return written + sum(self.training(job, result) for job, result in runs)
+
+    def length(self, job: FineTuneJob) -> int:
+        """Of the programs that hold the job's longest sequence."""
         sets = (*job.training, *job.stopping, *job.guard)
         longest = min(job.max_sequence_tokens, max(self._tokens(one.turns) for one in sets))
-        length = next((n for n in self._lengths if n >= longest), self._lengths[-1])
+        return next((n for n in self._lengths if n >= longest), self._lengths[-1])
+
+    def training(self, job: FineTuneJob, result: FineTuneResult) -> float:
+        """Gradients of ``batch`` sequences a step and its update, the stopping sets at each look,
+        the guard before and after, and the general text without the adapter, with it, and where
+        it is scaled, at each step of the bisection."""
+        length = self.length(job)
         steps, looks = len(result.losses), len(result.stopping_curve)
         gradients = [self._call("gradient", one, length) for one in job.training]
         step = job.batch * sum(gradients) / len(gradients)
         step += self._training(TrainingCall("update"))
         stopping = sum(self._call("loss", one, length) for one in job.stopping)
         guard = sum(self._call("loss", one, length) for one in job.guard)
-        return steps * step + looks * stopping + 2 * guard
+        general = 0.0
+        if result.perplexity is not None:
+            readings = 2 if result.scale == 1.0 else 2 + int(math.log2(GRID))
+            calls = -(-job.forgetting_tokens // length)
+            general = readings * calls * self._training(TrainingCall("loss", length, length))
+        return steps * step + looks * stopping + 2 * guard + general
 
     def _call(self, kind: str, dialogue: Dialogue, length: int) -> float:
         labels = min(length, 1 + len(self._text.encode(dialogue.answer)))  # and the turn's end

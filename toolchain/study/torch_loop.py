@@ -1,7 +1,8 @@
 """The loop's engine and fine-tuner in PyTorch: what a bundle's programs compute, in batches.
 
-Every decision is ``runtime_py``'s own. What the loop asks for is pure, so that embeddings are kept
-from one life to the next.
+Every decision is ``runtime_py``'s own. What is embedded together decides the last bits of a vector,
+so that embeddings are kept from one life to the next by whole lists alone: a life's decisions do
+not depend on which lives the same worker led before.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from runtime_py.loop.random_stream import SplitMix64
 from toolchain.study.batched_model import BatchedModel
 
 ADAPTER = "adapter.ptd"  # in a job's folder
+LISTS_KEPT = 12  # of a stream and its tests' prompts, by each estimator: some 2,000 vectors each
+ALONE_KEPT = 4096  # embeddings of dialogues that stand in no list
 CLIPPED = 1e-6  # beside the norm, as torch.nn.utils.clip_grad_norm_ has it
 
 
@@ -35,25 +38,34 @@ class TorchEngine:
 
     def __init__(self, model: BatchedModel, estimator: str = "norm") -> None:
         self.model, self.estimator = model, estimator
-        self._kept: dict[tuple[str, Dialogue], Embedding] = {}
+        self._lists: dict[tuple[str, tuple[Dialogue, ...]], dict[Dialogue, Embedding]] = {}
+        self._prepared: dict[Dialogue, Embedding] = {}
+        self._alone: dict[Dialogue, Embedding] = {}
         self.file: Path | None = None
 
     def with_estimator(self, name: str) -> TorchEngine:
-        """The same model's, which shares what is kept."""
+        """The same model's for another life, which shares the lists that are kept."""
         other = TorchEngine(self.model, name)
-        other._kept = self._kept
+        other._lists = self._lists
         return other
 
     def prepare(self, dialogues: Sequence[Dialogue]) -> None:
         """Embeds in batches what will be asked for one by one."""
-        new = [d for d in dict.fromkeys(dialogues) if (self.estimator, d) not in self._kept]
-        for dialogue, found in zip(new, self.model.embed(new, self.estimator), strict=True):
-            self._kept[self.estimator, dialogue] = found
+        key = self.estimator, tuple(dict.fromkeys(dialogues))
+        if key not in self._lists:
+            found = dict(zip(key[1], self.model.embed(key[1], self.estimator), strict=True))
+            if len(self._lists) == LISTS_KEPT:
+                del self._lists[next(iter(self._lists))]
+            self._lists[key] = found
+        self._prepared |= self._lists[key]
 
     def embed(self, dialogue: Dialogue) -> Embedding:
-        if (self.estimator, dialogue) not in self._kept:
-            self.prepare([dialogue])
-        return self._kept[self.estimator, dialogue]
+        if (found := self._prepared.get(dialogue) or self._alone.get(dialogue)) is not None:
+            return found
+        if len(self._alone) == ALONE_KEPT:
+            self._alone.clear()
+        (self._alone[dialogue],) = self.model.embed([dialogue], self.estimator)
+        return self._alone[dialogue]
 
     def use_adapter(self, file: Path) -> None:
         """Takes effect at once, for ``generate``; ``embed`` runs without any."""
@@ -123,12 +135,11 @@ class TorchTraining:
 
 
 class TorchFineTuner:
-    """The loop's ``FineTuner``, as ``StreamedFineTuner`` is on the programs. ``runs``: those that
-    ended, until the caller empties it."""
+    """The loop's ``FineTuner``, as ``StreamedFineTuner`` is on the programs: what the engine writes
+    and embeds with is the same afterwards, whatever was trained."""
 
     def __init__(self, model: BatchedModel) -> None:
         self._model = model
-        self.runs: list[tuple[FineTuneJob, FineTuneResult]] = []
         self._training = model.bundle.training
 
     @property
@@ -145,17 +156,17 @@ class TorchFineTuner:
         taught = lessons(job, self._model.text, longest, self._model.bundle)
         tensors = self._model.shape.tensors
         state = AdapterState.of(tensors, read_values(job.parent, tensors))
-        result = tune(
-            TorchTraining(self._model, self._training.optimizer),
-            state,
-            job,
-            taught,
-            self._training.optimizer,
-            folder,
-            folder / ADAPTER,
-            stop=stop,
-        )
+        with self._model.lent():
+            result = tune(
+                TorchTraining(self._model, self._training.optimizer),
+                state,
+                job,
+                taught,
+                self._training.optimizer,
+                folder,
+                folder / ADAPTER,
+                stop=stop,
+            )
         if result is not None:
-            self.runs.append((job, result))
             write_values(result.adapter, job.parent, tensors, state.tensors)
         return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,10 +13,12 @@ from runtime_py.bundle.general_text import read_general
 from runtime_py.engine.examples import Example, example
 from runtime_py.engine.retention import general_examples
 from runtime_py.loop.dialogue import Dialogue
-from runtime_py.loop.lexicons import Lexicons
+from runtime_py.loop.personalizer import Personalizer
 from runtime_py.loop.policy import LoopPolicy
+from runtime_py.loop.protocols import Engine, FineTuner
+from runtime_py.loop.schedule import Moment
 from toolchain.simulate.device import Device
-from toolchain.simulate.phone_app import bundle_lexicons
+from toolchain.simulate.phone_app import open_loop
 from toolchain.streams.made import MadeStream, make_stream
 from toolchain.study.batched_model import BatchedModel
 from toolchain.study.cells import Cell, Place
@@ -35,7 +37,6 @@ class World:
         self.bundle = open_bundle(place.bundle)
         self.model = BatchedModel(self.bundle, torch.device(place.device))
         self.engine, self.tuner = TorchEngine(self.model), TorchFineTuner(self.model)
-        self.lexicons: Lexicons = bundle_lexicons(self.bundle, None)
         self.policy = LoopPolicy.from_fields(dict(self.bundle.manifest.policy.loop))
         self._streams: dict[tuple[object, int], MadeStream] = {}
         self._general: dict[int, GeneralText] = {}
@@ -67,7 +68,20 @@ class World:
             self._general[tokens] = GeneralText(self.model, examples)
         return self._general[tokens]
 
-    # What the fleet's lives take
+    # What lives take
+
+    def loop(
+        self,
+        folder: Path,
+        policy: LoopPolicy,
+        engine: Engine,
+        tuner: FineTuner,
+        clock: Callable[[], Moment],
+    ) -> Personalizer:
+        """With all that the bundle brings. Close it."""
+        return open_loop(
+            self.bundle, folder, policy, lexicons=None, engine=engine, tuner=tuner, clock=clock
+        )
 
     def costs(self, phone: Device) -> PhoneCosts:
         return phone_costs(self.bundle, phone, self.model.text)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.errors import LoopError
-from runtime_py.loop.lexicons import Lexicons
+from runtime_py.loop.personalizer import Personalizer
 from runtime_py.loop.policy import LoopPolicy
-from runtime_py.loop.protocols import FineTuneJob, FineTuneResult
+from runtime_py.loop.protocols import Engine, FineTuneJob, FineTuner, FineTuneResult
+from runtime_py.loop.schedule import Moment
 from tests.runtime_py.loop.toy import LEXICONS, ToyBundle, ToyEngine, ToyTuner
 from toolchain.fleet.world import FleetPlace
 from toolchain.simulate.device import Device
@@ -62,8 +63,25 @@ class ToyWorld:
         self._broken = broken.read_text() if broken.exists() else None
         self.bundle = ToyBundle(folder)
         self.engine, self.tuner = ToyEngine(), WordTuner()
-        self.lexicons: Lexicons = LEXICONS
         self.policy = LoopPolicy(bins=64, bin_bytes=4096, paraphrases=0, selection="fifo")
+
+    def loop(
+        self,
+        folder: Path,
+        policy: LoopPolicy,
+        engine: Engine,
+        tuner: FineTuner,
+        clock: Callable[[], Moment],
+    ) -> Personalizer:
+        return Personalizer(
+            folder=folder,
+            policy=policy,
+            lexicons=LEXICONS,
+            engine=engine,
+            tuner=tuner,
+            clock=clock,
+            bundle=self.bundle,
+        )
 
     def costs(self, phone: Device) -> ToyCosts:
         return ToyCosts()
