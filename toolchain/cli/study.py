@@ -101,7 +101,7 @@ def study(
 def _announce(opened: Study, count: int) -> None:
     there = len(opened.cells) - len(opened.missing)
     console.print(
-        f"[bold]{escape(opened.plan.name)}[/]: {len(opened.cells):,} cells, {there:,} are there, "
+        f"[bold]{escape(opened.plan.name)}[/]: {len(opened.cells):,} cells, {there:,} there, "
         f"{count:,} to be measured now"
     )
     for path in opened.damaged:

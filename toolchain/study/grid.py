@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from runtime_py.loop.asking import ASKING
 from runtime_py.loop.errors import LoopError
+from runtime_py.loop.exchanges import EXCHANGE_RULES
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.presets import PRESETS
 from runtime_py.loop.replacement import POLICIES
@@ -27,6 +29,12 @@ CHOICES: dict[str, Sequence[str]] = {  # of options whose values are names
     "estimator": tuple(ESTIMATORS),
     "rows": ("", *ROW_SETS),
 }
+_NAMED: dict[str, tuple[str, Collection[str]]] = {  # of a policy: fields that name what there is
+    "selection": ("selection policy", POLICIES),
+    "asking": ("asking rule", ASKING),
+    "ask_exchange": ("exchange rule", EXCHANGE_RULES),
+}
+_KINDS: dict[type, str] = {int: "an int", float: "a float", str: "a str", bool: "a bool"}
 _LEAST: dict[str, float] = {
     "observed": 1,
     "tests": 1,
@@ -161,12 +169,13 @@ def _setting_misfits(
         yield f"unknown policy fields {', '.join(unknown)}; there are {', '.join(known)}"
         return
     try:
-        selection = LoopPolicy.from_fields(dict(fields)).selection
+        whole = LoopPolicy.from_fields(dict(fields))
     except LoopError as error:
         yield str(error).removesuffix(". Correct it.")
         return
-    if selection not in POLICIES:
-        yield f"there is no selection policy {selection!r}; there are {', '.join(POLICIES)}"
+    for name, (what, there) in _NAMED.items():
+        if (value := getattr(whole, name)) not in there:
+            yield f"there is no {what} {value!r}; there are {', '.join(there)}"
 
 
 def _option_misfits(options: Mapping[str, Value]) -> Iterator[str]:
@@ -177,7 +186,7 @@ def _option_misfits(options: Mapping[str, Value]) -> Iterator[str]:
         elif type(value) is not type(OPTIONS[name]) and not (
             type(OPTIONS[name]) is float and type(value) is int
         ):
-            yield f"the option {name} is {value!r}, expected a {type(OPTIONS[name]).__name__}"
+            yield f"the option {name} is {value!r}, expected {_KINDS[type(OPTIONS[name])]}"
         elif name in choices and value not in choices[name]:
             there = ", ".join(filter(None, choices[name]))
             yield f"there is no {name} {value!r}; there are {there}"

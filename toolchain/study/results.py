@@ -90,9 +90,9 @@ class StudyFolder:
 def open_folder(path: Path, configuration: dict[str, Any], plan: dict[str, Any]) -> StudyFolder:
     """A new folder, of which nothing is written yet, or one of the same configuration.
 
-    A plan may grow: cells that are there stay good. Raises ``LoopError`` where the configuration
-    or the plan's primary contrast is another than the folder's, with the difference. Both are plain
-    JSON values.
+    A plan may grow, and with it the data: cells that are there stay good. Raises ``LoopError``
+    where the configuration or the plan's primary contrast is another than the folder's, with the
+    difference. Both are plain JSON values.
     """
     raw = {"configuration": configuration, "plan": plan}
     there = _read_study(path)
@@ -100,11 +100,15 @@ def open_folder(path: Path, configuration: dict[str, Any], plan: dict[str, Any])
         kept = {k: v for k, v in raw["plan"].items() if k not in _MAY_GROW}
         before = {k: v for k, v in there["plan"].items() if k not in _MAY_GROW}
         now = {**raw["configuration"], "plan": kept}
-        if differences := _differences({**there["configuration"], "plan": before}, now):
+        data = there["configuration"].get("data", {})
+        now["data"] = {**data, **configuration.get("data", {})}
+        was = {**there["configuration"], "plan": before, "data": {**now["data"], **data}}
+        if differences := _differences(was, now):
             raise LoopError(
                 f"{path} holds a study of another configuration: {'; '.join(differences)}. Choose "
                 f"another folder, or give what it was begun with."
             )
+        raw["configuration"] = {**configuration, "data": now["data"]}
     text = json.dumps(raw, ensure_ascii=False, indent=1) + "\n"  # the plan keeps its order
     return StudyFolder(path, text.encode())
 

@@ -12,7 +12,7 @@ from runtime_py.bundle.manifest import MANIFEST
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.files import sha256
 from toolchain.streams.made import make_stream
-from toolchain.streams.recipe import Recipe, find_recipe
+from toolchain.streams.recipe import Recipe, dataset_files, find_recipe, recipe_names
 from toolchain.study.cells import Cell, Place
 
 
@@ -63,6 +63,15 @@ def check_streams(data: Path, cells: Iterable[Cell]) -> list[str]:
     files: set[str] = set()
     wrong: dict[str, None] = {}
     recipes: dict[tuple[object, ...], Cell] = {}
+    cells = list(cells)
+    datasets = dataset_files(data)
+    known = {*recipe_names(), *datasets}
+    if unknown := [name for name in dict.fromkeys(c.stream for c in cells) if name not in known]:
+        raise LoopError(
+            f"there is no stream {', '.join(unknown)}; there are the recipes "
+            f"{', '.join(recipe_names())}, and the datasets of {data}: "
+            f"{', '.join(datasets) or 'none'}."
+        )
     for cell in cells:
         recipes[(cell.stream, *(cell.options[name] for name in ("observed", "tests", "rows")))] = (
             cell

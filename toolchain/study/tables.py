@@ -19,7 +19,10 @@ _FACTS = {  # head: fact, form
     "kept": ("kept", "{:.0f}"),
     "asked": ("asked", "{:.0f}"),
     "answered": ("answered", "{:.0f}"),
+    "their tokens": ("answer_tokens", "{:,.0f}"),
     "steps": ("steps", "{:.0f}"),
+    "accepted": ("accepted", "{:.1f}"),
+    "rejected": ("rejected", "{:.1f}"),
     "EOE": ("mean_eoe", "{:.5f}"),
     "DSS": ("mean_dss", "{:.4f}"),
     "IDD": ("mean_idd", "{:.4f}"),
@@ -49,7 +52,7 @@ def tables(summary: Summary) -> list[StudyTable]:
         name = stream_name(stream)
         made.append(_main(summary, name, [line for line in lines if not line.varied]))
         made.append(_varied(name, [line for line in lines if line.varied]))
-        made.append(_facts(name, [line for line in lines if not line.varied]))
+        made.append(_facts(name, lines))
     return [table for table in made if table.rows]
 
 

@@ -296,6 +296,7 @@ def test_an_answer_that_its_bin_cannot_hold_is_counted(place: FleetPlace, tmp_pa
     life = live(LifeTask(user, small, tmp_path, phone), world).life
     assert life.refused > 0
     assert 0 < sum(life.answered.values()) < life.asked
+    assert sum(life.answered.values()) + life.refused <= life.asked  # each is counted once
     assert live(LifeTask(user, LIFE, tmp_path, phone), world).life.refused == 0
 
 

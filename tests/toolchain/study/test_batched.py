@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -111,3 +113,20 @@ def test_estimators_are_their_formulas() -> None:
             spectrum = np.linalg.eigvalsh(unit @ unit.T / len(unit))
             expected = -np.log((spectrum**2).sum())  # of a density matrix's eigenvalues
             assert found["renyi2"][row] == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
+def test_estimators_are_numbers_of_whatever_is_said() -> None:
+    """One token, two, and the same one again and again, whose centred vectors vanish."""
+    source = tiny.hugging_face("llama")
+    model = build(read_spec(source.config, tiny.CONTEXT), source.state_dict())
+    batch = padded([np.array([5]), np.array([5, 5]), np.full(9, 5)], CPU)
+    vectors = hidden_states(model, batch, adapted=False)
+    seen = TokenVectors(model, batch, vectors)
+    for name, estimate in ESTIMATORS.items():
+        assert np.isfinite(estimate(seen)).all(), name
+    silent = TokenVectors(model, batch, torch.zeros_like(vectors))
+    for name in ("norm", "surprisal", "nuclear"):
+        assert np.isfinite(ESTIMATORS[name](silent)).all(), name
+    alike = SimpleNamespace(middle=lambda: [torch.ones(4, 8).double()])
+    assert ESTIMATORS["renyi2"](alike).tolist() == [0.0]  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,9 +76,8 @@ def test_embedding_and_replying(costs: PhoneCosts, counter: Recorder) -> None:
     }
 
 
-def test_training(costs: PhoneCosts, counter: Recorder) -> None:
-    """Five steps of four sequences, two looks at the stopping set, the guard twice."""
-    job = FineTuneJob(
+def a_job() -> FineTuneJob:
+    return FineTuneJob(
         number=1,
         training=(told("a", 4, 4), told("b", 10, 8)),  # 5 and 9 labels, the longest 20 tokens
         stopping=(told("c", 1, 1),),
@@ -91,11 +91,34 @@ def test_training(costs: PhoneCosts, counter: Recorder) -> None:
         check_every=4,
         max_sequence_tokens=64,
     )
+
+
+def test_training(costs: PhoneCosts, counter: Recorder) -> None:
+    """Five steps of four sequences, two looks at the stopping set, the guard twice."""
+    job = a_job()
     result = FineTuneResult(Path(), (1.0,), (1.0,), (1.0,) * 5, ((0, 1.0), (4, 1.0)), 4, 1.0)
     steps = 5 * (4 * 3 * (5 + 9) / 2 + 0.5)
     assert costs.training(job, result) == pytest.approx(steps + 2 * 2 + 2 * 3)
     lengths = {call.length for call in counter.calls if isinstance(call, TrainingCall)}
     assert lengths == {0, 32}  # of an update, and of the programs that hold 20 tokens
+    assert costs.length(job) == 32
+
+
+@pytest.mark.parametrize(("scale", "readings"), [(1.0, 2), (0.5, 6)])
+def test_a_night(costs: PhoneCosts, scale: float, readings: int) -> None:
+    """What is paraphrased, and the general text at each look: 100 tokens are four sequences of 32.
+    Where the adapter is scaled, a bisection of 16 steps looks four times more."""
+    plain = FineTuneResult(Path(), (1.0,), (1.0,), (1.0,) * 5, (), 5, 1.0)
+    bound = replace(plain, scale=scale, base_perplexity=9.0, perplexity=9.1)
+    job = replace(a_job(), forgetting_tokens=100)
+    general = costs.training(job, bound) - costs.training(job, plain)
+    assert general == pytest.approx(readings * 4 * 32)
+    replies = [((Turn("user", "how are you"),), "I am well"), ((Turn("user", "so"),), "yes")]
+    written = 5 + 3 * 10 + 3 + 1 * 10
+    assert costs.night(replies, []) == pytest.approx(written)
+    assert costs.night(replies, [(job, plain)] * 2) == pytest.approx(
+        written + 2 * costs.training(job, plain)
+    )
 
 
 def test_a_ledger_has_days_and_nights(costs: PhoneCosts) -> None:

@@ -121,7 +121,7 @@ def test_what_is_there_is_not_measured_again(folder: Path, attune: Attune) -> No
         (folder / "data" / f"raise-{cell.key}").touch()
     said = attune(*arguments(folder, "out"))
     assert said.code == 0
-    assert "10 cells, 10 are there, 0 to be measured now" in said.err
+    assert "10 cells, 10 there, 0 to be measured now" in said.err
     assert {p: p.stat().st_mtime_ns for p in (folder / "out/cells").iterdir()} == times
 
 
@@ -210,7 +210,18 @@ def test_a_plan_may_grow(folder: Path, attune: Attune) -> None:
     attune(*arguments(folder, "out", "--json"))
     (folder / "trial.toml").write_text(PLAN + '[rows.fifo]\npolicy = { selection = "fifo" }\n')
     said = attune(*arguments(folder, "out"))
-    assert "12 cells, 10 are there, 2 to be measured now" in said.err
+    assert "12 cells, 10 there, 2 to be measured now" in said.err
+    write_dialogues(folder / "data" / "more.jsonl", 60)
+    text = PLAN.replace('streams = ["toy"]', 'streams = ["toy", "more"]', 1)
+    (folder / "trial.toml").write_text(text)
+    said = attune(*arguments(folder, "out"))
+    assert "20 cells, 10 there, 10 to be measured now" in said.err
+    (folder / "trial.toml").write_text(PLAN)  # the first stream alone: the other's data stay known
+    assert "10 cells, 10 there" in attune(*arguments(folder, "out")).err
+    write_dialogues(folder / "data" / "more.jsonl", 70)
+    (folder / "trial.toml").write_text(text)
+    said = attune(*arguments(folder, "out"))
+    assert (said.code, "another configuration: data.more.jsonl was" in said.err) == (2, True)
 
 
 def test_only_what_is_asked_for(folder: Path, attune: Attune) -> None:
@@ -285,7 +296,7 @@ def test_data_that_does_not_do(folder: Path, attune: Attune) -> None:
     (folder / "trial.toml").write_text(PLAN.replace('["toy"]', '["troy"]'))
     said = attune(*arguments(folder, "out"))
     assert said.code == 2
-    assert "there is no recipe 'troy'; known are" in said.err
+    assert "there is no stream troy; there are the recipes" in said.err
     assert not (folder / "out").exists()
 
 
