@@ -148,7 +148,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class CellResult:
-    """``facts``: what else is to be told: ``kept``, ``asked``, ``answered``, ``steps``,
+    """``facts``: what else is to be told: ``kept``, ``asked``, ``answered``,
+    ``answer_tokens`` (of all answers), ``steps``, ``accepted`` and ``rejected`` (nights),
     ``forgetting`` (perplexity on general text over the base's, minus 1), ``kl``, ``mean_eoe``,
     ``mean_dss``, ``mean_idd`` (of what was kept), ``minutes.<phone>`` and ``memory_mb.<phone>``
     (modelled), and the ``MEASURED`` ones. None: does not apply."""

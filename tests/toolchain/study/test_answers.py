@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -20,7 +20,9 @@ def no_drafts(asked: Sequence[Dialogue]) -> Sequence[str]:
     raise AssertionError("this user does not look at drafts")
 
 
-def given(user: str, asked: Sequence[Dialogue] = STREAM, seed: int = 1, rate: float = 1.0):
+def given(
+    user: str, asked: Sequence[Dialogue] = STREAM, seed: int = 1, rate: float = 1.0
+) -> Mapping[str, str]:
     return answers_of(user, asked, seed, rate, no_drafts, STREAM)
 
 

@@ -14,10 +14,10 @@ from tests.toolchain.streams.kit import data_folder
 from tests.toolchain.study.tiny_bundle import CONTEXT, SIZE, tiny_bundle
 from toolchain.study import cell as cells
 from toolchain.study.cell import run_cell, with_room
-from toolchain.study.cells import ROWS, Cell, CellResult, Place
+from toolchain.study.cells import ROWS, Cell, CellResult, Place, Value
 from toolchain.study.world import World
 
-OPTIONS = {
+OPTIONS: dict[str, Value] = {
     "observed": 24, "tests": 3, "rows": "all", "answers": 8, "reply_tokens": 3,
     "general_tokens": 40, "examples": 2,
 }  # fmt: skip

@@ -12,13 +12,18 @@ from runtime_py.loop.presets import preset
 from tests.toolchain.streams.kit import data_folder
 from tests.toolchain.study.tiny_bundle import tiny_bundle
 from toolchain.study.cell_life import CellLife, Lived, cell_policy, steps_for
-from toolchain.study.cells import ROWS, UNTRAINED, Cell, Place
+from toolchain.study.cells import ROWS, UNTRAINED, Cell, Place, Value
 from toolchain.study.world import World
 
 OWN = LoopPolicy(bins=64, most_steps=48, seed=9)
 
 
-def policy(row: str = "trained", observed: int = 100, fields: dict | None = None, **options):
+def policy(
+    row: str = "trained",
+    observed: int = 100,
+    fields: dict[str, Value] | None = None,
+    **options: Value,
+) -> LoopPolicy:
     world = SimpleNamespace(policy=OWN)
     cell = Cell("dolly", 3, row, fields or {}, options)
     return cell_policy(cell, world, observed)  # type: ignore[arg-type]
@@ -69,9 +74,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(Place(tiny_bundle(tmp_path_factory.mktemp("bundle")), data))
 
 
-def lived(world: World, folder: Path, fields: dict | None = None, **options) -> Lived:
+def lived(
+    world: World, folder: Path, fields: dict[str, Value] | None = None, **options: Value
+) -> Lived:
     """Retrieval: a life without training. What it tells is read before its store is closed."""
-    whole = {"observed": 24, "tests": 2, "rows": "all", "reply_tokens": 2, **options}
+    whole: dict[str, Value] = {
+        "observed": 24,
+        "tests": 2,
+        "rows": "all",
+        "reply_tokens": 2,
+        **options,
+    }
     cell = Cell("notes", 0, "retrieval", fields or {}, whole)
     stream = [one.dialogue for one in world.stream(cell).stream]
     life = CellLife(cell, world, stream, folder)

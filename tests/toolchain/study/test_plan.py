@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from runtime_py.loop.errors import LoopError
+from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.replacement import POLICIES
 from tests.toolchain.study import fake
 from toolchain.study.cells import Cell, CellResult
@@ -51,6 +52,7 @@ def test_the_main_plan_has_every_policy_and_what_a_user_would_pick() -> None:
     assert set(POLICIES) <= selections
     assert {"base", "retrieval", "retrieval_trained"} <= {row.row for row in plan.rows.values()}
     assert plan.orderings >= 5
+    assert int(plan.options["answers"]) <= 0.8 * LoopPolicy().bins  # all policies have so many
     assert plan.primary is not None
     assert plan.primary.score == "loss"
 

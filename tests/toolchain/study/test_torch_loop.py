@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from runtime_py.bundle.manifest import Optimizer
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.retention import general_examples
 from runtime_py.engine.streaming import step_numbers
-from runtime_py.loop.protocols import FineTuneJob
+from runtime_py.loop.dialogue import Dialogue
+from runtime_py.loop.protocols import Embedding, FineTuneJob
 from tests import tiny
 from tests.runtime_py.engine.toy import dialogue
 from tests.toolchain.study.tiny_bundle import LENGTHS, RANK, SIZE, TARGETS, tiny_bundle
@@ -120,7 +122,7 @@ def test_a_list_that_was_embedded_is_not_embedded_again(
     calls: list[tuple[int, str]] = []
     embed = model.embed
 
-    def counted(dialogues, estimator="norm"):
+    def counted(dialogues: Sequence[Dialogue], estimator: str = "norm") -> list[Embedding]:
         calls.append((len(dialogues), estimator))
         return embed(dialogues, estimator)
 
@@ -140,7 +142,7 @@ def test_forgetting_is_that_of_peft(model: BatchedModel, tmp_path: Path) -> None
     """Against Hugging Face's model with PEFT's adapter, one sequence at a time."""
     base = tiny.hugging_face("llama", **SIZE)
     peft = tiny.adapted(tiny.hugging_face("llama", **SIZE), TARGETS, RANK)
-    peft.save_pretrained(tmp_path)
+    peft.save_pretrained(str(tmp_path))
     texts = read_general(model.bundle)
     examples = general_examples(texts, model.text, LENGTHS[0], 40)
     expected = measure(lambda t: peft(t).logits, lambda t: base(t).logits, examples)

@@ -25,7 +25,7 @@ TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
-LOOP = {
+LOOP: dict[str, bool | int | float | str] = {
     "bins": 8, "bin_bytes": 4096, "paraphrases": 0, "selection": "random", "forgetting_tokens": 48,
     "fewest_steps": 2, "most_steps": 4, "batch": 2,
 }  # fmt: skip
