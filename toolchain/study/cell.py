@@ -51,7 +51,7 @@ def run_cell(cell: Cell, world: World) -> CellResult:
         judged(cell, world, stream, tests, Path(folder)) as row,
     ):
         world.use(row.adapter)
-        scores = score(world, tests, row, int(cell.options["reply_tokens"]))
+        scores = _scored(world, tests, row, int(cell.options["reply_tokens"]))
         facts = dict(row.facts)
         if cell.row not in UNTRAINED and cell.row not in UNTOUCHED:
             lost = world.general(int(cell.options["general_tokens"])).forgetting()
@@ -143,6 +143,17 @@ def _after(turns: tuple[Turn, ...], dialogue: Dialogue) -> Dialogue:
     return Dialogue(dialogue.id, (*turns, *dialogue.turns))
 
 
+def _scored(world: World, tests: Sequence[Dialogue], row: Judged, reply_tokens: int) -> Scores:
+    """The untouched model is the same in every ordering, and where the guard refused: it is scored
+    once."""
+    if row.adapter != world.bundle.adapter_file or row.before or row.most is not None:
+        return score(world, tests, row, reply_tokens)
+    key = tuple(tests), reply_tokens
+    if key not in world.untouched:
+        world.untouched[key] = score(world, tests, row, reply_tokens)
+    return world.untouched[key]
+
+
 def score(world: World, tests: Sequence[Dialogue], row: Judged, reply_tokens: int) -> Scores:
     """With the adapter that is in use."""
     whole = [_after(row.before.get(d.id, ()), d) for d in tests]
@@ -168,7 +179,7 @@ def _facts(lived: Lived) -> dict[str, Fact]:
     rows = lived.app.store.rows("SELECT eoe, dss, idd FROM sets")
     means = np.array(rows, float).reshape(-1, 3).mean(axis=0) if rows else [None] * 3
     return {
-        "kept": status.kept,
+        "kept": len(rows),
         "asked": lived.asked,
         "answered": status.answered,
         "answer_tokens": lived.tokens,

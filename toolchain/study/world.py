@@ -21,7 +21,7 @@ from toolchain.simulate.device import Device
 from toolchain.simulate.phone_app import open_loop
 from toolchain.streams.made import MadeStream, make_stream
 from toolchain.study.batched_model import BatchedModel
-from toolchain.study.cells import Cell, Place
+from toolchain.study.cells import Cell, Place, Scores
 from toolchain.study.general import GeneralText
 from toolchain.study.phone_costs import PhoneCosts, phone_costs
 from toolchain.study.sources import recipe_of
@@ -39,6 +39,7 @@ class World:
         self.engine, self.tuner = TorchEngine(self.model), TorchFineTuner(self.model)
         self.policy = LoopPolicy.from_fields(dict(self.bundle.manifest.policy.loop))
         self._streams: dict[tuple[object, int], MadeStream] = {}
+        self.untouched: dict[tuple[tuple[Dialogue, ...], int], Scores] = {}  # of the base, a stream
         self._general: dict[int, GeneralText] = {}
 
     def stream(self, cell: Cell) -> MadeStream:

@@ -93,6 +93,8 @@ def test_what_is_told_of_a_life(results: dict[str, CellResult]) -> None:
     assert trained == ["trained", "everything_steps", "everything_epochs", "retrieval_trained"]
     assert results["trained"].facts["forgetting"] != 0.0
     assert "asked" not in results["base"].facts
+    assert results["trained"].facts["kept"] == 8  # bins
+    assert results["everything_steps"].facts["kept"] == 24
 
 
 def test_a_refused_adapter_forgets_nothing(world: World) -> None:
@@ -102,6 +104,19 @@ def test_a_refused_adapter_forgets_nothing(world: World) -> None:
     )
     facts = run_cell(cell, world).facts
     assert (facts["rejected"], facts["forgetting"], facts["kl"]) == (1, 0.0, 0.0)
+
+
+def test_the_untouched_model_is_scored_once(
+    place: Place, results: dict[str, CellResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(place)
+    base = results["base"].cell
+    assert run_cell(base, world).to_json() == results["base"].to_json()
+    with monkeypatch.context() as patch:
+        patch.setattr(world.model, "losses", None)
+        assert run_cell(replace(base, ordering=1), world).scores == results["base"].scores
+    cut = replace(base, row="base_cut")
+    assert run_cell(cut, world).to_json() == results["base_cut"].to_json()
 
 
 def test_equal_bytes_whatever_the_worker_did_before(
