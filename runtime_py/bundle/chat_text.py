@@ -60,16 +60,18 @@ class ChatText:
             f"{self._context}, of which a reply needs one; shorten the message."
         )
 
-    def assistant_spans(self, turns: Sequence[Turn]) -> list[tuple[int, int]]:
+    def assistant_spans(
+        self, turns: Sequence[Turn], last_only: bool = False
+    ) -> list[tuple[int, int]]:
         """Where the assistant speaks in ``render(turns)``: characters [begin, end) of each of its
-        turns, the token that ends it included.
+        turns, or of the last alone, the token that ends it included.
 
-        Raises ``BundleError`` where the template writes a turn differently once more turns follow.
+        Raises ``BundleError`` where the template writes one of these turns differently once more
+        turns follow: with ``last_only`` it may do so with those before the last.
         """
         whole, spans = self.render(turns), []
-        for index, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
+        places = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        for index in places[-1:] if last_only else places:
             before = self.render(turns[:index], reply=True)
             after = self.render(turns[: index + 1])
             if not (whole.startswith(after) and after.startswith(before)):

@@ -16,10 +16,11 @@ from runtime_py.engine.examples import Example, example
 from runtime_py.engine.recipe import Settings
 from runtime_py.engine.replay import with_replay
 from runtime_py.engine.retention import general_examples, retain
-from runtime_py.engine.trainer import train
+from runtime_py.engine.run_state import FILE
+from runtime_py.engine.trainer import TrainingOutcome, train
 from runtime_py.engine.training_engine import TrainingEngine, each_loss
 from runtime_py.loop.dialogue import Dialogue
-from runtime_py.loop.errors import TrainingDiverged, TrainingError
+from runtime_py.loop.errors import TrainingDiverged, TrainingError, TrainingStateUnusable
 from runtime_py.loop.policy import UNBOUNDED
 from runtime_py.loop.protocols import FineTuneJob, FineTuneResult
 
@@ -116,8 +117,10 @@ def tune(
     """Trains ``state``, which begins as the job's parent; the caller writes it to ``adapter``.
 
     Where a loss is no number it ends as it began, and the guard's losses are infinite. The run's
-    state is in ``folder``. ``on_stage`` hears what is computed next, ``on_check`` the step of every
-    look at the stopping examples. None: ``stop`` said so between two calls.
+    state is in ``folder``; one that is damaged, or that another bundle, another version of attune
+    or a job that was frozen anew has left, is removed, and the run begins anew. ``on_stage`` hears
+    what is computed next, ``on_check`` the step of every look at the stopping examples. None:
+    ``stop`` said so between two calls.
     """
     parent = state.parameters.copy()
     on_stage("before")
@@ -125,8 +128,9 @@ def tune(
     if before is None:
         return None
     on_stage("training")
-    try:
-        outcome = train(
+
+    def run() -> TrainingOutcome | None:
+        return train(
             engine,
             state,
             taught.training,
@@ -137,6 +141,13 @@ def tune(
             on_check=on_check,
             stop=stop,
         )
+
+    try:
+        try:
+            outcome = run()
+        except TrainingStateUnusable:  # nobody else could remove it, and the job would never end
+            (folder / FILE).unlink()
+            outcome = run()
     except TrainingDiverged:
         state.parameters[...] = parent
         infinite = (float("inf"),) * len(taught.guard)
