@@ -172,9 +172,10 @@ class Buffer:
             self.questions[bin] = False
 
     def set_waiting(self, id: str, waiting: bool) -> None:
-        """Whether a stored set waits for a fine-tuning; nothing for one that has left."""
+        """Whether a stored set waits for a fine-tuning; nothing for one that has left. The only bin
+        never does: a fine-tuning takes two sets."""
         if (bin := self._bin_of.get(id)) is not None:
-            self.waiting[bin] = waiting
+            self.waiting[bin] = waiting and self.bins > 1
 
     def measure(
         self,
