@@ -76,9 +76,10 @@ class ChatText:
             after = self.render(turns[: index + 1])
             if not (whole.startswith(after) and after.startswith(before)):
                 raise BundleError(
-                    "the chat template changes what it wrote of earlier turns when later ones "
-                    "follow, so the assistant's tokens cannot be told from the others: export with "
-                    "another --chat-template."
+                    f"the chat template writes turn {index + 1} of {len(turns)} otherwise when "
+                    f"later ones follow, or begins that reply otherwise than it writes it, so the "
+                    f"assistant's tokens cannot be told from the others: export with another "
+                    f"--chat-template."
                 )
             ends = [
                 after.rfind(stop) + len(stop) for stop in self.stops if stop in after[len(before) :]

@@ -358,6 +358,12 @@ def test_forgetting_abandons_a_job_that_has_the_set(tmp_path: Path) -> None:
         gone = app.forget(ids[1])
         assert (gone.job_abandoned, app.status().job) == (True, None)
         assert list((tmp_path / "state" / "jobs").iterdir()) == []
+        tuner.halt = False  # the other answers do not wait for twenty sets more
+        report = app.fine_tune(NIGHT)
+        assert (report.state, report.job) == ("accepted", 2)
+        job = tuner.jobs[-1]
+        learned = {one.id.partition("#")[0] for one in (*job.training, *job.guard)}
+        assert learned == {*ids} - {ids[1]}
 
 
 def test_a_changed_policy_is_noted_and_a_smaller_one_refused(tmp_path: Path) -> None:
