@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 from rich.progress import Progress
 
-from runtime_py.engine.recipe import Settings
 from runtime_py.engine.trainer import StepReport
+from runtime_py.engine.training_plan import Settings
 from toolchain.cli.options import AndroidBundle, Dialogues, Json, KeepMb, Threads
 from toolchain.defaults import HELD_OUT, KEEP_MB, MEMORY, SETTINGS, STOPPING_FROM, MemoryMode
 from toolchain.report.console import console, counted_progress, output, print_json
