@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from toolchain.study.cells import Cell, CellResult, Place
     from toolchain.study.results import StudyFolder
     from toolchain.tune.measuring import Limits
-    from toolchain.tune.tuning import TrialRow, TuneOptions
+    from toolchain.tune.search import TrialRow, TuneOptions
 
 REPORT = "tune-report"
 
@@ -83,9 +83,9 @@ def tune(
     from toolchain.study.cells import Place
     from toolchain.study.study import Crew
     from toolchain.tune.measuring import Bench
+    from toolchain.tune.search import TuneOptions, check_options
+    from toolchain.tune.search import tune as search
     from toolchain.tune.space import check_groups
-    from toolchain.tune.tuning import TuneOptions, check_options
-    from toolchain.tune.tuning import tune as search
 
     chosen = TuneOptions(
         check_groups(_names(groups)), trials, hours, orderings, confirm, finalists, seed
@@ -182,8 +182,8 @@ def _folder(
 
 
 def _show(outcome: Any, out: Path, model: str, as_json: bool) -> None:
+    from toolchain.tune.search import POLICY
     from toolchain.tune.tune_page import print_table, write_page
-    from toolchain.tune.tuning import POLICY
 
     write_page(out / f"{REPORT}.html", outcome, model)
     told = outcome.as_json()

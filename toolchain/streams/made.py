@@ -22,7 +22,7 @@ from toolchain.streams import junk
 from toolchain.streams.chance import chance, shuffled
 from toolchain.streams.dataset import Dataset, read_dataset
 from toolchain.streams.order import Place, places
-from toolchain.streams.recipe import Recipe, Source
+from toolchain.streams.stream_recipe import Recipe, Source
 
 JUNK = ("greeting", "acknowledgement", "gibberish", "near_duplicate")  # as ``KINDS`` counts them
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from runtime_py.loop.random_stream import SplitMix64
 from toolchain.streams.chance import shuffled, weighted
-from toolchain.streams.recipe import Recipe
+from toolchain.streams.stream_recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from runtime_py.bundle.manifest import MANIFEST
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.files import sha256
 from toolchain.streams.made import make_stream
-from toolchain.streams.recipe import Recipe, find_recipe
+from toolchain.streams.stream_recipe import Recipe, find_recipe
 from toolchain.study.cells import Cell, Place
 
 

@@ -13,8 +13,8 @@ from toolchain.report.html import Cell, Markup, element, join, section, table
 from toolchain.report.palette import ACCENT, FAINT, INK
 from toolchain.report.tables import plain_table
 from toolchain.tune.measuring import Measured
+from toolchain.tune.search import Finalist, TuneOutcome
 from toolchain.tune.space import Value
-from toolchain.tune.tuning import Finalist, TuneOutcome
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -23,9 +23,7 @@ from toolchain.study.cells import Place
 from toolchain.study.results import open_folder
 from toolchain.study.study import Crew
 from toolchain.tune.measuring import Bench, Limits, Measured
-from toolchain.tune.space import SPACE, Choice, Number, check_groups
-from toolchain.tune.tune_page import page, verdict
-from toolchain.tune.tuning import (
+from toolchain.tune.search import (
     Finalist,
     TrialRow,
     TuneOptions,
@@ -34,6 +32,8 @@ from toolchain.tune.tuning import (
     tune,
     winner_of,
 )
+from toolchain.tune.space import SPACE, Choice, Number, check_groups
+from toolchain.tune.tune_page import page, verdict
 
 optuna = pytest.importorskip("optuna", reason="needs the extra tune")
 
