@@ -15,8 +15,8 @@ from toolchain.cli.options import AndroidBundle, Json
 from toolchain.report.console import console, counted_progress, output, print_json
 
 if TYPE_CHECKING:
-    from toolchain.fleet.outcome import FleetOutcome
-    from toolchain.fleet.world import FleetPlace, FleetWorld
+    from toolchain.fleet.fleet_outcome import FleetOutcome
+    from toolchain.fleet.fleet_world import FleetPlace, FleetWorld
 
 REPORT = "fleet-report"
 
@@ -81,10 +81,10 @@ def fleet(
     from runtime_py.bundle.bundle import open_bundle
     from runtime_py.bundle.manifest import MANIFEST
     from runtime_py.loop.files import sha256
-    from toolchain.fleet.fleet import prepare, run
-    from toolchain.fleet.life import LifeOptions
-    from toolchain.fleet.options import FleetOptions
-    from toolchain.fleet.world import FleetPlace
+    from toolchain.fleet.fleet_options import FleetOptions
+    from toolchain.fleet.fleet_run import prepare, run
+    from toolchain.fleet.fleet_world import FleetPlace
+    from toolchain.fleet.user_life import LifeOptions
     from toolchain.simulate.simulation import read_policy
     from toolchain.study.cells import Place
     from toolchain.study.sources import check_device

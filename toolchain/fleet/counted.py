@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.protocols import Embedding, Engine, FineTuneJob, FineTuner, FineTuneResult
-from toolchain.fleet.world import Costs
+from toolchain.fleet.fleet_world import Costs
 from toolchain.simulate.rhythm import Clock
 
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from toolchain.fleet.fleet_outcome import FleetOutcome, Summary, summary
 from toolchain.fleet.fleet_pictures import pictures
 from toolchain.fleet.manners import MANNERS
-from toolchain.fleet.outcome import FleetOutcome, Summary, summary
 from toolchain.report import html
 from toolchain.report.html import Cell, Markup, element, join, paragraph, section, table
 from toolchain.report.tables import plain_table

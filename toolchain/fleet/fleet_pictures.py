@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from toolchain.fleet.outcome import FleetOutcome
+from toolchain.fleet.fleet_outcome import FleetOutcome
 from toolchain.report.charts import house_style, inline_svg
 from toolchain.report.html import Markup
 from toolchain.report.palette import ACCENT, BAD, FAINT, INK, WARNING

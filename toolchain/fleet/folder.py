@@ -15,8 +15,8 @@ from typing import Any
 
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.files import write_bytes
-from toolchain.fleet.life import Lived, UserLife
 from toolchain.fleet.swap import Swapped
+from toolchain.fleet.user_life import Lived, UserLife
 from toolchain.study.cells import canonical
 
 FLEET = "fleet.json"

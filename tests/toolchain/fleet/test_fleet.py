@@ -21,16 +21,16 @@ from tests.toolchain.conftest import Attune
 from tests.toolchain.fleet import toy_world
 from tests.toolchain.streams.kit import data_folder, row, write_dataset
 from toolchain.cli import fleet as command
-from toolchain.fleet.fleet import Fleet, prepare, run
+from toolchain.fleet.fleet_options import FleetOptions
+from toolchain.fleet.fleet_outcome import FleetOutcome, mean_interval, why_worse
 from toolchain.fleet.fleet_page import page
+from toolchain.fleet.fleet_run import Fleet, prepare, run
+from toolchain.fleet.fleet_world import FleetPlace
 from toolchain.fleet.folder import FleetFolder
-from toolchain.fleet.life import FleetNight, LifeOptions, LifeTask, as_wanted, evenings, live
 from toolchain.fleet.manners import MANNERS, find_manner
-from toolchain.fleet.options import FleetOptions
-from toolchain.fleet.outcome import FleetOutcome, mean_interval, why_worse
 from toolchain.fleet.swap import partners_of
+from toolchain.fleet.user_life import FleetNight, LifeOptions, LifeTask, as_wanted, evenings, live
 from toolchain.fleet.users import make_crowd, make_user
-from toolchain.fleet.world import FleetPlace
 from toolchain.simulate.device import find_device
 from toolchain.streams.made import StreamDialogue, make_stream
 from toolchain.study.cells import Place

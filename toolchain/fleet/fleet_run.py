@@ -9,13 +9,13 @@ from typing import Any, overload
 
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.replacement import find_policy
+from toolchain.fleet.fleet_options import FleetOptions, check_options
+from toolchain.fleet.fleet_outcome import FleetOutcome, UserFailure
+from toolchain.fleet.fleet_world import FleetPlace, FleetWorld
 from toolchain.fleet.folder import FleetFolder, open_folder
-from toolchain.fleet.life import LifeTask, Lived, UserLife, a_day, evenings, live, policy_of
-from toolchain.fleet.options import FleetOptions, check_options
-from toolchain.fleet.outcome import FleetOutcome, UserFailure
 from toolchain.fleet.swap import Swapped, SwapTask, partners_of, swap
+from toolchain.fleet.user_life import LifeTask, Lived, UserLife, a_day, evenings, live, policy_of
 from toolchain.fleet.users import Crowd, FleetUser, make_crowd
-from toolchain.fleet.world import FleetPlace, FleetWorld
 from toolchain.simulate.device import Device, find_device
 from toolchain.study.executor import Done, Failed, Work, run_in_processes
 from toolchain.study.ray_executor import run_on_ray

@@ -21,9 +21,9 @@ from runtime_py.loop.personalizer import Personalizer
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import FineTuner
 from toolchain.fleet.counted import CountedEngine, CountedTuner, Ledger
+from toolchain.fleet.fleet_world import FleetWorld
 from toolchain.fleet.manners import Manner, compliance, find_manner
 from toolchain.fleet.users import FleetUser
-from toolchain.fleet.world import FleetWorld
 from toolchain.simulate.device import Device
 from toolchain.simulate.rhythm import Clock
 from toolchain.simulate.user import User

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from toolchain.fleet.life import UserLife
-from toolchain.fleet.options import FleetOptions
+from toolchain.fleet.fleet_options import FleetOptions
 from toolchain.fleet.swap import Swapped
+from toolchain.fleet.user_life import UserLife
 from toolchain.fleet.users import FleetUser
 from toolchain.simulate.device import Device
 from toolchain.study.statistics import RESAMPLES, Interval, percentile_interval
