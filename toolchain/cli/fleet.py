@@ -88,7 +88,7 @@ def fleet(
     from toolchain.simulate.simulation import read_policy
     from toolchain.study.cells import Place
     from toolchain.study.sources import check_device
-    from toolchain.study.study import Crew
+    from toolchain.study.study_run import Crew
 
     opened = open_bundle(bundle)
     check_device(device)

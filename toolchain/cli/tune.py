@@ -81,7 +81,7 @@ def tune(
     from runtime_py.bundle.bundle import open_bundle
     from toolchain.simulate.simulation import read_policy
     from toolchain.study.cells import Place
-    from toolchain.study.study import Crew
+    from toolchain.study.study_run import Crew
     from toolchain.tune.measuring import Bench
     from toolchain.tune.search import TuneOptions, check_options
     from toolchain.tune.search import tune as search

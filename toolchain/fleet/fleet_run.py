@@ -19,7 +19,7 @@ from toolchain.fleet.users import Crowd, FleetUser, make_crowd
 from toolchain.simulate.device import Device, find_device
 from toolchain.study.executor import Done, Failed, Work, run_in_processes
 from toolchain.study.ray_executor import run_on_ray
-from toolchain.study.study import Crew
+from toolchain.study.study_run import Crew
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.presets import preset
 from runtime_py.loop.schedule import Conditions, Moment
 from toolchain.study.answers import answers_of
+from toolchain.study.batched_loop import TorchEngine
 from toolchain.study.cells import Cell
-from toolchain.study.torch_loop import TorchEngine
 from toolchain.study.world import World
 
 EVERYTHING = ("everything_steps", "everything_epochs")

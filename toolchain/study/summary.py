@@ -14,7 +14,7 @@ import numpy as np
 from toolchain.study.cells import CellResult, Scores, Value
 from toolchain.study.plan import Score
 from toolchain.study.statistics import RESAMPLES, Contrast, Floats, Paired, compare, holm
-from toolchain.study.study import Study
+from toolchain.study.study_run import Study
 
 SCORES: tuple[Score, ...] = ("loss", "rouge1", "rougeL", "words")
 COMPARED: tuple[Score, ...] = ("loss", "rouge1", "rougeL")

@@ -18,12 +18,12 @@ from runtime_py.loop.policy import LoopPolicy
 from toolchain.simulate.device import Device
 from toolchain.simulate.phone_app import bundle_lexicons
 from toolchain.streams.made import MadeStream, make_stream
+from toolchain.study.batched_loop import TorchEngine, TorchFineTuner
 from toolchain.study.batched_model import BatchedModel
 from toolchain.study.cells import Cell, Place
 from toolchain.study.general import GeneralText
 from toolchain.study.phone_costs import PhoneCosts, phone_costs
 from toolchain.study.sources import recipe_of
-from toolchain.study.torch_loop import TorchEngine, TorchFineTuner
 
 
 class World:

@@ -19,7 +19,7 @@ from toolchain.study.executor import (
 )
 from toolchain.study.ray_executor import run_on_ray
 from toolchain.study.results import StudyFolder
-from toolchain.study.study import Crew
+from toolchain.study.study_run import Crew
 from toolchain.tune.space import Value
 
 TRAINED, BASE = "trained", "base"  # rows of the study

@@ -34,7 +34,7 @@ from toolchain.fleet.users import make_crowd, make_user
 from toolchain.simulate.device import find_device
 from toolchain.streams.made import StreamDialogue, make_stream
 from toolchain.study.cells import Place
-from toolchain.study.study import Crew
+from toolchain.study.study_run import Crew
 
 LIFE = LifeOptions(
     nights=2, answer_rate=1.0, dialogues_a_day=20, replies=4, reply_tokens=16, policy={}

@@ -132,18 +132,18 @@ def test_it_goes_on_after_a_kill_of_the_whole_process(folder: Path, attune: Attu
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from tests.toolchain.study import fake\n"
-        "from toolchain.study import sources, study\n"
+        "from toolchain.study import sources, study_run\n"
         "from toolchain.study.cells import Place\n"
         "from toolchain.study.plan import read_plan\n"
         "sources.open_bundle = lambda path: None\n"
         f"place = Place(Path({str(place.bundle)!r}), Path({str(place.data)!r}))\n"
         f"plan = read_plan({str(folder / 'trial.toml')!r})\n"
-        f"opened = study.prepare(plan, place, Path({str(folder / 'killed')!r}))\n"
+        f"opened = study_run.prepare(plan, place, Path({str(folder / 'killed')!r}))\n"
         "def told(outcome):\n"
         "    if len(opened.done) == 2:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "study.run(opened, opened.missing, study.Crew(), place, fake.open_world, fake.run_cell, "
-        "told)\n"
+        "study_run.run(opened, opened.missing, study_run.Crew(), place, fake.open_world, "
+        "fake.run_cell, told)\n"
     )
     root = Path(__file__).parents[3]
     ended = subprocess.run([sys.executable, "-c", script], cwd=root, timeout=120, check=False)

@@ -21,7 +21,7 @@ from toolchain.compile.policy_file import read_policy_file
 from toolchain.study import sources
 from toolchain.study.cells import Place
 from toolchain.study.results import open_folder
-from toolchain.study.study import Crew
+from toolchain.study.study_run import Crew
 from toolchain.tune.measuring import Bench, Limits, Measured
 from toolchain.tune.search import (
     Finalist,
