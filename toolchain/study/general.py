@@ -17,7 +17,7 @@ from toolchain.verify.divergence import Forgetting
 _ROWS = 512  # distributions at once
 
 
-class GeneralText:
+class ForgettingMeter:
     """``examples``, and the base's token vectors of them, which are computed once."""
 
     def __init__(self, model: BatchedModel, examples: Sequence[Example]) -> None:

@@ -21,7 +21,7 @@ from toolchain.streams.made import MadeStream, make_stream
 from toolchain.study.batched_loop import TorchEngine, TorchFineTuner
 from toolchain.study.batched_model import BatchedModel
 from toolchain.study.cells import Cell, Place
-from toolchain.study.general import GeneralText
+from toolchain.study.general import ForgettingMeter
 from toolchain.study.phone_costs import PhoneCosts, phone_costs
 from toolchain.study.sources import recipe_of
 
@@ -38,7 +38,7 @@ class World:
         self.lexicons: Lexicons = bundle_lexicons(self.bundle, None)
         self.policy = LoopPolicy.from_fields(dict(self.bundle.manifest.policy.loop))
         self._streams: dict[tuple[object, int], MadeStream] = {}
-        self._general: dict[int, GeneralText] = {}
+        self._general: dict[int, ForgettingMeter] = {}
 
     def stream(self, cell: Cell) -> MadeStream:
         """The dialogues that the cell observes, and its tests."""
@@ -57,14 +57,14 @@ class World:
         """Each with its last reply as labels."""
         return [example(dialogue, self.model.text, last_only=True) for dialogue in dialogues]
 
-    def general(self, tokens: int) -> GeneralText:
+    def general(self, tokens: int) -> ForgettingMeter:
         """The first ``tokens`` of the bundle's general text, or all there are, in sequences of the
         training programs' longest."""
         if tokens not in self._general:
             longest = max(self.bundle.training.lengths)
             texts = read_general(self.bundle)
             examples = general_examples(texts, self.model.text, longest, tokens)
-            self._general[tokens] = GeneralText(self.model, examples)
+            self._general[tokens] = ForgettingMeter(self.model, examples)
         return self._general[tokens]
 
     # What the fleet's lives take
