@@ -118,7 +118,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Scores:
+class CellScores:
     """Of the test dialogues, one entry each, in the order of ``ids``.
 
     ``loss``: nats, summed over the last reply's labels; ``labels``: their number; ``rouge1`` and
@@ -154,7 +154,7 @@ class CellResult:
     (modelled), and the ``MEASURED`` ones. None: does not apply."""
 
     cell: Cell
-    scores: Scores
+    scores: CellScores
     facts: Mapping[str, float | int | str | None]
 
     def __post_init__(self) -> None:
@@ -185,7 +185,7 @@ class CellResult:
         try:
             raw: Any = json.loads(text)
             cell = Cell(**raw["cell"])
-            scores = Scores(**{name: tuple(values) for name, values in raw["scores"].items()})
+            scores = CellScores(**{name: tuple(values) for name, values in raw["scores"].items()})
             return CellResult(cell, scores, dict(raw["facts"]))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise LoopError(

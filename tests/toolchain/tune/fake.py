@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from runtime_py.loop.errors import LoopError
-from toolchain.study.cells import Cell, CellResult, Place, Scores
+from toolchain.study.cells import Cell, CellResult, CellScores, Place
 
 LABELS = 20
 ran: list[Cell] = []
@@ -38,7 +38,7 @@ def run_cell(cell: Cell, world: Place) -> CellResult:
         raise LoopError("kcenter has too little memory.")
     own = gain(dict(cell.policy), cell.ordering) if cell.row == "trained" else 0.0
     loss = (3.0 * (1.0 - own) * LABELS,) * 4
-    scores = Scores(("a", "b", "c", "d"), loss, (LABELS,) * 4, (0.1,) * 4, (0.1,) * 4, (5,) * 4)
+    scores = CellScores(("a", "b", "c", "d"), loss, (LABELS,) * 4, (0.1,) * 4, (0.1,) * 4, (5,) * 4)
     minutes = 60.0 * float(cell.policy.get("epochs", 3))
     facts: dict = {"minutes.pixel-8": minutes, "memory_mb.pixel-8": 300.0, "forgetting": None}
     return CellResult(cell, scores, facts)
