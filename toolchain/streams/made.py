@@ -22,7 +22,7 @@ from toolchain.streams import junk
 from toolchain.streams.chance import chance, shuffled
 from toolchain.streams.dataset import Dataset, read_dataset
 from toolchain.streams.order import Place, places
-from toolchain.streams.stream_recipe import Recipe, Source
+from toolchain.streams.stream_recipe import Recipe, StreamSource
 
 JUNK = ("greeting", "acknowledgement", "gibberish", "near_duplicate")  # as ``KINDS`` counts them
 
@@ -132,7 +132,7 @@ def _prompt(dialogue: Dialogue) -> str:
 
 
 def _too_few(
-    source: Source, dataset: Dataset, recipe: Recipe, wanted: int, found: int, what: str
+    source: StreamSource, dataset: Dataset, recipe: Recipe, wanted: int, found: int, what: str
 ) -> str:
     rows = "" if recipe.rows == "all" else f" among its rows for {recipe.rows}"
     text = f"{source.file} has {found:,} {what}{rows}, {wanted:,} are wanted"
