@@ -13,7 +13,7 @@ from toolchain.fleet.fleet_outcome import FleetOutcome, Summary, summary
 from toolchain.fleet.fleet_pictures import pictures
 from toolchain.fleet.manners import MANNERS
 from toolchain.report import html
-from toolchain.report.html import Cell, Markup, element, join, paragraph, section, table
+from toolchain.report.html import Markup, TableCell, element, join, paragraph, section, table
 from toolchain.report.tables import plain_table
 
 _MOST = 200  # rows of a table
@@ -161,7 +161,9 @@ def _nights(outcome: FleetOutcome) -> Markup:
     ]
     rows += [[f"not accepted: {why}", f"{n:,}"] for why, n in outcome.reasons.items()]
     if outcome.too_long:
-        rows.append(["more work than the night has hours", Cell(f"{outcome.too_long:,}", "bad")])
+        rows.append(
+            ["more work than the night has hours", TableCell(f"{outcome.too_long:,}", "bad")]
+        )
     return section("Nights", table(("ended", "nights"), rows, numbers=["nights"]))
 
 
