@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from toolchain.fleet.fleet_outcome import FleetOutcome, Summary, summary
+from toolchain.fleet.fleet_outcome import AcrossUsers, FleetOutcome, summary
 from toolchain.fleet.fleet_pictures import pictures
 from toolchain.fleet.manners import MANNERS
 from toolchain.report import html
@@ -51,7 +51,7 @@ def facts(outcome: FleetOutcome) -> list[Fact]:
     ]
 
 
-def _mean(found: Summary | None) -> str:
+def _mean(found: AcrossUsers | None) -> str:
     if found is None:
         return "—"
     if found.interval is None:
@@ -59,7 +59,7 @@ def _mean(found: Summary | None) -> str:
     return f"{found.mean:+.3f} ({found.interval.low:+.3f} to {found.interval.high:+.3f})"
 
 
-def _quantiles(found: Summary | None) -> str:
+def _quantiles(found: AcrossUsers | None) -> str:
     return "—" if found is None else ", ".join(f"{value:+.3f}" for value in found.quantiles)
 
 

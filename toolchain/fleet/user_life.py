@@ -111,7 +111,7 @@ _LIVES = TypeAdapter(UserLife)
 
 
 @dataclass(frozen=True)
-class Lived:
+class UserLived:
     """``adapter``: the bytes of the active adapter's file; None: the bundle's own is active.
     ``seconds``: what the life took here."""
 
@@ -120,7 +120,7 @@ class Lived:
     seconds: float
 
 
-def live(task: LifeTask, world: FleetWorld) -> Lived:
+def live(task: LifeTask, world: FleetWorld) -> UserLived:
     """Decisions are the loop's own. Raises ``LoopError`` where the user's stream cannot be made."""
     begun = time.perf_counter()
     user, options = task.user, task.options
@@ -156,7 +156,7 @@ def live(task: LifeTask, world: FleetWorld) -> Lived:
             watt_hours=days.watt_hours,
         )
         adapter = after.read_bytes() if changed else None
-        return Lived(life, adapter, time.perf_counter() - begun)
+        return UserLived(life, adapter, time.perf_counter() - begun)
 
 
 def as_wanted(

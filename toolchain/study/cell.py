@@ -18,7 +18,7 @@ from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.lesson import Capacity, lesson
 from runtime_py.loop.random_stream import SplitMix64
 from toolchain.simulate.device import device_names, find_device
-from toolchain.study.cell_life import UNTOUCHED, CellLife, Lived
+from toolchain.study.cell_life import UNTOUCHED, CellLife, CellLived
 from toolchain.study.cells import UNTRAINED, Cell, CellResult, CellScores
 from toolchain.study.world import World
 
@@ -153,7 +153,7 @@ def score(world: World, tests: Sequence[Dialogue], row: Judged, reply_tokens: in
     )
 
 
-def _facts(lived: Lived) -> dict[str, Fact]:
+def _facts(lived: CellLived) -> dict[str, Fact]:
     status, nights = lived.app.status(), lived.nights
     rows = lived.app.store.rows("SELECT eoe, dss, idd FROM sets")
     means = np.array(rows, float).reshape(-1, 3).mean(axis=0) if rows else [None] * 3

@@ -28,7 +28,7 @@ DRAFT_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Lived:
+class CellLived:
     """``adapter``: the file of the active version; ``refused``: answers that could not be learned;
     ``answered``: the sets in the buffer that were answered, in the order of the answers."""
 
@@ -94,7 +94,7 @@ class CellLife:
             bundle=world.bundle,
         )
 
-    def live(self) -> Lived:
+    def live(self) -> CellLived:
         self._engine.prepare(self._stream)
         self._tuner.runs.clear()
         nights = int(self._cell.options["nights"])
@@ -118,7 +118,7 @@ class CellLife:
         file = self._engine.file
         if file is None:
             raise LoopError("the life of this cell had no adapter; please report it.")
-        return Lived(self.app, file, tuple(reports), self._asked, self._refused, answered)
+        return CellLived(self.app, file, tuple(reports), self._asked, self._refused, answered)
 
     def _answer(self) -> None:
         questions = self.app.pending_questions()
