@@ -86,7 +86,7 @@ def fleet(
     from toolchain.fleet.fleet_world import FleetPlace
     from toolchain.fleet.user_life import LifeOptions
     from toolchain.simulate.simulation import read_policy
-    from toolchain.study.cells import Place
+    from toolchain.study.cells import StudyPlace
     from toolchain.study.sources import check_device
     from toolchain.study.study_run import Crew
 
@@ -99,7 +99,7 @@ def fleet(
     options = FleetOptions(
         users, dialogues, tests, partners, seed, life, _names(datasets), _names(manners), first
     )
-    place = FleetPlace(Place(bundle.resolve(), data.resolve(), device, threads), phone)
+    place = FleetPlace(StudyPlace(bundle.resolve(), data.resolve(), device, threads), phone)
     facts: dict[str, Any] = {"bundle": sha256(bundle / MANIFEST), "device": device}
     prepared = prepare(place, options, out, base, {**facts, "threads": threads})
     with counted_progress(as_json) as progress:

@@ -18,7 +18,7 @@ from toolchain.report.console import console, counted_progress, output, print_js
 from toolchain.report.tables import plain_table
 
 if TYPE_CHECKING:
-    from toolchain.study.cells import Cell, CellResult, Place
+    from toolchain.study.cells import Cell, CellResult, StudyPlace
     from toolchain.study.study_run import Crew, Failure, Study
     from toolchain.study.study_tables import StudyTable
     from toolchain.study.summary import Summary
@@ -76,7 +76,7 @@ def study(
     Example: [bold]attune study out/tiny --plan main --data ../shared/data --out out/study
     --jobs 2[/]
     """
-    from toolchain.study.cells import Place
+    from toolchain.study.cells import StudyPlace
     from toolchain.study.plan import read_plan
     from toolchain.study.study_run import Crew, chosen, prepare, reopen
 
@@ -86,7 +86,7 @@ def study(
     else:
         if data is None:
             raise LoopError("give the folder that the datasets lie in by --data.")
-        place = Place(bundle.resolve(), data.resolve(), device, threads)
+        place = StudyPlace(bundle.resolve(), data.resolve(), device, threads)
         opened = prepare(read_plan(plan), place, out)
         cells = chosen(opened, only, limit)
         if not as_json:
@@ -109,7 +109,7 @@ def _announce(opened: Study, count: int) -> None:
 
 
 def _measure(
-    opened: Study, cells: list[Cell], place: Place, crew: Crew, quiet: bool
+    opened: Study, cells: list[Cell], place: StudyPlace, crew: Crew, quiet: bool
 ) -> list[Failure]:
     from toolchain.study.cell import run_cell
     from toolchain.study.study_run import run

@@ -16,7 +16,7 @@ from toolchain.cli.options import AndroidBundle, Json
 from toolchain.report.console import console, counted_progress, output, print_json
 
 if TYPE_CHECKING:
-    from toolchain.study.cells import Cell, CellResult, Place
+    from toolchain.study.cells import Cell, CellResult, StudyPlace
     from toolchain.study.results import StudyFolder
     from toolchain.tune.measuring import Limits
     from toolchain.tune.search import TrialRow, TuneOptions
@@ -80,7 +80,7 @@ def tune(
     """
     from runtime_py.bundle.bundle import open_bundle
     from toolchain.simulate.simulation import read_policy
-    from toolchain.study.cells import Place
+    from toolchain.study.cells import StudyPlace
     from toolchain.study.study_run import Crew
     from toolchain.tune.measuring import Bench
     from toolchain.tune.search import TuneOptions, check_options
@@ -94,7 +94,7 @@ def tune(
     manifest = open_bundle(bundle).manifest
     policy = read_policy(manifest, None)
     limits = _limits(phone, minutes, memory_mb, policy.forgetting_bound)
-    place = Place(bundle.resolve(), data.resolve(), device, threads)
+    place = StudyPlace(bundle.resolve(), data.resolve(), device, threads)
     names = _names(streams)
     options: dict[str, bool | int | float | str] = {
         "rows": "development",
@@ -117,7 +117,7 @@ def tune(
     _show(outcome, out, manifest.model.name, as_json)
 
 
-def world_and_cell() -> tuple[Callable[[Place], Any], Callable[[Cell, Any], CellResult]]:
+def world_and_cell() -> tuple[Callable[[StudyPlace], Any], Callable[[Cell, Any], CellResult]]:
     """What workers open and run: functions of a module."""
     from toolchain.study.cell import run_cell
     from toolchain.study.world import open_world
@@ -154,7 +154,7 @@ def _limits(
 
 def _folder(
     out: Path,
-    place: Place,
+    place: StudyPlace,
     streams: tuple[str, ...],
     chosen: TuneOptions,
     options: dict[str, Any],

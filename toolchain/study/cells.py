@@ -1,7 +1,7 @@
 """One measurement of a study, what decides it, and what comes out of it.
 
 A ``Cell`` holds everything that decides its result beside the study's own configuration (bundle,
-data, device, threads: ``Place``); its key is the SHA-256 of its canonical JSON. Canonical JSON has
+data, device, threads: ``StudyPlace``); its key is the SHA-256 of its canonical JSON. Canonical JSON has
 sorted keys, no blanks and no NaN, so that equal results are equal bytes on every machine.
 """
 
@@ -69,7 +69,7 @@ MEASURED = frozenset({"seconds", "peak_memory_mb"})  # facts of a machine, not o
 
 
 @dataclass(frozen=True)
-class Place:
+class StudyPlace:
     """Where and on what cells are measured; a worker opens its world once from it.
 
     ``threads``: of the engine within one worker. It decides the last bits of a sum, so it belongs

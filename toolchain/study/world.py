@@ -20,7 +20,7 @@ from toolchain.simulate.phone_app import bundle_lexicons
 from toolchain.streams.made import MadeStream, make_stream
 from toolchain.study.batched_loop import TorchEngine, TorchFineTuner
 from toolchain.study.batched_model import BatchedModel
-from toolchain.study.cells import Cell, Place
+from toolchain.study.cells import Cell, StudyPlace
 from toolchain.study.general import ForgettingMeter
 from toolchain.study.phone_costs import PhoneCosts, phone_costs
 from toolchain.study.sources import recipe_of
@@ -29,7 +29,7 @@ from toolchain.study.sources import recipe_of
 class World:
     """A model and its loop, as the fleet's lives take them, and what a study's cells need."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: StudyPlace) -> None:
         torch.set_num_threads(place.threads)
         self.place = place
         self.bundle = open_bundle(place.bundle)
@@ -83,6 +83,6 @@ class World:
         return self.model.replies([dialogue.turns[:-1] for dialogue in dialogues], most)
 
 
-def open_world(place: Place) -> World:
+def open_world(place: StudyPlace) -> World:
     """Raises ``AttuneError`` where a bundle or device cannot be used."""
     return World(place)

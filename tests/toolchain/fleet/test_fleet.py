@@ -33,7 +33,7 @@ from toolchain.fleet.user_life import FleetNight, LifeOptions, LifeTask, as_want
 from toolchain.fleet.users import make_crowd, make_user
 from toolchain.simulate.device import find_device
 from toolchain.streams.made import StreamDialogue, make_stream
-from toolchain.study.cells import Place
+from toolchain.study.cells import StudyPlace
 from toolchain.study.study_run import Crew
 
 LIFE = LifeOptions(
@@ -50,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, data: Path) -> FleetPlace:
     folder = toy_world.toy_bundle(tmp_path_factory.mktemp("world") / "bundle")
-    return FleetPlace(Place(folder, data), "pixel-8")
+    return FleetPlace(StudyPlace(folder, data), "pixel-8")
 
 
 def prepared(place: FleetPlace, out: Path, options: FleetOptions = OPTIONS) -> Fleet:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from runtime_py.loop.errors import LoopError
-from toolchain.study.cells import Cell, CellResult, CellScores, Place
+from toolchain.study.cells import Cell, CellResult, CellScores, StudyPlace
 
 LABELS = 20
 ran: list[Cell] = []
@@ -26,11 +26,11 @@ def gain(policy: dict, ordering: int = 0) -> float:
     return 0.1 - 0.02 * math.log(rate / 1e-3) ** 2 + 0.01 * epochs + 0.001 * ordering
 
 
-def open_world(place: Place) -> Place:
+def open_world(place: StudyPlace) -> StudyPlace:
     return place
 
 
-def run_cell(cell: Cell, world: Place) -> CellResult:
+def run_cell(cell: Cell, world: StudyPlace) -> CellResult:
     ran.append(cell)
     if (world.bundle / f"stop-{len(ran)}").exists():
         raise Interrupted
