@@ -30,7 +30,7 @@ ADAPTER = "adapter.ptd"  # in a job's folder
 CLIPPED = 1e-6  # beside the norm, as torch.nn.utils.clip_grad_norm_ has it
 
 
-class TorchEngine:
+class BatchedEngine:
     """The loop's ``Engine``. ``estimator``: of the entropy."""
 
     def __init__(self, model: BatchedModel, estimator: str = "norm") -> None:
@@ -38,9 +38,9 @@ class TorchEngine:
         self._kept: dict[tuple[str, Dialogue], Embedding] = {}
         self.file: Path | None = None
 
-    def with_estimator(self, name: str) -> TorchEngine:
+    def with_estimator(self, name: str) -> BatchedEngine:
         """The same model's, which shares what is kept."""
-        other = TorchEngine(self.model, name)
+        other = BatchedEngine(self.model, name)
         other._kept = self._kept
         return other
 
@@ -79,7 +79,7 @@ class TorchEngine:
         return self.model.write(ids, max_new_tokens, choose)
 
 
-class TorchTraining:
+class BatchedTraining:
     """``runtime_py``'s ``TrainingEngine`` on a model. A call takes a whole batch."""
 
     def __init__(self, model: BatchedModel, optimizer: Optimizer) -> None:
@@ -122,7 +122,7 @@ class TorchTraining:
         return norm
 
 
-class TorchFineTuner:
+class BatchedFineTuner:
     """The loop's ``FineTuner``, as ``StreamedFineTuner`` is on the programs. ``runs``: those that
     ended, until the caller empties it."""
 
@@ -146,7 +146,7 @@ class TorchFineTuner:
         tensors = self._model.shape.tensors
         state = AdapterState.of(tensors, read_values(job.parent, tensors))
         result = tune(
-            TorchTraining(self._model, self._training.optimizer),
+            BatchedTraining(self._model, self._training.optimizer),
             state,
             job,
             taught,

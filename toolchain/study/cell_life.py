@@ -15,7 +15,7 @@ from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.presets import preset
 from runtime_py.loop.schedule import Conditions, Moment
 from toolchain.study.answers import answers_of
-from toolchain.study.batched_loop import TorchEngine
+from toolchain.study.batched_loop import BatchedEngine
 from toolchain.study.cells import Cell
 from toolchain.study.world import World
 
@@ -81,7 +81,7 @@ class CellLife:
         self._cell, self._stream = cell, stream
         self._ideal = {dialogue.id: dialogue for dialogue in stream}
         self.policy = cell_policy(cell, world, len(stream))
-        self._engine: TorchEngine = world.engine.with_estimator(str(cell.options["estimator"]))
+        self._engine: BatchedEngine = world.engine.with_estimator(str(cell.options["estimator"]))
         self._model, self._tuner = world.model, world.tuner
         self._day, self._asked, self._refused, self._spent = 0, 0, 0, 0
         self.app = Personalizer(

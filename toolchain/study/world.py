@@ -18,7 +18,7 @@ from runtime_py.loop.policy import LoopPolicy
 from toolchain.simulate.device import Device
 from toolchain.simulate.phone_app import bundle_lexicons
 from toolchain.streams.made import MadeStream, make_stream
-from toolchain.study.batched_loop import TorchEngine, TorchFineTuner
+from toolchain.study.batched_loop import BatchedEngine, BatchedFineTuner
 from toolchain.study.batched_model import BatchedModel
 from toolchain.study.cells import Cell, StudyPlace
 from toolchain.study.general import ForgettingMeter
@@ -34,7 +34,7 @@ class World:
         self.place = place
         self.bundle = open_bundle(place.bundle)
         self.model = BatchedModel(self.bundle, torch.device(place.device))
-        self.engine, self.tuner = TorchEngine(self.model), TorchFineTuner(self.model)
+        self.engine, self.tuner = BatchedEngine(self.model), BatchedFineTuner(self.model)
         self.lexicons: Lexicons = bundle_lexicons(self.bundle, None)
         self.policy = LoopPolicy.from_fields(dict(self.bundle.manifest.policy.loop))
         self._streams: dict[tuple[object, int], MadeStream] = {}
