@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -13,19 +12,11 @@ from toolchain.fleet.fleet_outcome import AcrossUsers, FleetOutcome, summary
 from toolchain.fleet.fleet_pictures import pictures
 from toolchain.fleet.manners import MANNERS
 from toolchain.report import html
+from toolchain.report.fact import Fact
 from toolchain.report.html import Markup, TableCell, element, join, paragraph, section, table
 from toolchain.report.tables import plain_table
 
 _MOST = 200  # rows of a table
-
-
-@dataclass(frozen=True)
-class Fact:
-    """``bad``: not as it should be."""
-
-    name: str
-    value: str
-    bad: bool = False
 
 
 def facts(outcome: FleetOutcome) -> list[Fact]:
