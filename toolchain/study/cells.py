@@ -1,7 +1,7 @@
 """One measurement of a study, what decides it, and what comes out of it.
 
 A ``Cell`` holds everything that decides its result beside the study's own configuration (bundle,
-data, device, threads: ``StudyPlace``); its key is the SHA-256 of its canonical JSON. Canonical JSON has
+data, device, threads: ``StudyPlace``); its key is the SHA-256 of its canonical JSON. That has
 sorted keys, no blanks and no NaN, so that equal results are equal bytes on every machine.
 """
 
