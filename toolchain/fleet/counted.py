@@ -45,6 +45,7 @@ class CountedEngine:
         max_new_tokens: int,
         prefix: str = "",
     ) -> str:
+        """The engine's own reply, whose modelled seconds go to the ledger."""
         text = self._engine.generate(
             messages,
             temperature=temperature,

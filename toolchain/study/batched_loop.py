@@ -69,6 +69,8 @@ class BatchedEngine:
         max_new_tokens: int,
         prefix: str = "",
     ) -> str:
+        """A reply to ``messages`` that goes on after ``prefix``; ``seed``: of the draws, where the
+        temperature is above 0."""
         ids = self.model.prompt(messages, prefix)
         chance = SplitMix64(seed)
 
@@ -141,6 +143,8 @@ class BatchedFineTuner:
     def run(
         self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
     ) -> FineTuneResult | None:
+        """Trains from ``job.parent``, and writes the adapter into ``folder``; None where ``stop``
+        ended it. What ran to its end is in ``runs``."""
         longest = min(job.max_sequence_tokens, max(self._training.lengths))
         taught = lessons(job, self._model.text, longest, self._model.bundle)
         tensors = self._model.shape.tensors

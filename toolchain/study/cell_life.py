@@ -95,6 +95,8 @@ class CellLife:
         )
 
     def live(self) -> CellLived:
+        """Observes the stream, its nights spread evenly over it, answers what is asked, and
+        fine-tunes at each night, unless the row leaves the adapter untouched."""
         self._engine.prepare(self._stream)
         self._tuner.runs.clear()
         nights = int(self._cell.options["nights"])
