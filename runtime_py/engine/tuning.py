@@ -13,12 +13,12 @@ from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.general_text import read_general, read_replay
 from runtime_py.bundle.manifest import Optimizer
 from runtime_py.engine.examples import Example, example
-from runtime_py.engine.recipe import Settings
 from runtime_py.engine.replay import with_replay
 from runtime_py.engine.retention import general_examples, retain
 from runtime_py.engine.run_state import FILE
 from runtime_py.engine.trainer import TrainingOutcome, train
 from runtime_py.engine.training_engine import TrainingEngine, each_loss
+from runtime_py.engine.training_plan import Settings
 from runtime_py.loop.dialogue import Dialogue
 from runtime_py.loop.errors import TrainingDiverged, TrainingError, TrainingStateUnusable
 from runtime_py.loop.policy import UNBOUNDED

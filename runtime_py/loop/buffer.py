@@ -125,6 +125,7 @@ class Buffer:
             self._typicality.put(bin, new.direction)
 
     def clear(self, bin: int) -> None:
+        """Empties a bin, and takes its set out of all sums."""
         id = self.ids[bin]
         if id is None:
             return

@@ -29,12 +29,12 @@ from toolchain.compile.export_job import (
     TrainingWeights,
     prepare,
 )
-from toolchain.compile.general_text import write_general
 from toolchain.compile.golden_vectors import GoldenReference, GoldenTraining, stream, write_golden
 from toolchain.compile.ios import compile_ios
 from toolchain.compile.mean_vector import write_mean_vector
 from toolchain.compile.policy_file import LORA, PolicyFile, read_policy_file
 from toolchain.compile.precision import PrecisionChooser
+from toolchain.compile.shipped_general import write_general
 from toolchain.compile.shipped_text import shipped_dialogues
 
 

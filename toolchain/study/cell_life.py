@@ -15,8 +15,8 @@ from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.presets import preset
 from runtime_py.loop.schedule import Conditions, Moment
 from toolchain.study.answers import answers_of
+from toolchain.study.batched_loop import BatchedEngine
 from toolchain.study.cells import Cell
-from toolchain.study.torch_loop import TorchEngine
 from toolchain.study.world import World
 
 EVERYTHING = ("everything_steps", "everything_epochs")
@@ -28,7 +28,7 @@ DRAFT_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Lived:
+class CellLived:
     """``adapter``: the file of the active version; ``refused``: answers that could not be learned;
     ``answered``: the sets in the buffer that were answered, in the order of the answers."""
 
@@ -81,7 +81,7 @@ class CellLife:
         self._cell, self._stream = cell, stream
         self._ideal = {dialogue.id: dialogue for dialogue in stream}
         self.policy = cell_policy(cell, world, len(stream))
-        self._engine: TorchEngine = world.engine.with_estimator(str(cell.options["estimator"]))
+        self._engine: BatchedEngine = world.engine.with_estimator(str(cell.options["estimator"]))
         self._model, self._tuner = world.model, world.tuner
         self._day, self._asked, self._refused, self._spent = 0, 0, 0, 0
         self.app = Personalizer(
@@ -94,7 +94,9 @@ class CellLife:
             bundle=world.bundle,
         )
 
-    def live(self) -> Lived:
+    def live(self) -> CellLived:
+        """Observes the stream, its nights spread evenly over it, answers what is asked, and
+        fine-tunes at each night, unless the row leaves the adapter untouched."""
         self._engine.prepare(self._stream)
         self._tuner.runs.clear()
         nights = int(self._cell.options["nights"])
@@ -118,7 +120,7 @@ class CellLife:
         file = self._engine.file
         if file is None:
             raise LoopError("the life of this cell had no adapter; please report it.")
-        return Lived(self.app, file, tuple(reports), self._asked, self._refused, answered)
+        return CellLived(self.app, file, tuple(reports), self._asked, self._refused, answered)
 
     def _answer(self) -> None:
         questions = self.app.pending_questions()

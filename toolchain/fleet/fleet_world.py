@@ -18,7 +18,7 @@ from runtime_py.loop.protocols import (
     FineTuneResult,
 )
 from toolchain.simulate.device import Device
-from toolchain.study.cells import Place
+from toolchain.study.cells import StudyPlace
 
 
 class Costs(Protocol):
@@ -69,5 +69,5 @@ class FleetPlace:
     """Where lives are lived. ``phone``: a device profile's name or file, whose time and energy are
     modelled; ``study``: bundle, data and what computes."""
 
-    study: Place
+    study: StudyPlace
     phone: str

@@ -30,7 +30,7 @@ ADAPTER = "adapter.ptd"  # in a job's folder
 CLIPPED = 1e-6  # beside the norm, as torch.nn.utils.clip_grad_norm_ has it
 
 
-class TorchEngine:
+class BatchedEngine:
     """The loop's ``Engine``. ``estimator``: of the entropy."""
 
     def __init__(self, model: BatchedModel, estimator: str = "norm") -> None:
@@ -38,9 +38,9 @@ class TorchEngine:
         self._kept: dict[tuple[str, Dialogue], Embedding] = {}
         self.file: Path | None = None
 
-    def with_estimator(self, name: str) -> TorchEngine:
+    def with_estimator(self, name: str) -> BatchedEngine:
         """The same model's, which shares what is kept."""
-        other = TorchEngine(self.model, name)
+        other = BatchedEngine(self.model, name)
         other._kept = self._kept
         return other
 
@@ -69,6 +69,8 @@ class TorchEngine:
         max_new_tokens: int,
         prefix: str = "",
     ) -> str:
+        """A reply to ``messages`` that goes on after ``prefix``; ``seed``: of the draws, where the
+        temperature is above 0."""
         ids = self.model.prompt(messages, prefix)
         chance = SplitMix64(seed)
 
@@ -79,7 +81,7 @@ class TorchEngine:
         return self.model.write(ids, max_new_tokens, choose)
 
 
-class TorchTraining:
+class BatchedTraining:
     """``runtime_py``'s ``TrainingEngine`` on a model. A call takes a whole batch."""
 
     def __init__(self, model: BatchedModel, optimizer: Optimizer) -> None:
@@ -122,7 +124,7 @@ class TorchTraining:
         return norm
 
 
-class TorchFineTuner:
+class BatchedFineTuner:
     """The loop's ``FineTuner``, as ``StreamedFineTuner`` is on the programs. ``runs``: those that
     ended, until the caller empties it."""
 
@@ -141,12 +143,14 @@ class TorchFineTuner:
     def run(
         self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
     ) -> FineTuneResult | None:
+        """Trains from ``job.parent``, and writes the adapter into ``folder``; None where ``stop``
+        ended it. What ran to its end is in ``runs``."""
         longest = min(job.max_sequence_tokens, max(self._training.lengths))
         taught = lessons(job, self._model.text, longest, self._model.bundle)
         tensors = self._model.shape.tensors
         state = AdapterState.of(tensors, read_values(job.parent, tensors))
         result = tune(
-            TorchTraining(self._model, self._training.optimizer),
+            BatchedTraining(self._model, self._training.optimizer),
             state,
             job,
             taught,
