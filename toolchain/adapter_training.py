@@ -187,7 +187,6 @@ def _run(
     on_step: Callable[[StepReport], None],
 ) -> TrainingOutcome:
     """Trains ``state`` in place, or goes on from what ``folder`` has."""
-    weights = bundle.training.weights
     outcome = train(
         engine,
         state,
@@ -196,7 +195,7 @@ def _run(
         bundle.training.optimizer,
         folder,
         stopping=split.stopping,
-        base=next(file.sha256 for file in bundle.manifest.files if file.path == weights),
+        base=bundle.training_digest,
         on_step=on_step,
     )
     if outcome is None:

@@ -111,6 +111,7 @@ def tune(
     adapter: Path,
     *,
     stop: Callable[[], bool],
+    base: str = "",
     on_stage: Callable[[Stage], None] = lambda stage: None,
     on_check: Callable[[int], None] = lambda step: None,
 ) -> FineTuneResult | None:
@@ -118,9 +119,9 @@ def tune(
 
     Where a loss is no number it ends as it began, and the guard's losses are infinite. The run's
     state is in ``folder``; one that is damaged, or that another bundle, another version of attune
-    or a job that was frozen anew has left, is removed, and the run begins anew. ``on_stage`` hears
-    what is computed next, ``on_check`` the step of every look at the stopping examples. None:
-    ``stop`` said so between two calls.
+    or a job that was frozen anew has left, is removed, and the run begins anew. ``base``: see
+    ``train``. ``on_stage`` hears what is computed next, ``on_check`` the step of every look at the
+    stopping examples. None: ``stop`` said so between two calls.
     """
     parent = state.parameters.copy()
     on_stage("before")
@@ -138,6 +139,7 @@ def tune(
             optimizer,
             folder,
             stopping=taught.stopping,
+            base=base,
             on_check=on_check,
             stop=stop,
         )

@@ -206,6 +206,8 @@ class Personalizer:
         messages = (Turn("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
         for number, turn in enumerate(messages, start=1):
             check_text(turn.content, f"turn {number} of the prompt")
+        if not messages or messages[-1].role != "user":
+            raise LoopError("the prompt has to end with a turn of the user's, to be replied to.")
         return self._engine.generate(
             (*self.recalled(messages, self._policy.recall_examples), *messages),
             temperature=self._policy.reply_temperature,

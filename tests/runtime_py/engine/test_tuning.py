@@ -156,18 +156,19 @@ def test_stopped_anywhere(text: ChatText, job: FineTuneJob, tmp_path: Path) -> N
         assert found.adapter.read_bytes() == whole.adapter.read_bytes()
 
 
-@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("left", ["damaged", "another recipe", "another base"])
 def test_a_state_that_cannot_be_gone_on_with_begins_anew(
-    text: ChatText, job: FineTuneJob, tmp_path: Path, damaged: bool
+    text: ChatText, job: FineTuneJob, tmp_path: Path, left: str
 ) -> None:
-    """What another recipe left in the job's folder, or a file that is cut, ends no night."""
+    """What was left in the job's folder and does not fit it stops no night."""
     whole = ToyTuner(text, job.parent).run(job, tmp_path / "whole", never)
     folder, calls = tmp_path / "left", count()
-    other = job if damaged else replace(job, learning_rate=0.5)
-    assert ToyTuner(text, job.parent).run(other, folder, lambda: next(calls) >= 20) is None
+    other = replace(job, learning_rate=0.5) if left == "another recipe" else job
+    before = ToyTuner(text, job.parent, base="old" if left == "another base" else "weights")
+    assert before.run(other, folder, lambda: next(calls) >= 20) is None
     file = folder / FILE
     assert file.exists()
-    if damaged:
+    if left == "damaged":
         file.write_bytes(file.read_bytes()[:-5])
     found = ToyTuner(text, job.parent).run(job, folder, never)
     assert whole is not None

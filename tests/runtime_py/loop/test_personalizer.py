@@ -146,6 +146,9 @@ def test_bad_input_changes_nothing(tmp_path: Path) -> None:
             app.forget("x")
         with pytest.raises(LoopError, match="turn 1 of the prompt is empty"):
             app.generate("")
+        for unfinished in ((), (Turn("user", "walk"), Turn("assistant", "run"))):
+            with pytest.raises(LoopError, match="has to end with a turn of the user's"):
+                app.generate(unfinished)
         assert (app.status(), len(app.store.log())) == before
 
 
