@@ -13,7 +13,7 @@ from toolchain.simulate.short_life import _live_through
 
 def test_what_is_too_long_ends_nothing(tmp_path: Path) -> None:
     policy = dataclasses.replace(
-        small_policy("fifo", bins=8, every=1), paraphrases=0, bin_bytes=1 << 16
+        small_policy("fifo", bins=8, every=1), asking="entry", paraphrases=0, bin_bytes=1 << 16
     )
     with open_toy(tmp_path, policy, ToyTuner(lengths=(64,)), Mute(room=50)) as app:
 
