@@ -103,7 +103,11 @@ WRONG = [
     ('streams = ["toy"]', 'streams = ["toy"]\ncolour = 1', "colour: Extra inputs"),
     ('row = "base"', 'row = "bass"', "base is a row 'bass'; there are trained, base, everything"),
     ('"random" }', '"randm" }', "no selection policy 'randm'; there are .*paper.*random.*kcenter"),
-    ("bins = [32", "bans = [32", "unknown policy fields bans; there are selection, seed, scores, bins"),
+    (
+        "bins = [32",
+        "bans = [32",
+        "unknown policy fields bans; there are selection, seed, scores, bins",
+    ),
     ("bins = [32", "bins = [0", "bins is 0, expected 1 to 16384"),
     ("answers = 8", "answer = 8", "unknown option answer; there are observed, tests"),
     ("answers = 8", 'answers = "8"', "option answers is '8', expected a int"),
