@@ -23,7 +23,7 @@ class ChatText:
             if index is not None:
                 setattr(self.tokenizer, name, self.tokenizer.convert_ids_to_tokens(index))
         self.template = (bundle.path / facts.chat_template).read_text(encoding="utf-8")
-        self._context = bundle.manifest.model.context
+        self._manifest = bundle.manifest
         self.stops = [str(self.tokenizer.convert_ids_to_tokens(index)) for index in facts.eos_ids]
 
     def render(self, turns: Sequence[Turn], reply: bool = False) -> str:
@@ -49,15 +49,15 @@ class ChatText:
         Where they fill the context the oldest exchanges are left out. Raises ``PromptTooLong``
         where even the last message does.
         """
-        taken = 0
+        context, taken = self._manifest.model.context, 0
         for first in range(0, len(messages), 2):
             ids = self.encode(self.render(messages[first:], reply=True) + prefix)
             taken = len(ids)
-            if taken < self._context:
+            if taken < context:
                 return ids
         raise PromptTooLong(
-            f"the last message takes {taken} tokens, and the model's context holds "
-            f"{self._context}, of which a reply needs one; shorten the message."
+            f"the last message takes {taken} tokens, and the model's context holds {context}, of "
+            f"which a reply needs one; shorten the message."
         )
 
     def assistant_spans(

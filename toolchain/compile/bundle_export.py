@@ -77,7 +77,10 @@ def export(
     asked = read_policy_file(policy, train_lengths)
     _check_policy(asked, adapter)
     request = AdapterRequest(
-        adapter, rank or asked.rank, alpha or asked.alpha, modules or asked.targets
+        adapter,
+        asked.rank if rank is None else rank,
+        asked.alpha if alpha is None else alpha,
+        modules or asked.targets,
     )
     _check_choices(targets, chosen, train_weights)
     _check_adapter(request)
