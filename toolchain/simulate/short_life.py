@@ -109,5 +109,7 @@ def _live_through(app: Personalizer, ideal: Dialogue) -> None:
         reply = ""
     app.observe(ideal.with_answer(reply) if is_text(reply) else ideal)
     for question in app.pending_questions():
+        if question.id != ideal.id:  # one of before, whose answer was too long
+            continue
         with suppress(AnswerTooLong):  # the question stays open
             app.answer(question.id, ideal.exchange(question.exchange)[1].content)
