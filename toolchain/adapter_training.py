@@ -13,10 +13,10 @@ from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.flat_tensor import write_ptd
 from runtime_py.bundle.peft_adapter import read_peft, write_peft
 from runtime_py.engine.examples import Example
-from runtime_py.engine.recipe import Settings
 from runtime_py.engine.streaming import open_training
 from runtime_py.engine.trainer import StepReport, TrainingOutcome, train
 from runtime_py.engine.training_engine import TrainingEngine, evaluate
+from runtime_py.engine.training_plan import Settings
 from runtime_py.loop.errors import TrainingError
 from runtime_py.loop.files import replacing, writing
 from toolchain import defaults
@@ -187,7 +187,6 @@ def _run(
     on_step: Callable[[StepReport], None],
 ) -> TrainingOutcome:
     """Trains ``state`` in place, or goes on from what ``folder`` has."""
-    weights = bundle.training.weights
     outcome = train(
         engine,
         state,
@@ -196,7 +195,7 @@ def _run(
         bundle.training.optimizer,
         folder,
         stopping=split.stopping,
-        base=next(file.sha256 for file in bundle.manifest.files if file.path == weights),
+        base=bundle.training_digest,
         on_step=on_step,
     )
     if outcome is None:

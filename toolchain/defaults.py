@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from runtime_py.engine.recipe import Settings
+from runtime_py.engine.training_plan import Settings
 from runtime_py.loop.policy import LoopPolicy
 
 BUILTIN = "tiny"  # the name of the model that ships with attune

@@ -20,6 +20,7 @@ _PROBE = [
     {"role": "assistant", "content": "Hi, 2 of you."},
     {"role": "user", "content": "Yes"},
 ]
+_REPLY = {"role": "assistant", "content": "Good."}
 # Byte-level kinds that transformers splits like GPT-2. SmolLM's also splits digits apart, which
 # changes nothing since its vocabulary has no token of two digits.
 _LIKE_GPT2 = {None, "default", "gpt-2", "smollm"}
@@ -141,8 +142,9 @@ def settle_template(
 ) -> str:
     """The chat template to use: the file given, else the tokenizer's own. The tokenizer keeps it.
 
-    It is tried on three turns, whose tokens must exist in the model's ``vocab``. Raises
-    ``ExportError`` if there is none, or it cannot be rendered.
+    It is tried on three turns, whose tokens must exist in the model's ``vocab``, and on a reply to
+    them, which must begin as a reply that the model is to write. Raises ``ExportError`` if there is
+    none, or it cannot be rendered.
     """
     template = _read_template(given) if given else tokenizer.chat_template
     if isinstance(template, dict):
@@ -153,6 +155,8 @@ def settle_template(
     tokenizer.chat_template = template
     try:
         text = tokenizer.apply_chat_template(_PROBE, tokenize=False)
+        asked = tokenizer.apply_chat_template(_PROBE, tokenize=False, add_generation_prompt=True)
+        replied = tokenizer.apply_chat_template([*_PROBE, _REPLY], tokenize=False)
     except (TemplateError, TypeError, ValueError) as error:
         raise ExportError(
             f"{origin} cannot be rendered for turns of user and assistant: {error}."
@@ -161,6 +165,12 @@ def settle_template(
         raise ExportError(
             f"{origin} leaves out what user or assistant said; expected a Jinja template that "
             f"writes every turn of 'messages'."
+        )
+    if not cast(str, replied).startswith(cast(str, asked)):
+        raise ExportError(
+            f"{origin} begins a reply otherwise than it writes one that was given, so no reply can "
+            f"be learned: give one with --chat-template FILE that does not, such as without the "
+            f"start of a thought."
         )
     highest = max(tokenizer.encode(text, add_special_tokens=False))
     if max(highest, tokenizer.vocab_size - 1) >= vocab:

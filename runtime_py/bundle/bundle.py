@@ -117,6 +117,12 @@ class Bundle:
         return self.path / self.training.weights
 
     @property
+    def training_digest(self) -> str:
+        """The base weights' SHA-256, which tells a run on them from one on others."""
+        weights = self.training.weights
+        return next(file.sha256 for file in self.manifest.files if file.path == weights)
+
+    @property
     def peft(self) -> Path:
         """The bundle's own adapter as a PEFT folder."""
         return self.path / self.manifest.adapter.peft

@@ -23,7 +23,7 @@ class ChatText:
             if index is not None:
                 setattr(self.tokenizer, name, self.tokenizer.convert_ids_to_tokens(index))
         self.template = (bundle.path / facts.chat_template).read_text(encoding="utf-8")
-        self._context = bundle.manifest.model.context
+        self._manifest = bundle.manifest
         self.stops = [str(self.tokenizer.convert_ids_to_tokens(index)) for index in facts.eos_ids]
 
     def render(self, turns: Sequence[Turn], reply: bool = False) -> str:
@@ -49,34 +49,37 @@ class ChatText:
         Where they fill the context the oldest exchanges are left out. Raises ``PromptTooLong``
         where even the last message does.
         """
-        taken = 0
+        context, taken = self._manifest.model.context, 0
         for first in range(0, len(messages), 2):
             ids = self.encode(self.render(messages[first:], reply=True) + prefix)
             taken = len(ids)
-            if taken < self._context:
+            if taken < context:
                 return ids
         raise PromptTooLong(
-            f"the last message takes {taken} tokens, and the model's context holds "
-            f"{self._context}, of which a reply needs one; shorten the message."
+            f"the last message takes {taken} tokens, and the model's context holds {context}, of "
+            f"which a reply needs one; shorten the message."
         )
 
-    def assistant_spans(self, turns: Sequence[Turn]) -> list[tuple[int, int]]:
+    def assistant_spans(
+        self, turns: Sequence[Turn], last_only: bool = False
+    ) -> list[tuple[int, int]]:
         """Where the assistant speaks in ``render(turns)``: characters [begin, end) of each of its
-        turns, the token that ends it included.
+        turns, or of the last alone, the token that ends it included.
 
-        Raises ``BundleError`` where the template writes a turn differently once more turns follow.
+        Raises ``BundleError`` where the template writes one of these turns differently once more
+        turns follow: with ``last_only`` it may do so with those before the last.
         """
         whole, spans = self.render(turns), []
-        for index, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
+        places = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        for index in places[-1:] if last_only else places:
             before = self.render(turns[:index], reply=True)
             after = self.render(turns[: index + 1])
             if not (whole.startswith(after) and after.startswith(before)):
                 raise BundleError(
-                    "the chat template changes what it wrote of earlier turns when later ones "
-                    "follow, so the assistant's tokens cannot be told from the others: export with "
-                    "another --chat-template."
+                    f"the chat template writes turn {index + 1} of {len(turns)} otherwise when "
+                    f"later ones follow, or begins that reply otherwise than it writes it, so the "
+                    f"assistant's tokens cannot be told from the others: export with another "
+                    f"--chat-template."
                 )
             ends = [
                 after.rfind(stop) + len(stop) for stop in self.stops if stop in after[len(before) :]

@@ -42,7 +42,7 @@ def example(dialogue: Dialogue, text: ChatText, last_only: bool = False) -> Exam
     """The dialogue by the chat template, with the assistant's contents and the token that ends
     each of them as labels; with ``last_only`` those of its last turn. Raises ``TrainingError``
     where nothing in it can be learned."""
-    spans = text.assistant_spans(dialogue.turns)[-1 if last_only else 0 :]
+    spans = text.assistant_spans(dialogue.turns, last_only)
     if not spans:
         raise TrainingError(
             f"dialogue {dialogue.id} has no assistant turn, so there is nothing to learn from it: "

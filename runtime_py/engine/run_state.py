@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from runtime_py.bundle.adapter_state import AdapterState
-from runtime_py.loop.errors import TrainingError
+from runtime_py.loop.errors import TrainingStateUnusable
 from runtime_py.loop.files import write_bytes
 
 FILE = "training.safetensors"
@@ -65,7 +65,8 @@ def load_state(
     """Fills ``state``, and ``kept``, from what ``save_state`` left in ``folder``; None where there
     is nothing.
 
-    Raises ``TrainingError`` for the state of another adapter or another job, and for a damaged one.
+    Raises ``TrainingStateUnusable`` for the state of another adapter or another job, and for a
+    damaged one; ``state`` and ``kept`` are then as they were.
     """
     path = folder / FILE
     if not path.exists():
@@ -75,27 +76,30 @@ def load_state(
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         progress = _progress(json.loads(metadata["progress"]))
+        step = int(metadata["step"])
+        found = {name: tensors[name] for name in ("parameters", "mean", "square")}
+        best = tensors["kept"] if progress.curve and kept is not None else None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise TrainingError(
+        raise TrainingStateUnusable(
             f"{path} is not a whole training state ({error}): remove it to begin anew."
         ) from error
     if metadata.get("layout") != state.layout.digest:
-        raise TrainingError(
+        raise TrainingStateUnusable(
             f"{path} is the optimizer state of another adapter (its tensors have other names or "
             f"shapes): train it with the bundle it belongs to, or remove it to begin anew."
         )
     if progress.job != job:
-        raise TrainingError(
+        raise TrainingStateUnusable(
             f"{path} belongs to another run (other data, settings, base weights or adapter to "
             f"start from): give the run it belongs to, or another --out, or remove it to begin "
             f"anew."
         )
-    for name in ("parameters", "mean", "square"):
+    for name, values in found.items():
         target: np.ndarray = getattr(state, name)
-        target[...] = tensors[name]
-    if kept is not None and progress.curve:
-        kept[...] = tensors["kept"]
-    state.step = int(metadata["step"])
+        target[...] = values
+    if kept is not None and best is not None:
+        kept[...] = best
+    state.step = step
     return progress
 
 

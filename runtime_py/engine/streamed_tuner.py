@@ -104,6 +104,7 @@ class StreamedFineTuner:
             folder,
             folder / ADAPTER,
             stop=stop,
+            base=self._bundle.training_digest,
             on_stage=engine.enter,
             on_check=lambda step: self._on_call(TrainingCall("check", step=step)),
         )

@@ -19,7 +19,7 @@ from runtime_py.bundle.manifest import Training
 from runtime_py.engine.base_weights import BaseWeights, decode_rows
 from runtime_py.engine.examples import IGNORED, Example
 from runtime_py.engine.program_calls import ExecutorchPrograms, Programs
-from runtime_py.engine.recipe import power
+from runtime_py.engine.training_plan import power
 from runtime_py.loop.errors import TrainingError
 
 UNSEEN = -30000.0  # a score that no softmax sees

@@ -18,10 +18,10 @@ from pathlib import Path
 from runtime_py.bundle.adapter_state import AdapterState
 from runtime_py.bundle.manifest import Optimizer
 from runtime_py.engine.examples import Example, pack
-from runtime_py.engine.recipe import Settings, batches, rates_at
 from runtime_py.engine.run_state import Progress, job_digest, load_state, save_state
 from runtime_py.engine.streaming import step_numbers
 from runtime_py.engine.training_engine import TrainingEngine, mean_loss
+from runtime_py.engine.training_plan import Settings, batches, rates_at
 from runtime_py.loop.errors import TrainingDiverged, TrainingError
 
 

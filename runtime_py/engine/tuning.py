@@ -13,13 +13,14 @@ from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.general_text import read_general, read_replay
 from runtime_py.bundle.manifest import Optimizer
 from runtime_py.engine.examples import Example, example
-from runtime_py.engine.recipe import Settings
 from runtime_py.engine.replay import with_replay
 from runtime_py.engine.retention import general_examples, retain
-from runtime_py.engine.trainer import train
+from runtime_py.engine.run_state import FILE
+from runtime_py.engine.trainer import TrainingOutcome, train
 from runtime_py.engine.training_engine import TrainingEngine, each_loss
+from runtime_py.engine.training_plan import Settings
 from runtime_py.loop.dialogue import Dialogue
-from runtime_py.loop.errors import TrainingDiverged, TrainingError
+from runtime_py.loop.errors import TrainingDiverged, TrainingError, TrainingStateUnusable
 from runtime_py.loop.policy import UNBOUNDED
 from runtime_py.loop.protocols import FineTuneJob, FineTuneResult
 
@@ -110,14 +111,17 @@ def tune(
     adapter: Path,
     *,
     stop: Callable[[], bool],
+    base: str = "",
     on_stage: Callable[[Stage], None] = lambda stage: None,
     on_check: Callable[[int], None] = lambda step: None,
 ) -> FineTuneResult | None:
     """Trains ``state``, which begins as the job's parent; the caller writes it to ``adapter``.
 
     Where a loss is no number it ends as it began, and the guard's losses are infinite. The run's
-    state is in ``folder``. ``on_stage`` hears what is computed next, ``on_check`` the step of every
-    look at the stopping examples. None: ``stop`` said so between two calls.
+    state is in ``folder``; one that is damaged, or that another bundle, another version of attune
+    or a job that was frozen anew has left, is removed, and the run begins anew. ``base``: see
+    ``train``. ``on_stage`` hears what is computed next, ``on_check`` the step of every look at the
+    stopping examples. None: ``stop`` said so between two calls.
     """
     parent = state.parameters.copy()
     on_stage("before")
@@ -125,8 +129,9 @@ def tune(
     if before is None:
         return None
     on_stage("training")
-    try:
-        outcome = train(
+
+    def run() -> TrainingOutcome | None:
+        return train(
             engine,
             state,
             taught.training,
@@ -134,9 +139,17 @@ def tune(
             optimizer,
             folder,
             stopping=taught.stopping,
+            base=base,
             on_check=on_check,
             stop=stop,
         )
+
+    try:
+        try:
+            outcome = run()
+        except TrainingStateUnusable:  # nobody else could remove it, and the job would never end
+            (folder / FILE).unlink()
+            outcome = run()
     except TrainingDiverged:
         state.parameters[...] = parent
         infinite = (float("inf"),) * len(taught.guard)

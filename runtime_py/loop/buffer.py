@@ -125,6 +125,7 @@ class Buffer:
             self._typicality.put(bin, new.direction)
 
     def clear(self, bin: int) -> None:
+        """Empties a bin, and takes its set out of all sums."""
         id = self.ids[bin]
         if id is None:
             return
@@ -172,9 +173,10 @@ class Buffer:
             self.questions[bin] = False
 
     def set_waiting(self, id: str, waiting: bool) -> None:
-        """Whether a stored set waits for a fine-tuning; nothing for one that has left."""
+        """Whether a stored set waits for a fine-tuning; nothing for one that has left. The only bin
+        never does: a fine-tuning takes two sets."""
         if (bin := self._bin_of.get(id)) is not None:
-            self.waiting[bin] = waiting
+            self.waiting[bin] = waiting and self.bins > 1
 
     def measure(
         self,

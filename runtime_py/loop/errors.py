@@ -51,5 +51,9 @@ class TrainingError(AttuneError):
     """Data, state or weights of a training run cannot be used."""
 
 
+class TrainingStateUnusable(TrainingError):  # noqa: N818
+    """What an earlier run left is damaged, or of another run: it can only begin anew."""
+
+
 class TrainingDiverged(TrainingError):  # noqa: N818
     """The loss or the gradient is not a number any more; the state before the step is whole."""

@@ -13,7 +13,7 @@ from runtime_py.loop.adapter_versions import Versions
 from runtime_py.loop.buffer import Buffer
 from runtime_py.loop.fine_tune_report import FineTuneReport, State
 from runtime_py.loop.guard import judge
-from runtime_py.loop.jobs import Jobs, answered_sources, fitted, two_sided
+from runtime_py.loop.jobs import Jobs, answered_sources, fitted, is_whole, two_sided
 from runtime_py.loop.lesson import Capacity, lesson
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import Engine, FineTuneJob, FineTuner, FineTuneResult
@@ -78,7 +78,7 @@ class FineTuning:
                     return self._one_sided(tokens, left_out, None)
                 self._paraphrase(tokens, stop)
                 job = self._begin(tokens)
-            elif tokens < job.max_sequence_tokens or not job.steps:
+            elif not is_whole(job, self._capacity.within(tokens)):
                 shorter = self._shorten(job, tokens)
                 if isinstance(shorter, FineTuneReport):
                     return shorter
@@ -88,19 +88,23 @@ class FineTuning:
             return self._report("stopped", "it was stopped, and goes on when called again.", job)
 
     def _unfinished(self) -> FineTuneJob | None:
-        """The job that was begun. One that has nothing to learn or nothing to judge it by with the
-        programs there are, which an older store or another bundle can leave, is abandoned."""
-        job = self._jobs.unfinished()
-        if job is None:
+        """The job that was begun. It is abandoned where its parent's file is not sound, and where
+        it has nothing to learn or nothing to judge it by with the programs there are, which an
+        older store or another bundle can leave."""
+        number = self._jobs.unfinished()
+        if number is None:
             return None
-        capacity = self._capacity.within(job.max_sequence_tokens)
-        sources, left_out = fitted(self._jobs.sources(job.number), capacity)
-        if two_sided(sources):
-            return job
+        parent, left_out = self._jobs.parent(number), list[str]()
+        if self._versions.usable(parent) == parent:
+            job = self._jobs.read(number)
+            capacity = self._capacity.within(job.max_sequence_tokens)
+            sources, left_out = fitted(self._jobs.sources(number), capacity)
+            if two_sided(sources):
+                return job
         with self._store.transaction(durable=True):
-            self._jobs.end(job.number)
+            self._jobs.end(number)
             self._store.set_count("fine_tune_from", 0)  # its sets wait, so it is due again
-            data = {"job": job.number, "left_out": left_out}
+            data = {"job": number, "left_out": left_out}
             self._store.append(self._clock(), "job_abandoned", None, data)
         self._jobs.sweep()
         return None
@@ -114,11 +118,11 @@ class FineTuning:
         sources, left_out = fitted(answered_sources(self._store), self._capacity)
         if two_sided(sources):
             return None
-        reason = "fewer than two sets are answered: one to learn, one held out"
+        reason = "no set is answered to learn from, or none that is held out"
         if left_out:
             reason += (
-                f"; {len(left_out)} more are too long for the {self._capacity.longest} tokens that "
-                f"can be learned"
+                f"; left out as longer than the {self._capacity.longest} tokens that can be "
+                f"learned: {', '.join(left_out[:20])}"
             )
         return self._report("too_few", f"{reason}.", left_out=left_out)
 

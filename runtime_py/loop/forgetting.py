@@ -60,6 +60,7 @@ def forget(
         stored = store.execute("DELETE FROM sets WHERE id = ?", id) > 0
         for (job,) in begun:
             jobs.end(job)
+            store.set_count("fine_tune_from", 0)  # its other sets wait, so it is due again
         store.execute("UPDATE learnt SET forgotten = 1 WHERE id = ?", id)
         data = {"stored": stored, "synthetic": synthetic, "job_abandoned": bool(begun)}
         store.append(clock(), "forgotten", id, data)

@@ -46,6 +46,8 @@ class Verdict:
         """A sentence."""
         if self.before is None or self.after is None:
             return "a held-out loss is not a number, so the old adapter stays."
+        if not self.changed:
+            return "no held-out loss changed: nothing was learned, so the old adapter stays."
         went = f"the held-out loss went from {self.before:.4f} to {self.after:.4f}"
         fell = f"fell in {self.fell} of the {self.changed} sets where it changed"
         if self.accepted:
@@ -87,8 +89,8 @@ def sign_test(n: int, false_acceptance: float) -> tuple[int, float]:
 
 
 def judge(result: FineTuneResult, false_acceptance: float) -> Verdict:
-    """Taken where every loss is a number, the mean loss is not above what it was, and the losses
-    of enough dialogues fell."""
+    """Taken where every loss is a number, one changed, their mean is not above what it was, and the
+    losses of enough dialogues fell."""
     before, after = _mean(result.guard_before), _mean(result.guard_after)
     finite = all(map(math.isfinite, result.losses))
     if before is None or after is None:
@@ -102,7 +104,7 @@ def judge(result: FineTuneResult, false_acceptance: float) -> Verdict:
     changed = sum(new != old for old, new in pairs)
     fell = sum(new < old for old, new in pairs)
     needed, chance = sign_test(changed, false_acceptance)
-    accepted = finite and after <= before and fell >= needed
+    accepted = finite and changed > 0 and after <= before and fell >= needed
     return Verdict(accepted, before, after, changed, fell, needed, chance)
 
 

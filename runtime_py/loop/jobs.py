@@ -68,6 +68,15 @@ def two_sided(sources: Iterable[Source]) -> bool:
     return {source.held_out for source in sources} == {True, False}
 
 
+def is_whole(job: FineTuneJob, capacity: Capacity) -> bool:
+    """Whether a job can go on as it was frozen: its length is the capacity's, it has its steps, and
+    what it has to learn and to judge by is no longer."""
+    if job.max_sequence_tokens != capacity.longest or not job.steps or not job.guard:
+        return False
+    every = (*job.training, *job.stopping, *job.guard)
+    return all(capacity.tokens(dialogue) <= capacity.longest for dialogue in every)
+
+
 def count_steps(dialogues: int, epochs: int, batch: int, loop: LoopPolicy) -> int:
     """The steps that ``dialogues`` are learned in."""
     wanted = -(-dialogues * epochs // batch)  # rounded up
@@ -91,12 +100,14 @@ class Jobs:
     def __init__(self, store: Store, versions: Versions, folder: Path) -> None:
         self._store, self._versions, self._folder = store, versions, folder
 
-    def unfinished(self) -> FineTuneJob | None:
+    def unfinished(self) -> int | None:
         rows = self._store.rows("SELECT number FROM jobs")
-        return self.read(rows[0][0]) if rows else None
+        return rows[0][0] if rows else None
 
     def read(self, number: int) -> FineTuneJob:
-        """A job that has begun and not ended, with its dialogues as they were frozen."""
+        """A job that has begun and not ended, with its dialogues as they were frozen.
+
+        Raises ``LoopError`` where its parent's file is not sound."""
         (row,) = self._store.rows(
             "SELECT parent, seed, sequence_tokens, learning_rate, batch, steps, b_rate_ratio, "
             "check_every, forgetting_bound, forgetting_tokens, replay_share "

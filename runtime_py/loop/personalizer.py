@@ -6,7 +6,6 @@ row of them that can end after any; what a method holds in memory changes only a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
@@ -33,13 +32,13 @@ from runtime_py.loop.log import Decision
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import AdapterBundle, Engine, FineTuner
 from runtime_py.loop.questions import Questions
-from runtime_py.loop.random_stream import STREAMS, SplitMix64
 from runtime_py.loop.recall import recalled
 from runtime_py.loop.replacement import find_policy
 from runtime_py.loop.schedule import Conditions, Moment
 from runtime_py.loop.selection import Selection, check_embedding, room
 from runtime_py.loop.status import Status, lost, status
 from runtime_py.loop.store import Store, open_store
+from runtime_py.loop.store_policy import enter_policy
 from runtime_py.loop.tallies import load_tallies
 
 STORE, ADAPTERS, JOBS = "loop.sqlite", "adapters", "jobs"
@@ -101,7 +100,7 @@ class Personalizer:
         with ExitStack() as undo:
             self._store = open_store(folder / STORE)
             undo.callback(self._store.close)
-            self._enter_policy()
+            enter_policy(self._store, policy, hidden, clock())
             self._buffer = records.load_buffer(
                 self._store, policy, lexicons, hidden, self._capacity, centre
             )
@@ -117,14 +116,7 @@ class Personalizer:
         )
         self._questions = Questions(self._store, self._buffer, policy, lexicons, exchanges)
         self._selection = Selection(
-            self._store,
-            self._buffer,
-            policy,
-            lexicons,
-            engine,
-            clock,
-            exchanges,
-            self._questions,
+            self._store, self._buffer, policy, lexicons, engine, clock, exchanges, self._questions
         )
         self._tuning = FineTuning(
             self._store,
@@ -214,6 +206,8 @@ class Personalizer:
         messages = (Turn("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
         for number, turn in enumerate(messages, start=1):
             check_text(turn.content, f"turn {number} of the prompt")
+        if not messages or messages[-1].role != "user":
+            raise LoopError("the prompt has to end with a turn of the user's, to be replied to.")
         return self._engine.generate(
             (*self.recalled(messages, self._policy.recall_examples), *messages),
             temperature=self._policy.reply_temperature,
@@ -284,29 +278,3 @@ class Personalizer:
 
     def _room(self, id: str) -> int:
         return room(self._policy, self._hidden, id)
-
-    def _enter_policy(self) -> None:
-        """A new store starts its streams; an old one notes that its policy has changed."""
-        store, policy = self._store, self._policy.to_json()
-        known, hidden = store.meta("policy"), store.meta("hidden")
-        if hidden is not None and hidden != str(self._hidden):
-            raise LoopError(
-                f"the store {store.path} has vectors of {hidden} numbers, this bundle's have "
-                f"{self._hidden}; open it with the bundle that it was made with."
-            )
-        streams = store.rows("SELECT count(*) FROM streams")[0][0]
-        if known == policy and streams == len(STREAMS):
-            return
-        with store.transaction(durable=True):
-            store.set_meta("policy", policy)
-            store.set_meta("hidden", str(self._hidden))
-            # what is there already was recovered from a damaged store
-            missing = set(STREAMS) - {row[0] for row in store.rows("SELECT name FROM streams")}
-            for offset, name in enumerate(STREAMS):
-                if name in missing:
-                    seed = (self._policy.seed + offset) % (1 << 64)
-                    store.save_stream(name, SplitMix64(seed))
-            store.execute("INSERT OR IGNORE INTO adapters (number, state) VALUES (0, 'kept')")
-            changed = "streams_restarted" if known == policy else "policy_changed"
-            event = "store_made" if known is None else changed
-            store.append(self._clock(), event, None, {"policy": json.loads(policy)})

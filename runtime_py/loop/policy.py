@@ -33,7 +33,7 @@ SCORES = ("eoe", "dss", "idd")
 class LoopPolicy:
     """The defaults are the design's. Sizes are bytes; ``_tokens``, ``_sets`` and so on say what."""
 
-    selection: str = "paper"  # a name in policies.POLICIES
+    selection: str = "paper"  # a name in replacement.POLICIES
     seed: int = 0  # of the random streams
     scores: str = "eoe dss idd"  # those of ``SCORES`` that paper and attune look at
     bins: int = 128

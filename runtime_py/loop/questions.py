@@ -54,8 +54,10 @@ class Questions:
         state, chosen = stream.state, self._choose(now.day, stream)
         with store.transaction():
             store.set_count("asking_day", now.day)
-            # one that was asked before days were kept counts from the first look on
-            store.execute("UPDATE questions SET day = ? WHERE day IS NULL", now.day)
+            # one that was asked before days were kept, or on a day that the clock has taken back,
+            # counts from this look on
+            sql = "UPDATE questions SET day = ? WHERE day IS NULL OR day > ?"
+            store.execute(sql, now.day, now.day)
             for id in lapsed:
                 store.execute("DELETE FROM questions WHERE id = ?", id)
                 store.add("lapsed")
@@ -96,14 +98,17 @@ class Questions:
     ) -> None:
         store = self._store
         asked = self._asked_on(day)
-        store.set_count("question_day", day)
+        if store.count("question_day") != day + 1:
+            store.set_count("question_day", day)
         store.set_count("asked_today", asked + 1)
         store.add("asked")
         records.write_question(store, id, number, exchange, day)
         count_direction(store, "asked", self._names[domain], heading)
 
     def _asked_on(self, day: int) -> int:
-        today = self._store.count("question_day") == day
+        """Those of the day after count too: a clock that goes back over midnight (``_is_new``)
+        does not begin the day's questions anew."""
+        today = 0 <= self._store.count("question_day") - day <= 1
         return self._store.count("asked_today") if today else 0
 
     def _choose(self, day: int, stream: SplitMix64) -> list[Chosen]:

@@ -67,7 +67,8 @@ def load_buffer(
         scores = Scores(eoe, dss, idd)
         buffer.put(bin, Candidate(id, number, names.index(domain), scores, heading, length))
         waiting, question, asked = map(bool, flags)
-        buffer.waiting[bin], buffer.questions[bin], buffer.was_asked[bin] = waiting, question, asked
+        buffer.questions[bin], buffer.was_asked[bin] = question, asked
+        buffer.set_waiting(id, waiting)
     for item in annotated_sets(store):
         if lesson(item.dialogue, capacity) is None:
             buffer.set_waiting(item.dialogue.id, False)

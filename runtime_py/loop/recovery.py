@@ -23,6 +23,7 @@ from runtime_py.loop.store import Store, open_store, translated
 from runtime_py.loop.store_schema import APPLICATION_ID, MIGRATIONS, TABLES, tables_of
 
 _JSON = {"sets": "turns", "job_sets": "turns", "log": "data"}
+_NUMBERS = {"sets": ("vector", 4), "tallies": ("sum", 8)}  # bytes, and how many one takes
 Row = dict[str, Any]
 
 
@@ -204,8 +205,10 @@ def _delete_orphans(store: Store, table: str, orphans: list[tuple[Any, ...]]) ->
 
 
 def _is_sound(table: str, row: Row) -> bool:
-    if table == "sets" and (not isinstance(row["vector"], bytes) or len(row["vector"]) % 4):
-        return False
+    if table in _NUMBERS:
+        column, size = _NUMBERS[table]
+        if not isinstance(row[column], bytes) or len(row[column]) % size:
+            return False
     if table in _JSON:
         try:
             json.loads(row[_JSON[table]])

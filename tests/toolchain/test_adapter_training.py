@@ -22,8 +22,8 @@ from exporters.model.spec import read_spec
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.examples import example
-from runtime_py.engine.recipe import Settings
 from runtime_py.engine.run_state import FILE
+from runtime_py.engine.training_plan import Settings
 from runtime_py.loop.stream import read_stream
 from tests.bounds import loss_bound
 from tests.toolchain.conftest import Attune, Exported

@@ -26,10 +26,10 @@ from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.examples import IGNORED, Example
 from runtime_py.engine.lm import ExecutorchLm
-from runtime_py.engine.recipe import Settings
 from runtime_py.engine.stock_runner import StockRunner
 from runtime_py.engine.streaming import open_training
 from runtime_py.engine.trainer import train
+from runtime_py.engine.training_plan import Settings
 from runtime_py.loop.dialogue import Turn
 from tests import tiny
 from tests.exporters.training.training_way import Way, check_same_way

@@ -16,7 +16,7 @@ from toolchain.bench.engines import BundleEngine, GenerationEngine, TorchEngine
 from toolchain.bench.generation_report import ADAPTER_COST, BUNDLE, LLAMA, TORCH, WITHOUT
 from toolchain.bench.llama import FORMATS, LlamaEngine, import_llama, requantize
 from toolchain.compile.android import PREFILL_ANDROID
-from toolchain.compile.source import Source, as_in_bundle, find_source, float_model
+from toolchain.compile.source import CheckpointSource, as_in_bundle, find_source, float_model
 from toolchain.report.console import Stages
 
 
@@ -53,7 +53,7 @@ class Contestants:
             self._without = self._program_without(original, adapter_cost, stages)
 
     def _gguf(
-        self, source: Source | str, given: Path | None, stages: Callable[[str], None]
+        self, source: CheckpointSource | str, given: Path | None, stages: Callable[[str], None]
     ) -> Path | None:
         file = given or (None if isinstance(source, str) else source.gguf)
         llama = import_llama()
@@ -70,7 +70,7 @@ class Contestants:
             return requantize(llama, file, quantize, self._folder)
 
     def _program_without(
-        self, source: Source | str, wanted: bool, stages: Callable[[str], None]
+        self, source: CheckpointSource | str, wanted: bool, stages: Callable[[str], None]
     ) -> Path | None:
         if not wanted:
             self.reasons[ADAPTER_COST] = "not measured: give --adapter-cost"
@@ -109,7 +109,7 @@ class Contestants:
             yield engines
 
 
-def lower_without_adapter(bundle: Bundle, source: Source, out: Path) -> Path:
+def lower_without_adapter(bundle: Bundle, source: CheckpointSource, out: Path) -> Path:
     """Writes the bundle's ``lm.pte`` as it were without LoRA, for comparison."""
     manifest = bundle.manifest
     model = as_in_bundle(float_model(manifest, source, adapted=False), bundle, source)

@@ -95,7 +95,7 @@ def bench_selection(
     rows = []
     for count in bins:
         progress(f"fill {count:,} bins")
-        policy = LoopPolicy(selection=selection, bins=count)
+        policy = LoopPolicy(selection=selection, bins=count, questions_per_day=0)
         with tempfile.TemporaryDirectory(prefix="attune-") as folder:
             adapter = Path(folder) / "adapter.ptd"
             adapter.write_bytes(b"")

@@ -42,7 +42,7 @@ from toolchain.bench.training_report import (
     TrainingRun,
 )
 from toolchain.compile.shipped_text import as_dialogue, shipped_dialogues
-from toolchain.compile.source import Source, find_source, float_model
+from toolchain.compile.source import CheckpointSource, find_source, float_model
 from toolchain.compile.training_part import training_spec
 
 Progress = Callable[[str], None]
@@ -146,7 +146,7 @@ def step_flops(bundle: Bundle, sequence: Example, kept: int) -> float:
     return total + (layers - kept - 1) * flops[f"block_backward_{length}"]
 
 
-def _lowering(bundle: Bundle, source: Source, folder: Path) -> float:
+def _lowering(bundle: Bundle, source: CheckpointSource, folder: Path) -> float:
     """Seconds of CPU time of lowering the bundle's training programs once more."""
     model = float_model(bundle.manifest, source)
     adapter = bundle.manifest.adapter
@@ -157,7 +157,7 @@ def _lowering(bundle: Bundle, source: Source, folder: Path) -> float:
 
 
 def _kernels(
-    bundle: Bundle, source: Source, sequence: Example, folder: Path, progress: Progress
+    bundle: Bundle, source: CheckpointSource, sequence: Example, folder: Path, progress: Progress
 ) -> dict[str, KernelStepper]:
     steppers = {}
     for key, layers in ((KERNELS_ONE, 1), (KERNELS_FOUR, 4)):
@@ -171,7 +171,7 @@ def _kernels(
 
 
 def _steppers(
-    bundle: Bundle, source: Source | str, sequence: Example, keep_mb: float, threads: int
+    bundle: Bundle, source: CheckpointSource | str, sequence: Example, keep_mb: float, threads: int
 ) -> tuple[AttuneStepper, dict[str, Stepper]]:
     """-> high, and all contestants but ExecuTorch's kernels."""
     with silenced():
@@ -242,7 +242,7 @@ def _timed(
 def _memory(
     bundle: Path,
     source: str | None,
-    original: Source | str,
+    original: CheckpointSource | str,
     sequence: Example,
     keep_mb: float,
     progress: Progress,

@@ -19,6 +19,7 @@ from toolchain.defaults import BUILTIN, PRECISIONS, TARGETS, TRAIN_LENGTHS, TRAI
 from toolchain.report.console import Stages, console, megabytes, print_json
 
 _FRESH = Policy()
+_LENGTHS = ",".join(map(str, TRAIN_LENGTHS))
 
 
 def _parts(value: str | None) -> tuple[str, ...] | None:
@@ -53,58 +54,70 @@ def _lengths(value: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+_Model = Annotated[
+    str,
+    typer.Argument(help=f"[bold]{BUILTIN}[/] (built in), a hub id, a folder, or a .gguf file."),
+]
+_Out = Annotated[Path, typer.Option(help="The bundle to write: a new folder.")]
+_Target = Annotated[
+    list[str] | None,
+    typer.Option(help=f"{' or '.join(TARGETS)}; may be given twice. Default: both."),
+]
+_Adapter = Annotated[
+    Path | None, typer.Option(help="A PEFT LoRA folder; without it a fresh adapter.")
+]
+_Context = Annotated[
+    int | None, typer.Option(help="Tokens of context (default: the model's, at most 2048).")
+]
+_Quantize = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"{_known(TARGETS)}; TARGET=… where both know it. Default: the smallest whose "
+        "perplexity stays within 3 % of float32."
+    ),
+]
+_LoraRank = Annotated[
+    int | None, typer.Option(help=f"Rank of a fresh adapter ({_FRESH.lora_rank}).")
+]
+_LoraAlpha = Annotated[float | None, typer.Option(help=f"Its α ({_FRESH.lora_alpha:g}).")]
+_LoraTargets = Annotated[
+    str | None, typer.Option(help=f"Its modules, by comma ({','.join(_FRESH.lora_targets)}).")
+]
+_ChatTemplate = Annotated[
+    Path | None, typer.Option(help="A Jinja file in place of the model's own.")
+]
+_TrainWeights = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(TRAIN_WEIGHTS[:-1])} or {TRAIN_WEIGHTS[-1]}: the base weights of "
+        "training. Default: those that lm has."
+    ),
+]
+_TrainLengths = Annotated[str, typer.Option(help="Tokens of the training programs, by comma.")]
+_Policy = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSON with fields of the loop's policy, and lora_rank, lora_alpha, lora_targets."
+    ),
+]
+_Force = Annotated[bool, typer.Option(help="Replace an existing bundle.")]
+
+
 def export(
-    model: Annotated[
-        str,
-        typer.Argument(help=f"[bold]{BUILTIN}[/] (built in), a hub id, a folder, or a .gguf file."),
-    ],
-    out: Annotated[Path, typer.Option(help="The bundle to write: a new folder.")],
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help=f"{' or '.join(TARGETS)}; may be given twice. Default: both."),
-    ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="A PEFT LoRA folder; without it a fresh adapter.")
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of context (default: the model's, at most 2048).")
-    ] = None,
-    quantize: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"{_known(TARGETS)}; TARGET=… where both know it. Default: the smallest whose "
-            "perplexity stays within 3 % of float32."
-        ),
-    ] = None,
-    lora_rank: Annotated[
-        int | None, typer.Option(help=f"Rank of a fresh adapter ({_FRESH.lora_rank}).")
-    ] = None,
-    lora_alpha: Annotated[
-        float | None, typer.Option(help=f"Its α ({_FRESH.lora_alpha:g}).")
-    ] = None,
-    lora_targets: Annotated[
-        str | None, typer.Option(help=f"Its modules, by comma ({','.join(_FRESH.lora_targets)}).")
-    ] = None,
-    chat_template: Annotated[
-        Path | None, typer.Option(help="A Jinja file in place of the model's own.")
-    ] = None,
-    train_weights: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(TRAIN_WEIGHTS[:-1])} or {TRAIN_WEIGHTS[-1]}: the base weights of "
-            "training. Default: those that lm has."
-        ),
-    ] = None,
-    train_lengths: Annotated[
-        str, typer.Option(help="Tokens of the training programs, by comma.")
-    ] = ",".join(map(str, TRAIN_LENGTHS)),
-    policy: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSON with fields of the loop's policy, and lora_rank, lora_alpha, lora_targets."
-        ),
-    ] = None,
-    force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
+    model: _Model,
+    out: _Out,
+    target: _Target = None,
+    adapter: _Adapter = None,
+    context: _Context = None,
+    quantize: _Quantize = None,
+    lora_rank: _LoraRank = None,
+    lora_alpha: _LoraAlpha = None,
+    lora_targets: _LoraTargets = None,
+    chat_template: _ChatTemplate = None,
+    train_weights: _TrainWeights = None,
+    train_lengths: _TrainLengths = _LENGTHS,
+    policy: _Policy = None,
+    force: _Force = False,
     as_json: Json = False,
 ) -> None:
     """Compile a model and its LoRA adapter into one bundle for Android and iOS.

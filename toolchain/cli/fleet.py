@@ -11,64 +11,83 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from runtime_py.loop.files import write_bytes
-from toolchain.cli.options import AndroidBundle, Json
+from toolchain.cli.options import (
+    AndroidBundle,
+    Computes,
+    Datasets,
+    Jobs,
+    Json,
+    RayAddress,
+    WorkerThreads,
+)
 from toolchain.report.console import console, counted_progress, output, print_json
 
 if TYPE_CHECKING:
-    from toolchain.fleet.outcome import FleetOutcome
-    from toolchain.fleet.world import FleetPlace, FleetWorld
+    from toolchain.fleet.fleet_outcome import FleetOutcome
+    from toolchain.fleet.fleet_run import Fleet
+    from toolchain.fleet.fleet_world import FleetPlace, FleetWorld
+    from toolchain.study.study_run import Crew
 
 REPORT = "fleet-report"
+
+_Out = Annotated[
+    Path, typer.Option(help="Folder of the results; a fleet that was cut off goes on from it.")
+]
+_Users = Annotated[int, typer.Option(min=2)]
+_First = Annotated[
+    int, typer.Option(help="Number of the first user, for a large fleet in parts.", min=0)
+]
+_Dialogues = Annotated[int, typer.Option(help="Of each user.", min=1)]
+_Nights = Annotated[int, typer.Option(help="Fine-tunings that fall due.", min=1)]
+_Tests = Annotated[int, typer.Option(help="Unseen dialogues of each user, for the gain.", min=1)]
+_Replies = Annotated[
+    int, typer.Option(help="Of them, those that are answered, for the manner.", min=0)
+]
+_ReplyTokens = Annotated[int, typer.Option(help="Of such a reply at most.", min=1)]
+_Partners = Annotated[
+    int, typer.Option(help="Others whose adapters each user is tried with.", min=1)
+]
+_Datasets = Annotated[str | None, typer.Option(help="Names, by comma. Default: all in --data.")]
+_Manners = Annotated[str | None, typer.Option(help="Names, by comma. Default: all that there are.")]
+_AnswerRate = Annotated[
+    float, typer.Option(help="Part of the questions that a user answers.", min=0, max=1)
+]
+_DialoguesADay = Annotated[
+    int | None,
+    typer.Option(help="Default: the phone profile's, at most a night's share.", min=1),
+]
+_Policy = Annotated[
+    Path | None, typer.Option(help="JSON with fields that replace the bundle's policy.")
+]
+_Phone = Annotated[
+    str, typer.Option(help="A device profile's name or .toml: time and energy are modelled.")
+]
+_Seed = Annotated[int, typer.Option(help="Of users, streams and partners.", min=0)]
 
 
 def fleet(
     bundle: AndroidBundle,
-    data: Annotated[Path, typer.Option(help="The folder that the datasets lie in.")],
-    out: Annotated[
-        Path, typer.Option(help="Folder of the results; a fleet that was cut off goes on from it.")
-    ],
-    users: Annotated[int, typer.Option(min=2)] = 100,
-    first: Annotated[
-        int, typer.Option(help="Number of the first user, for a large fleet in parts.", min=0)
-    ] = 0,
-    dialogues: Annotated[int, typer.Option(help="Of each user.", min=1)] = 300,
-    nights: Annotated[int, typer.Option(help="Fine-tunings that fall due.", min=1)] = 3,
-    tests: Annotated[
-        int, typer.Option(help="Unseen dialogues of each user, for the gain.", min=1)
-    ] = 30,
-    replies: Annotated[
-        int, typer.Option(help="Of them, those that are answered, for the manner.", min=0)
-    ] = 4,
-    reply_tokens: Annotated[int, typer.Option(help="Of such a reply at most.", min=1)] = 128,
-    partners: Annotated[
-        int, typer.Option(help="Others whose adapters each user is tried with.", min=1)
-    ] = 5,
-    datasets: Annotated[
-        str | None, typer.Option(help="Names, by comma. Default: all in --data.")
-    ] = None,
-    manners: Annotated[
-        str | None, typer.Option(help="Names, by comma. Default: all that there are.")
-    ] = None,
-    answer_rate: Annotated[
-        float, typer.Option(help="Part of the questions that a user answers.", min=0, max=1)
-    ] = 1.0,
-    dialogues_a_day: Annotated[
-        int | None,
-        typer.Option(help="Default: the phone profile's, at most a night's share.", min=1),
-    ] = None,
-    policy: Annotated[
-        Path | None, typer.Option(help="JSON with fields that replace the bundle's policy.")
-    ] = None,
-    phone: Annotated[
-        str, typer.Option(help="A device profile's name or .toml: time and energy are modelled.")
-    ] = "pixel-8",
-    device: Annotated[str, typer.Option(help="What computes: cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(help="Of each worker.", min=1)] = 1,
-    jobs: Annotated[int | None, typer.Option(help="Workers at once. Default: 1.", min=1)] = None,
-    ray: Annotated[
-        str | None, typer.Option(help="A Ray cluster: host:port, auto, or local.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of users, streams and partners.", min=0)] = 0,
+    data: Datasets,
+    out: _Out,
+    users: _Users = 100,
+    first: _First = 0,
+    dialogues: _Dialogues = 300,
+    nights: _Nights = 3,
+    tests: _Tests = 30,
+    replies: _Replies = 4,
+    reply_tokens: _ReplyTokens = 128,
+    partners: _Partners = 5,
+    datasets: _Datasets = None,
+    manners: _Manners = None,
+    answer_rate: _AnswerRate = 1.0,
+    dialogues_a_day: _DialoguesADay = None,
+    policy: _Policy = None,
+    phone: _Phone = "pixel-8",
+    device: Computes = "cpu",
+    threads: WorkerThreads = 1,
+    jobs: Jobs = None,
+    ray: RayAddress = None,
+    seed: _Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Let many simulated users live with the loop, and see who gains what.
@@ -81,14 +100,14 @@ def fleet(
     from runtime_py.bundle.bundle import open_bundle
     from runtime_py.bundle.manifest import MANIFEST
     from runtime_py.loop.files import sha256
-    from toolchain.fleet.fleet import prepare, run
-    from toolchain.fleet.life import LifeOptions
-    from toolchain.fleet.options import FleetOptions
-    from toolchain.fleet.world import FleetPlace
+    from toolchain.fleet.fleet_options import FleetOptions
+    from toolchain.fleet.fleet_run import prepare
+    from toolchain.fleet.fleet_world import FleetPlace
+    from toolchain.fleet.user_life import LifeOptions
     from toolchain.simulate.simulation import read_policy
-    from toolchain.study.cells import Place
+    from toolchain.study.cells import StudyPlace
     from toolchain.study.sources import check_device
-    from toolchain.study.study import Crew
+    from toolchain.study.study_run import Crew
 
     opened = open_bundle(bundle)
     check_device(device)
@@ -99,16 +118,10 @@ def fleet(
     options = FleetOptions(
         users, dialogues, tests, partners, seed, life, _names(datasets), _names(manners), first
     )
-    place = FleetPlace(Place(bundle.resolve(), data.resolve(), device, threads), phone)
+    place = FleetPlace(StudyPlace(bundle.resolve(), data.resolve(), device, threads), phone)
     facts: dict[str, Any] = {"bundle": sha256(bundle / MANIFEST), "device": device}
     prepared = prepare(place, options, out, base, {**facts, "threads": threads})
-    with counted_progress(as_json) as progress:
-        task = progress.add_task("lives", total=users)
-
-        def told(phase: str, done: int, of: int) -> None:
-            progress.update(task, description=phase, completed=done, total=of)
-
-        outcome = run(prepared, Crew(jobs, ray), world_opener(), told)
+    outcome = _with_progress(prepared, Crew(jobs, ray), as_json)
     _show(outcome, out, opened.manifest.model.name, as_json)
 
 
@@ -117,6 +130,18 @@ def world_opener() -> Callable[[FleetPlace], FleetWorld]:
     from toolchain.fleet.opening import open_world
 
     return open_world
+
+
+def _with_progress(prepared: Fleet, crew: Crew, quiet: bool) -> FleetOutcome:
+    from toolchain.fleet.fleet_run import run
+
+    with counted_progress(quiet) as progress:
+        task = progress.add_task("lives", total=prepared.options.users)
+
+        def told(phase: str, done: int, of: int) -> None:
+            progress.update(task, description=phase, completed=done, total=of)
+
+        return run(prepared, crew, world_opener(), told)
 
 
 def _names(value: str | None) -> tuple[str, ...]:

@@ -23,3 +23,8 @@ SourceModel = Annotated[
 Threads = Annotated[int | None, typer.Option(help="Default: all cores.", min=1)]
 KeepMb = Annotated[float, typer.Option(help="Budget of --memory high, in MB.", min=0)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Datasets = Annotated[Path, typer.Option(help="The folder that the datasets lie in.")]
+Computes = Annotated[str, typer.Option(help="What computes: cpu or cuda.")]
+WorkerThreads = Annotated[int, typer.Option(help="Of each worker.", min=1)]
+Jobs = Annotated[int | None, typer.Option(help="Workers at once. Default: 1.", min=1)]
+RayAddress = Annotated[str | None, typer.Option(help="A Ray cluster: host:port, auto, or local.")]

@@ -16,7 +16,7 @@ from toolchain.report.tables import plain_table
 
 if TYPE_CHECKING:
     from toolchain.streams.made import StreamDialogue
-    from toolchain.streams.recipe import Recipe
+    from toolchain.streams.stream_recipe import Recipe
 
 _ENDINGS = (".jsonl", ".jsonl.gz")
 
@@ -88,7 +88,7 @@ def _check_outputs(out: Path, test: Path | None) -> None:
 
 
 def _recipe(name: str | None, file: Path | None, data: Path) -> Recipe:
-    from toolchain.streams.recipe import find_recipe, read_recipe, recipe_names
+    from toolchain.streams.stream_recipe import find_recipe, read_recipe, recipe_names
 
     if (name is None) == (file is None):
         raise LoopError(

@@ -18,10 +18,10 @@ from toolchain.report.console import console, counted_progress, output, print_js
 from toolchain.report.tables import plain_table
 
 if TYPE_CHECKING:
-    from toolchain.study.cells import Cell, CellResult, Place
-    from toolchain.study.study import Crew, Failure, Study
+    from toolchain.study.cells import Cell, CellResult, StudyPlace
+    from toolchain.study.study_run import Crew, Failure, Study
+    from toolchain.study.study_tables import StudyTable
     from toolchain.study.summary import Summary
-    from toolchain.study.tables import StudyTable
 
 _Plan = Annotated[
     str, typer.Option(help="quick, main, around, recipe or confirm, or a .toml file of your own.")
@@ -76,9 +76,9 @@ def study(
     Example: [bold]attune study out/tiny --plan main --data ../shared/data --out out/study
     --jobs 2[/]
     """
-    from toolchain.study.cells import Place
+    from toolchain.study.cells import StudyPlace
     from toolchain.study.plan import read_plan
-    from toolchain.study.study import Crew, chosen, prepare, reopen
+    from toolchain.study.study_run import Crew, chosen, prepare, reopen
 
     failures: list[Failure] = []
     if report_only:
@@ -86,7 +86,7 @@ def study(
     else:
         if data is None:
             raise LoopError("give the folder that the datasets lie in by --data.")
-        place = Place(bundle.resolve(), data.resolve(), device, threads)
+        place = StudyPlace(bundle.resolve(), data.resolve(), device, threads)
         opened = prepare(read_plan(plan), place, out)
         cells = chosen(opened, only, limit)
         if not as_json:
@@ -109,10 +109,10 @@ def _announce(opened: Study, count: int) -> None:
 
 
 def _measure(
-    opened: Study, cells: list[Cell], place: Place, crew: Crew, quiet: bool
+    opened: Study, cells: list[Cell], place: StudyPlace, crew: Crew, quiet: bool
 ) -> list[Failure]:
     from toolchain.study.cell import run_cell
-    from toolchain.study.study import run
+    from toolchain.study.study_run import run
     from toolchain.study.world import open_world
 
     with counted_progress(quiet) as bar:
@@ -128,7 +128,7 @@ def _measure(
 
 def _lines(opened: Study, total: int, quiet: bool) -> Callable[[CellResult | Failure], None]:
     """One line a cell, for a log: where there is no terminal, there is no bar."""
-    from toolchain.study.study import name_of
+    from toolchain.study.study_run import name_of
 
     names = {one.cell: name_of(one) for one in opened.planned}
     began, done = time.monotonic(), 0
@@ -149,8 +149,8 @@ def _lines(opened: Study, total: int, quiet: bool) -> Callable[[CellResult | Fai
 
 def _report(opened: Study, out: Path, as_json: bool, markdown: Path | None) -> None:
     from toolchain.study.page import write_page
+    from toolchain.study.study_tables import markdown as as_markdown
     from toolchain.study.summary import summarize
-    from toolchain.study.tables import markdown as as_markdown
 
     summary = summarize(opened)
     write_page(out / "report.html", summary)
@@ -165,7 +165,7 @@ def _report(opened: Study, out: Path, as_json: bool, markdown: Path | None) -> N
 
 
 def _show(summary: Summary) -> None:
-    from toolchain.study.tables import contrast_table, tables
+    from toolchain.study.study_tables import contrast_table, tables
 
     for one in (*tables(summary), contrast_table(summary)):
         if one.rows:
@@ -192,7 +192,7 @@ def _print_table(one: StudyTable) -> None:
 
 
 def _tell_failures(opened: Study, failures: list[Failure]) -> None:
-    from toolchain.study.study import name_of
+    from toolchain.study.study_run import name_of
 
     names = {one.cell: name_of(one) for one in opened.planned}
     for failure in failures:

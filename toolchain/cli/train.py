@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 from rich.progress import Progress
 
-from runtime_py.engine.recipe import Settings
 from runtime_py.engine.trainer import StepReport
+from runtime_py.engine.training_plan import Settings
 from toolchain.cli.options import AndroidBundle, Dialogues, Json, KeepMb, Threads
 from toolchain.defaults import HELD_OUT, KEEP_MB, MEMORY, SETTINGS, STOPPING_FROM, MemoryMode
 from toolchain.report.console import console, counted_progress, output, print_json
@@ -21,64 +21,77 @@ if TYPE_CHECKING:
 
 NEVER = sys.maxsize  # held-out dialogues
 
+_Out = Annotated[
+    Path, typer.Option(help="Folder of the run; a run that was cut off goes on from it.")
+]
+_Adapter = Annotated[
+    Path | None,
+    typer.Option(help="Start from this PEFT folder or .ptd. Default: the bundle's."),
+]
+_HeldOut = Annotated[
+    float,
+    typer.Option(help="Part of the dialogues that are not learned.", min=0, max=0.9),
+]
+_Stop = Annotated[
+    bool,
+    typer.Option(
+        help=f"With {STOPPING_FROM} held-out dialogues or more, half of them choose the step "
+        "whose state is kept, and the other half is reported."
+    ),
+]
+_CheckEvery = Annotated[
+    int,
+    typer.Option(
+        help="Steps between two looks at held-out dialogues, more where these are many.", min=1
+    ),
+]
+_Steps = Annotated[int | None, typer.Option(help="In place of --epochs.", min=1)]
+_Epochs = Annotated[
+    int | None,
+    typer.Option(
+        help=f"Default: {SETTINGS.epochs}, and at least {SETTINGS.fewest_steps} steps.", min=1
+    ),
+]
+_Batch = Annotated[int, typer.Option(help="Dialogues a step.", min=1)]
+_LearningRate = Annotated[float, typer.Option(help="Of A.")]
+_BRateRatio = Annotated[float, typer.Option(help="B's learning rate is so many times A's (LoRA+).")]
+_Schedule = Annotated[str, typer.Option(help="constant, linear or cosine.")]
+_Warmup = Annotated[int, typer.Option(help="Steps over which the rate rises.", min=0)]
+_WeightDecay = Annotated[float, typer.Option(min=0)]
+_Clip = Annotated[float, typer.Option(help="Largest global norm of a gradient.")]
+_Seed = Annotated[int, typer.Option(help="Of the order of the dialogues.", min=0)]
+_Memory = Annotated[
+    str,
+    typer.Option(help="low computes the forward anew; high keeps of it what --keep-mb says."),
+]
+_SaveEvery = Annotated[int, typer.Option(help="Steps.", min=1)]
+_RefuseLong = Annotated[
+    bool, typer.Option(help="Refuse dialogues that are too long instead of cutting them.")
+]
+
 
 def train(
     bundle: AndroidBundle,
     data: Dialogues,
-    out: Annotated[
-        Path, typer.Option(help="Folder of the run; a run that was cut off goes on from it.")
-    ],
-    adapter: Annotated[
-        Path | None,
-        typer.Option(help="Start from this PEFT folder or .ptd. Default: the bundle's."),
-    ] = None,
-    held_out: Annotated[
-        float,
-        typer.Option(help="Part of the dialogues that are not learned.", min=0, max=0.9),
-    ] = HELD_OUT,
-    stop: Annotated[
-        bool,
-        typer.Option(
-            help=f"With {STOPPING_FROM} held-out dialogues or more, half of them choose the step "
-            "whose state is kept, and the other half is reported."
-        ),
-    ] = True,
-    check_every: Annotated[
-        int,
-        typer.Option(
-            help="Steps between two looks at held-out dialogues, more where these are many.", min=1
-        ),
-    ] = SETTINGS.check_every,
-    steps: Annotated[int | None, typer.Option(help="In place of --epochs.", min=1)] = None,
-    epochs: Annotated[
-        int | None,
-        typer.Option(
-            help=f"Default: {SETTINGS.epochs}, and at least {SETTINGS.fewest_steps} steps.", min=1
-        ),
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Dialogues a step.", min=1)] = SETTINGS.batch,
-    learning_rate: Annotated[float, typer.Option(help="Of A.")] = SETTINGS.learning_rate,
-    b_rate_ratio: Annotated[
-        float, typer.Option(help="B's learning rate is so many times A's (LoRA+).")
-    ] = SETTINGS.b_rate_ratio,
-    schedule: Annotated[str, typer.Option(help="constant, linear or cosine.")] = SETTINGS.schedule,
-    warmup: Annotated[
-        int, typer.Option(help="Steps over which the rate rises.", min=0)
-    ] = SETTINGS.warmup,
-    weight_decay: Annotated[float, typer.Option(min=0)] = SETTINGS.weight_decay,
-    clip: Annotated[float, typer.Option(help="Largest global norm of a gradient.")] = SETTINGS.clip,
-    seed: Annotated[
-        int, typer.Option(help="Of the order of the dialogues.", min=0)
-    ] = SETTINGS.seed,
-    memory: Annotated[
-        str,
-        typer.Option(help="low computes the forward anew; high keeps of it what --keep-mb says."),
-    ] = MEMORY,
+    out: _Out,
+    adapter: _Adapter = None,
+    held_out: _HeldOut = HELD_OUT,
+    stop: _Stop = True,
+    check_every: _CheckEvery = SETTINGS.check_every,
+    steps: _Steps = None,
+    epochs: _Epochs = None,
+    batch: _Batch = SETTINGS.batch,
+    learning_rate: _LearningRate = SETTINGS.learning_rate,
+    b_rate_ratio: _BRateRatio = SETTINGS.b_rate_ratio,
+    schedule: _Schedule = SETTINGS.schedule,
+    warmup: _Warmup = SETTINGS.warmup,
+    weight_decay: _WeightDecay = SETTINGS.weight_decay,
+    clip: _Clip = SETTINGS.clip,
+    seed: _Seed = SETTINGS.seed,
+    memory: _Memory = MEMORY,
     keep_mb: KeepMb = KEEP_MB,
-    save_every: Annotated[int, typer.Option(help="Steps.", min=1)] = SETTINGS.save_every,
-    refuse_long: Annotated[
-        bool, typer.Option(help="Refuse dialogues that are too long instead of cutting them.")
-    ] = False,
+    save_every: _SaveEvery = SETTINGS.save_every,
+    refuse_long: _RefuseLong = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:

@@ -12,63 +12,80 @@ import typer
 
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.files import write_bytes
-from toolchain.cli.options import AndroidBundle, Json
+from toolchain.cli.options import (
+    AndroidBundle,
+    Computes,
+    Datasets,
+    Jobs,
+    Json,
+    RayAddress,
+    WorkerThreads,
+)
 from toolchain.report.console import console, counted_progress, output, print_json
 
 if TYPE_CHECKING:
-    from toolchain.study.cells import Cell, CellResult, Place
+    from toolchain.study.cells import Cell, CellResult, StudyPlace
     from toolchain.study.results import StudyFolder
-    from toolchain.tune.measuring import Limits
-    from toolchain.tune.tuning import TrialRow, TuneOptions
+    from toolchain.tune.measuring import Bench, Limits
+    from toolchain.tune.search import TrialRow, TuneOptions, TuneOutcome
 
 REPORT = "tune-report"
+
+_Out = Annotated[
+    Path,
+    typer.Option(help="Folder of the results; a search that was cut off goes on from it."),
+]
+_Trials = Annotated[int, typer.Option(help="Policies that are tried.", min=1)]
+_Hours = Annotated[
+    float | None, typer.Option(help="After so many, no trial begins. Default: no end.")
+]
+_Groups = Annotated[
+    str | None,
+    typer.Option(
+        help="learning, selection, asking, synthesis, forgetting; by comma. Default: all."
+    ),
+]
+_Streams = Annotated[
+    str, typer.Option(help="Recipes or datasets, by comma; only rows for development.")
+]
+_Orderings = Annotated[int, typer.Option(help="Of each stream, that a trial sees.")]
+_Confirm = Annotated[int, typer.Option(help="Others, that the best are tried on.")]
+_Finalists = Annotated[int, typer.Option(help="How many are tried on them.")]
+_Observed = Annotated[
+    int | None, typer.Option(help="Dialogues of a stream. Default: the recipe's.", min=1)
+]
+_Tests = Annotated[int | None, typer.Option(help="Unseen dialogues. Default: the recipe's.", min=1)]
+_Phone = Annotated[str, typer.Option(help="The device profile whose time and memory must suffice.")]
+_Minutes = Annotated[
+    float | None, typer.Option(help="Of a night at most. Default: the profile's night.")
+]
+_MemoryMb = Annotated[
+    float | None, typer.Option(help="At most. Default: what the profile lets an app hold.")
+]
+_Seed = Annotated[int, typer.Option(help="Of the search.", min=0)]
 
 
 def tune(
     bundle: AndroidBundle,
-    data: Annotated[Path, typer.Option(help="The folder that the datasets lie in.")],
-    out: Annotated[
-        Path,
-        typer.Option(help="Folder of the results; a search that was cut off goes on from it."),
-    ],
-    trials: Annotated[int, typer.Option(help="Policies that are tried.", min=1)] = 40,
-    hours: Annotated[
-        float | None, typer.Option(help="After so many, no trial begins. Default: no end.")
-    ] = None,
-    groups: Annotated[
-        str | None,
-        typer.Option(
-            help="learning, selection, asking, synthesis, forgetting; by comma. Default: all."
-        ),
-    ] = None,
-    streams: Annotated[
-        str, typer.Option(help="Recipes or datasets, by comma; only rows for development.")
-    ] = "development",
-    orderings: Annotated[int, typer.Option(help="Of each stream, that a trial sees.")] = 2,
-    confirm: Annotated[int, typer.Option(help="Others, that the best are tried on.")] = 3,
-    finalists: Annotated[int, typer.Option(help="How many are tried on them.")] = 3,
-    observed: Annotated[
-        int | None, typer.Option(help="Dialogues of a stream. Default: the recipe's.", min=1)
-    ] = None,
-    tests: Annotated[
-        int | None, typer.Option(help="Unseen dialogues. Default: the recipe's.", min=1)
-    ] = None,
-    phone: Annotated[
-        str, typer.Option(help="The device profile whose time and memory must suffice.")
-    ] = "pixel-8",
-    minutes: Annotated[
-        float | None, typer.Option(help="Of a night at most. Default: the profile's night.")
-    ] = None,
-    memory_mb: Annotated[
-        float | None, typer.Option(help="At most. Default: what the profile lets an app hold.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="What computes: cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(help="Of each worker.", min=1)] = 1,
-    jobs: Annotated[int | None, typer.Option(help="Workers at once. Default: 1.", min=1)] = None,
-    ray: Annotated[
-        str | None, typer.Option(help="A Ray cluster: host:port, auto, or local.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the search.", min=0)] = 0,
+    data: Datasets,
+    out: _Out,
+    trials: _Trials = 40,
+    hours: _Hours = None,
+    groups: _Groups = None,
+    streams: _Streams = "development",
+    orderings: _Orderings = 2,
+    confirm: _Confirm = 3,
+    finalists: _Finalists = 3,
+    observed: _Observed = None,
+    tests: _Tests = None,
+    phone: _Phone = "pixel-8",
+    minutes: _Minutes = None,
+    memory_mb: _MemoryMb = None,
+    device: Computes = "cpu",
+    threads: WorkerThreads = 1,
+    jobs: Jobs = None,
+    ray: RayAddress = None,
+    seed: _Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Search the policy's fields on development data, and write OUT/policy.json for an export.
@@ -80,12 +97,11 @@ def tune(
     """
     from runtime_py.bundle.bundle import open_bundle
     from toolchain.simulate.simulation import read_policy
-    from toolchain.study.cells import Place
-    from toolchain.study.study import Crew
+    from toolchain.study.cells import StudyPlace
+    from toolchain.study.study_run import Crew
     from toolchain.tune.measuring import Bench
+    from toolchain.tune.search import TuneOptions, check_options
     from toolchain.tune.space import check_groups
-    from toolchain.tune.tuning import TuneOptions, check_options
-    from toolchain.tune.tuning import tune as search
 
     chosen = TuneOptions(
         check_groups(_names(groups)), trials, hours, orderings, confirm, finalists, seed
@@ -94,7 +110,7 @@ def tune(
     manifest = open_bundle(bundle).manifest
     policy = read_policy(manifest, None)
     limits = _limits(phone, minutes, memory_mb, policy.forgetting_bound)
-    place = Place(bundle.resolve(), data.resolve(), device, threads)
+    place = StudyPlace(bundle.resolve(), data.resolve(), device, threads)
     names = _names(streams)
     options: dict[str, bool | int | float | str] = {
         "rows": "development",
@@ -104,25 +120,33 @@ def tune(
     folder = _folder(out, place, names, chosen, options, limits)
     opened, run_cell = world_and_cell()
     bench = Bench(folder, place, names, options, phone, opened, run_cell, Crew(jobs, ray))
-    with counted_progress(as_json) as bar:
-        task = bar.add_task("trials", total=trials)
-
-        def told(row: TrialRow) -> None:
-            bar.advance(task)
-            if not as_json and not console.is_terminal:
-                gain = "failed" if row.measured is None else f"{row.measured.gain:+.2%}"
-                console.print(f"trial {row.number}  {gain}  {row.sentence}", soft_wrap=True)
-
-        outcome = search(chosen, bench, limits, out, told)
+    outcome = _with_progress(chosen, bench, limits, out, as_json)
     _show(outcome, out, manifest.model.name, as_json)
 
 
-def world_and_cell() -> tuple[Callable[[Place], Any], Callable[[Cell, Any], CellResult]]:
+def world_and_cell() -> tuple[Callable[[StudyPlace], Any], Callable[[Cell, Any], CellResult]]:
     """What workers open and run: functions of a module."""
     from toolchain.study.cell import run_cell
     from toolchain.study.world import open_world
 
     return open_world, run_cell
+
+
+def _with_progress(
+    chosen: TuneOptions, bench: Bench, limits: Limits, out: Path, quiet: bool
+) -> TuneOutcome:
+    from toolchain.tune.search import tune as search
+
+    with counted_progress(quiet) as bar:
+        task = bar.add_task("trials", total=chosen.trials)
+
+        def told(row: TrialRow) -> None:
+            bar.advance(task)
+            if not quiet and not console.is_terminal:
+                gain = "failed" if row.measured is None else f"{row.measured.gain:+.2%}"
+                console.print(f"trial {row.number}  {gain}  {row.sentence}", soft_wrap=True)
+
+        return search(chosen, bench, limits, out, told)
 
 
 def _names(value: str | None) -> tuple[str, ...]:
@@ -154,7 +178,7 @@ def _limits(
 
 def _folder(
     out: Path,
-    place: Place,
+    place: StudyPlace,
     streams: tuple[str, ...],
     chosen: TuneOptions,
     options: dict[str, Any],
@@ -181,9 +205,9 @@ def _folder(
     return open_folder(out, {**configuration(place, cells), "search": search}, {})
 
 
-def _show(outcome: Any, out: Path, model: str, as_json: bool) -> None:
+def _show(outcome: TuneOutcome, out: Path, model: str, as_json: bool) -> None:
+    from toolchain.tune.search import POLICY
     from toolchain.tune.tune_page import print_table, write_page
-    from toolchain.tune.tuning import POLICY
 
     write_page(out / f"{REPORT}.html", outcome, model)
     told = outcome.as_json()

@@ -29,12 +29,12 @@ from toolchain.compile.export_job import (
     TrainingWeights,
     prepare,
 )
-from toolchain.compile.general_text import write_general
 from toolchain.compile.golden_vectors import GoldenReference, GoldenTraining, stream, write_golden
 from toolchain.compile.ios import compile_ios
 from toolchain.compile.mean_vector import write_mean_vector
 from toolchain.compile.policy_file import LORA, PolicyFile, read_policy_file
 from toolchain.compile.precision import PrecisionChooser
+from toolchain.compile.shipped_general import write_general
 from toolchain.compile.shipped_text import shipped_dialogues
 
 
@@ -77,7 +77,10 @@ def export(
     asked = read_policy_file(policy, train_lengths)
     _check_policy(asked, adapter)
     request = AdapterRequest(
-        adapter, rank or asked.rank, alpha or asked.alpha, modules or asked.targets
+        adapter,
+        asked.rank if rank is None else rank,
+        asked.alpha if alpha is None else alpha,
+        modules or asked.targets,
     )
     _check_choices(targets, chosen, train_weights)
     _check_adapter(request)

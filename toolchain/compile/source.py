@@ -23,7 +23,7 @@ _SHA256 = re.compile(r"sha256:([0-9a-f]{64})")
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class CheckpointSource:
     """``path``: the folder, file or hub id that ``checkpoint`` was read from."""
 
     checkpoint: Checkpoint
@@ -42,7 +42,7 @@ def _is(manifest: Manifest, checkpoint: Checkpoint) -> bool:
     return bool(hashes) and hashes == _SHA256.findall(checkpoint.source)
 
 
-def find_source(manifest: Manifest, given: str | None) -> Source | str:
+def find_source(manifest: Manifest, given: str | None) -> CheckpointSource | str:
     """``given`` (a folder, a .gguf file or a hub id), or the built-in model for a bundle of it;
     else the reason why there is none.
 
@@ -57,27 +57,27 @@ def find_source(manifest: Manifest, given: str | None) -> Source | str:
                 f"--source {given} is not the model that this bundle was made from: expected "
                 f"{manifest.model.source}; found {checkpoint.source}."
             )
-        return Source(checkpoint, path)
+        return CheckpointSource(checkpoint, path)
     if manifest.model.name != BUILTIN:
         return f"the source is not known: name it with --source ({_short(manifest)})"
     checkpoint = load_checkpoint(str(builtin_folder()))
     if not _is(manifest, checkpoint):
         return "the built-in model is another one by now: export the bundle again, or give --source"
-    return Source(checkpoint, str(builtin_folder()))
+    return CheckpointSource(checkpoint, str(builtin_folder()))
 
 
 def _short(manifest: Manifest) -> str:
     return manifest.model.source.partition(": ")[0]
 
 
-def float_model(manifest: Manifest, source: Source, adapted: bool = True) -> Transformer:
+def float_model(manifest: Manifest, source: CheckpointSource, adapted: bool = True) -> Transformer:
     """The float32 transformer of a bundle's context; ``adapted``: with room for its adapter."""
     spec = read_spec(source.checkpoint.config, manifest.model.context)
     targets = manifest.adapter.targets if adapted else ()
     return build(spec, source.checkpoint.state, targets, manifest.adapter.rank)
 
 
-def as_in_bundle(model: Transformer, bundle: Bundle, source: Source) -> Transformer:
+def as_in_bundle(model: Transformer, bundle: Bundle, source: CheckpointSource) -> Transformer:
     """``model`` quantized as the bundle's Android part is; itself where that is float32.
 
     The same weights come out each time: calibration reads the text that ships with attune.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.protocols import Embedding, Engine, FineTuneJob, FineTuner, FineTuneResult
-from toolchain.fleet.world import Costs
+from toolchain.fleet.fleet_world import Costs
 from toolchain.simulate.rhythm import Clock
 
 
@@ -45,6 +45,7 @@ class CountedEngine:
         max_new_tokens: int,
         prefix: str = "",
     ) -> str:
+        """The engine's own reply, whose modelled seconds go to the ledger."""
         text = self._engine.generate(
             messages,
             temperature=temperature,

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from toolchain.fleet.fleet_outcome import AcrossUsers, FleetOutcome, summary
 from toolchain.fleet.fleet_pictures import pictures
 from toolchain.fleet.manners import MANNERS
-from toolchain.fleet.outcome import FleetOutcome, Summary, summary
 from toolchain.report import html
-from toolchain.report.html import Cell, Markup, element, join, paragraph, section, table
+from toolchain.report.fact import Fact
+from toolchain.report.html import Markup, TableCell, element, join, paragraph, section, table
 from toolchain.report.tables import plain_table
 
 _MOST = 200  # rows of a table
-
-
-@dataclass(frozen=True)
-class Fact:
-    """``bad``: not as it should be."""
-
-    name: str
-    value: str
-    bad: bool = False
 
 
 def facts(outcome: FleetOutcome) -> list[Fact]:
@@ -51,7 +42,7 @@ def facts(outcome: FleetOutcome) -> list[Fact]:
     ]
 
 
-def _mean(found: Summary | None) -> str:
+def _mean(found: AcrossUsers | None) -> str:
     if found is None:
         return "—"
     if found.interval is None:
@@ -59,7 +50,7 @@ def _mean(found: Summary | None) -> str:
     return f"{found.mean:+.3f} ({found.interval.low:+.3f} to {found.interval.high:+.3f})"
 
 
-def _quantiles(found: Summary | None) -> str:
+def _quantiles(found: AcrossUsers | None) -> str:
     return "—" if found is None else ", ".join(f"{value:+.3f}" for value in found.quantiles)
 
 
@@ -161,7 +152,9 @@ def _nights(outcome: FleetOutcome) -> Markup:
     ]
     rows += [[f"not accepted: {why}", f"{n:,}"] for why, n in outcome.reasons.items()]
     if outcome.too_long:
-        rows.append(["more work than the night has hours", Cell(f"{outcome.too_long:,}", "bad")])
+        rows.append(
+            ["more work than the night has hours", TableCell(f"{outcome.too_long:,}", "bad")]
+        )
     return section("Nights", table(("ended", "nights"), rows, numbers=["nights"]))
 
 

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from toolchain.fleet.outcome import FleetOutcome
+from toolchain.fleet.fleet_outcome import FleetOutcome
 from toolchain.report.charts import house_style, inline_svg
 from toolchain.report.html import Markup
 from toolchain.report.palette import ACCENT, BAD, FAINT, INK, WARNING
-
-
-@dataclass(frozen=True)
-class Picture:
-    """``note``: a sentence below it."""
-
-    title: str
-    svg: Markup
-    note: str
+from toolchain.report.picture import Picture
 
 
 def pictures(outcome: FleetOutcome) -> list[Picture]:

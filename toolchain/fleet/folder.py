@@ -15,8 +15,8 @@ from typing import Any
 
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.files import write_bytes
-from toolchain.fleet.life import Lived, UserLife
 from toolchain.fleet.swap import Swapped
+from toolchain.fleet.user_life import UserLife, UserLived
 from toolchain.study.cells import canonical
 
 FLEET = "fleet.json"
@@ -34,7 +34,7 @@ class FleetFolder:
         """Once there is a world: what cannot be run leaves no folder."""
         write_bytes(self.path / FLEET, self.text)
 
-    def write_life(self, lived: Lived) -> None:
+    def write_life(self, lived: UserLived) -> None:
         """The life last: a life that is there has its adapter."""
         number = lived.life.number
         if lived.adapter is not None:

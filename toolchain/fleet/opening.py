@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toolchain.fleet.world import FleetPlace, FleetWorld
+from toolchain.fleet.fleet_world import FleetPlace, FleetWorld
 from toolchain.study.world import World
 
 

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from toolchain.fleet.life import UserLife, as_wanted
+from toolchain.fleet.fleet_world import FleetWorld
 from toolchain.fleet.manners import find_manner
+from toolchain.fleet.user_life import UserLife, as_wanted
 from toolchain.fleet.users import FleetUser
-from toolchain.fleet.world import FleetWorld
 from toolchain.streams.chance import chance, shuffled
 from toolchain.streams.made import make_stream
 

@@ -11,7 +11,7 @@ from runtime_py.loop.errors import LoopError
 from toolchain.fleet.manners import MANNERS, find_manner
 from toolchain.streams.chance import apportioned, chance, shuffled
 from toolchain.streams.dataset import read_dataset
-from toolchain.streams.recipe import KINDS, Recipe, checked, dataset_files
+from toolchain.streams.stream_recipe import KINDS, Recipe, checked, dataset_files
 
 MOST_DATASETS = 3
 MOST_POINTS = 3  # of a drift; one: the shares stay

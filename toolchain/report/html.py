@@ -57,7 +57,7 @@ class Markup(str):
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """Of a table: ``kind``, a class of the style beside its column's; ``span``: columns."""
 
     content: object
@@ -105,7 +105,7 @@ def details(summary: Markup, *content: object) -> Markup:
 def table(
     heads: Sequence[str], rows: Sequence[Sequence[object]], numbers: Collection[str] = ()
 ) -> Markup:
-    """``numbers``: the heads of columns that are aligned as numbers are. A cell is a ``Cell``,
+    """``numbers``: the heads of columns that are aligned as numbers are. A cell is a ``TableCell``,
     markup, or text."""
     kinds = ["number" if head in numbers else "" for head in heads]
     first = [element("th", head, kind=kind) for head, kind in zip(heads, kinds, strict=True)]
@@ -116,7 +116,7 @@ def table(
 def _cells(row: Sequence[object], kinds: Sequence[str]) -> list[Markup]:
     cells, column = [], 0
     for value in row:
-        cell = value if isinstance(value, Cell) else Cell(value)
+        cell = value if isinstance(value, TableCell) else TableCell(value)
         kind = " ".join(filter(None, (kinds[column] if cell.span == 1 else "", cell.kind)))
         if cell.span == 1:
             cells.append(element("td", cell.content, kind=kind))

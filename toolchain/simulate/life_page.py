@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from toolchain.report import html
-from toolchain.report.html import Cell, Markup, element, join, paragraph, section, table
+from toolchain.report.html import Markup, TableCell, element, join, paragraph, section, table
 from toolchain.simulate.life_pictures import pictures
 from toolchain.simulate.life_table import duration, facts, fault_name
 from toolchain.simulate.outcome import SimulationOutcome
@@ -70,7 +70,7 @@ def _faults(outcome: SimulationOutcome) -> Markup:
             fault_name(fault),
             fault.place,
             f"{fault.seconds:.1f}",
-            fault.how or Cell("not got over", "bad"),
+            fault.how or TableCell("not got over", "bad"),
         ]
         for fault in outcome.record.faults
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -14,18 +13,10 @@ from matplotlib.ticker import MaxNLocator
 from toolchain.report.charts import house_style, inline_svg
 from toolchain.report.html import Markup
 from toolchain.report.palette import ACCENT, BAD, FAINT, INK, SERIES, WARNING
+from toolchain.report.picture import Picture
 from toolchain.simulate.outcome import SimulationOutcome, TuningOutcome
 
 REFUSED, SECOND = "#c9cfd6", "#4fa3b3"  # dots that stand back; every other block
-
-
-@dataclass(frozen=True)
-class Picture:
-    """``note``: a sentence below it."""
-
-    title: str
-    svg: Markup
-    note: str
 
 
 def pictures(outcome: SimulationOutcome) -> list[Picture]:

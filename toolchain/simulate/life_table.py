@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from toolchain.report.fact import Fact
 from toolchain.report.tables import plain_table
 from toolchain.simulate.outcome import SimulationOutcome
 from toolchain.simulate.run_record import FaultRecord
-
-
-@dataclass(frozen=True)
-class Fact:
-    """``bad``: not as it should be."""
-
-    name: str
-    value: str
-    bad: bool = False
 
 
 def facts(outcome: SimulationOutcome) -> list[Fact]:

@@ -87,6 +87,7 @@ class TimedEngine:
         max_new_tokens: int,
         prefix: str = "",
     ) -> str:
+        """The engine's own reply."""
         return self._engine.generate(
             messages,
             temperature=temperature,

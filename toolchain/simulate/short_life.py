@@ -15,7 +15,7 @@ from runtime_py.bundle.bundle import Bundle
 from runtime_py.loop.dialogue import Dialogue
 from runtime_py.loop.errors import AnswerTooLong, PromptTooLong
 from runtime_py.loop.personalizer import Personalizer
-from runtime_py.loop.policy import LoopPolicy
+from runtime_py.loop.policy import UNBOUNDED, LoopPolicy
 from runtime_py.loop.schedule import Conditions, Moment
 from runtime_py.loop.stream import read_stream
 from toolchain.simulate.life import is_text
@@ -96,6 +96,7 @@ def _policy(bundle: Bundle) -> LoopPolicy:
         batch=8,
         most_steps=1000,
         learning_rate=5e-3,
+        forgetting_bound=UNBOUNDED,  # one manner for everything is what this user wants
         reply_max_tokens=REPLY_TOKENS,
     )
 
@@ -108,5 +109,7 @@ def _live_through(app: Personalizer, ideal: Dialogue) -> None:
         reply = ""
     app.observe(ideal.with_answer(reply) if is_text(reply) else ideal)
     for question in app.pending_questions():
+        if question.id != ideal.id:  # one of before, whose answer was too long
+            continue
         with suppress(AnswerTooLong):  # the question stays open
             app.answer(question.id, ideal.exchange(question.exchange)[1].content)

@@ -21,8 +21,8 @@ from runtime_py.loop.random_stream import SplitMix64
 from toolchain.streams import junk
 from toolchain.streams.chance import chance, shuffled
 from toolchain.streams.dataset import Dataset, read_dataset
-from toolchain.streams.order import Place, places
-from toolchain.streams.recipe import Recipe, Source
+from toolchain.streams.order import StreamPlace, places
+from toolchain.streams.stream_recipe import Recipe, StreamSource
 
 JUNK = ("greeting", "acknowledgement", "gibberish", "near_duplicate")  # as ``KINDS`` counts them
 
@@ -132,7 +132,7 @@ def _prompt(dialogue: Dialogue) -> str:
 
 
 def _too_few(
-    source: Source, dataset: Dataset, recipe: Recipe, wanted: int, found: int, what: str
+    source: StreamSource, dataset: Dataset, recipe: Recipe, wanted: int, found: int, what: str
 ) -> str:
     rows = "" if recipe.rows == "all" else f" among its rows for {recipe.rows}"
     text = f"{source.file} has {found:,} {what}{rows}, {wanted:,} are wanted"
@@ -147,7 +147,7 @@ def _too_few(
 
 
 def _strewn(
-    real: list[StreamDialogue], order: Sequence[Place], recipe: Recipe, stream: SplitMix64
+    real: list[StreamDialogue], order: Sequence[StreamPlace], recipe: Recipe, stream: SplitMix64
 ) -> list[StreamDialogue]:
     """The stream with its junk, each at a place that is drawn, in the block it falls into."""
     kinds = [

@@ -6,25 +6,25 @@ from dataclasses import dataclass
 
 from runtime_py.loop.random_stream import SplitMix64
 from toolchain.streams.chance import shuffled, weighted
-from toolchain.streams.recipe import Recipe
+from toolchain.streams.stream_recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Place:
+class StreamPlace:
     """``source``: its number in the recipe; ``block``: the name of the part that it lies in."""
 
     source: int
     block: str
 
 
-def places(recipe: Recipe, stream: SplitMix64) -> list[Place]:
+def places(recipe: Recipe, stream: SplitMix64) -> list[StreamPlace]:
     """Of every dialogue but the junk, in order."""
     if recipe.order == "drift":
         return _drift(recipe, stream)
     counts = [source.observed for source in recipe.sources]
     if recipe.order == "mixed":
         each = [place for place, count in enumerate(counts) for _ in range(count)]
-        return [Place(source, "mixed") for source in shuffled(each, stream)]
+        return [StreamPlace(source, "mixed") for source in shuffled(each, stream)]
     names = [source.name for source in recipe.sources]
     length = recipe.block_length
     blocks = [
@@ -35,10 +35,10 @@ def places(recipe: Recipe, stream: SplitMix64) -> list[Place]:
     ]
     if length:
         blocks = shuffled(blocks, stream)
-    return [Place(source, names[source]) for source, count in blocks for _ in range(count)]
+    return [StreamPlace(source, names[source]) for source, count in blocks for _ in range(count)]
 
 
-def _drift(recipe: Recipe, stream: SplitMix64) -> list[Place]:
+def _drift(recipe: Recipe, stream: SplitMix64) -> list[StreamPlace]:
     """A source at each place by the weights there; a block lies between two points."""
     points, total = len(recipe.sources[0].weights), recipe.observed
     found = []
@@ -51,5 +51,5 @@ def _drift(recipe: Recipe, stream: SplitMix64) -> list[Place]:
             source.weights[begin] * (1.0 - part) + source.weights[end] * part
             for source in recipe.sources
         ]
-        found.append(Place(weighted(weights, stream), f"phase {begin + 1}"))
+        found.append(StreamPlace(weighted(weights, stream), f"phase {begin + 1}"))
     return found

@@ -18,8 +18,8 @@ from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.lesson import Capacity, lesson
 from runtime_py.loop.random_stream import SplitMix64
 from toolchain.simulate.device import device_names, find_device
-from toolchain.study.cell_life import UNTOUCHED, CellLife, Lived
-from toolchain.study.cells import UNTRAINED, Cell, CellResult, Scores
+from toolchain.study.cell_life import UNTOUCHED, CellLife, CellLived
+from toolchain.study.cells import UNTRAINED, Cell, CellResult, CellScores
 from toolchain.study.recorded import Night
 from toolchain.study.world import World
 
@@ -143,7 +143,7 @@ def _after(turns: tuple[Turn, ...], dialogue: Dialogue) -> Dialogue:
     return Dialogue(dialogue.id, (*turns, *dialogue.turns))
 
 
-def _scored(world: World, tests: Sequence[Dialogue], row: Judged, reply_tokens: int) -> Scores:
+def _scored(world: World, tests: Sequence[Dialogue], row: Judged, reply_tokens: int) -> CellScores:
     """The untouched model is the same in every ordering, and where the guard refused: it is scored
     once."""
     if row.adapter != world.bundle.adapter_file or row.before or row.most is not None:
@@ -154,7 +154,7 @@ def _scored(world: World, tests: Sequence[Dialogue], row: Judged, reply_tokens: 
     return world.untouched[key]
 
 
-def score(world: World, tests: Sequence[Dialogue], row: Judged, reply_tokens: int) -> Scores:
+def score(world: World, tests: Sequence[Dialogue], row: Judged, reply_tokens: int) -> CellScores:
     """With the adapter that is in use."""
     whole = [_after(row.before.get(d.id, ()), d) for d in tests]
     examples = world.examples(whole)
@@ -164,7 +164,7 @@ def score(world: World, tests: Sequence[Dialogue], row: Judged, reply_tokens: in
         replies = [" ".join(reply.split()[: row.most]) for reply in replies]
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     rouge = [scorer.score(d.answer, reply) for d, reply in zip(tests, replies, strict=True)]
-    return Scores(
+    return CellScores(
         ids=tuple(d.id for d in tests),
         loss=tuple(map(float, losses)),
         labels=tuple(example.count for example in examples),
@@ -174,7 +174,7 @@ def score(world: World, tests: Sequence[Dialogue], row: Judged, reply_tokens: in
     )
 
 
-def _facts(lived: Lived) -> dict[str, Fact]:
+def _facts(lived: CellLived) -> dict[str, Fact]:
     status, nights = lived.app.status(), lived.nights
     rows = lived.app.store.rows("SELECT eoe, dss, idd FROM sets")
     means = np.array(rows, float).reshape(-1, 3).mean(axis=0) if rows else [None] * 3

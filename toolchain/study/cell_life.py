@@ -28,7 +28,7 @@ DRAFT_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Lived:
+class CellLived:
     """``adapter``: the file of the active version; ``nights``: what the loop said of each, and
     ``work`` what was computed; ``refused``: answers that could not be learned; ``tokens``: of all
     answers; ``answered``: the sets in the buffer that were answered, in the order of the answers.
@@ -101,7 +101,7 @@ class CellLife:
         """Embeds in batches what the loop will embed one by one."""
         self._engine.prepare(dialogues)
 
-    def live(self) -> Lived:
+    def live(self) -> CellLived:
         self.prepare(self._stream)
         nights = int(self._cell.options["nights"])
         counted = bool(self._cell.options["answers"]) or self._cell.row in EVERYTHING
@@ -129,7 +129,7 @@ class CellLife:
         file = self._engine.file
         if file is None:
             raise LoopError("the life of this cell had no adapter; please report it.")
-        return Lived(
+        return CellLived(
             app=self.app,
             adapter=file,
             nights=tuple(reports),

@@ -1,7 +1,7 @@
 """One measurement of a study, what decides it, and what comes out of it.
 
 A ``Cell`` holds everything that decides its result beside the study's own configuration (bundle,
-data, device, threads: ``Place``); its key is the SHA-256 of its canonical JSON. Canonical JSON has
+data, device, threads: ``StudyPlace``); its key is the SHA-256 of its canonical JSON. That has
 sorted keys, no blanks and no NaN, so that equal results are equal bytes on every machine.
 """
 
@@ -69,7 +69,7 @@ MEASURED = frozenset({"seconds", "peak_memory_mb"})  # facts of a machine, not o
 
 
 @dataclass(frozen=True)
-class Place:
+class StudyPlace:
     """Where and on what cells are measured; a worker opens its world once from it.
 
     ``threads``: of the engine within one worker. It decides the last bits of a sum, so it belongs
@@ -118,7 +118,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Scores:
+class CellScores:
     """Of the test dialogues, one entry each, in the order of ``ids``.
 
     ``loss``: nats, summed over the last reply's labels; ``labels``: their number; ``rouge1`` and
@@ -155,7 +155,7 @@ class CellResult:
     (modelled), and the ``MEASURED`` ones. None: does not apply."""
 
     cell: Cell
-    scores: Scores
+    scores: CellScores
     facts: Mapping[str, float | int | str | None]
 
     def __post_init__(self) -> None:
@@ -186,7 +186,7 @@ class CellResult:
         try:
             raw: Any = json.loads(text)
             cell = Cell(**raw["cell"])
-            scores = Scores(**{name: tuple(values) for name, values in raw["scores"].items()})
+            scores = CellScores(**{name: tuple(values) for name, values in raw["scores"].items()})
             return CellResult(cell, scores, dict(raw["facts"]))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise LoopError(

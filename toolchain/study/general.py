@@ -12,12 +12,12 @@ from torch import Tensor
 from runtime_py.engine.examples import Example
 from toolchain.study.batched import hidden_states
 from toolchain.study.batched_model import BatchedModel
-from toolchain.verify.forgetting import Forgetting
+from toolchain.verify.divergence import Forgetting
 
 _ROWS = 512  # distributions at once
 
 
-class GeneralText:
+class ForgettingMeter:
     """``examples``, and the base's token vectors of them, which are computed once."""
 
     def __init__(self, model: BatchedModel, examples: Sequence[Example]) -> None:

@@ -8,8 +8,7 @@ from toolchain.report import html
 from toolchain.report.html import Markup, element, join, paragraph, section, table
 from toolchain.study.pictures import pictures
 from toolchain.study.statistics import FEWEST_ORDERINGS, RESAMPLES
-from toolchain.study.summary import Summary
-from toolchain.study.tables import (
+from toolchain.study.study_tables import (
     NAMES,
     SUBSTITUTES,
     StudyTable,
@@ -19,6 +18,7 @@ from toolchain.study.tables import (
     stream_name,
     tables,
 )
+from toolchain.study.summary import Summary
 
 
 def write_page(path: Path, summary: Summary) -> None:

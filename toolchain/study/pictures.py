@@ -10,22 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from toolchain.report.charts import house_style, inline_svg
-from toolchain.report.html import Markup
 from toolchain.report.palette import FAINT, INK, SERIES
+from toolchain.report.picture import Picture
 from toolchain.study.statistics import Contrast
+from toolchain.study.study_tables import stream_name
 from toolchain.study.summary import Line, Summary
-from toolchain.study.tables import stream_name
 
 _WIDTH, _HEIGHT = 3.5, 2.9  # inches of one pair of axes
-
-
-@dataclass(frozen=True)
-class Picture:
-    """``note``: a sentence below it."""
-
-    title: str
-    svg: Markup
-    note: str
 
 
 def pictures(summary: Summary) -> list[Picture]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.protocols import Embedding, FineTuneJob, FineTuner, FineTuneResult
-from toolchain.study.torch_loop import TorchEngine
+from toolchain.study.batched_loop import BatchedEngine
 
 Reply = tuple[tuple[Turn, ...], str]  # what was read, and what was written after it
 Run = tuple[FineTuneJob, FineTuneResult]
@@ -25,7 +25,7 @@ class Night:
 class RecordedEngine:
     """``replies``: until the caller empties it."""
 
-    def __init__(self, engine: TorchEngine) -> None:
+    def __init__(self, engine: BatchedEngine) -> None:
         self._engine = engine
         self.replies: list[Reply] = []
 

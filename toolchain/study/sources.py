@@ -12,11 +12,11 @@ from runtime_py.bundle.manifest import MANIFEST
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.files import sha256
 from toolchain.streams.made import make_stream
-from toolchain.streams.recipe import Recipe, dataset_files, find_recipe, recipe_names
-from toolchain.study.cells import Cell, Place
+from toolchain.streams.stream_recipe import Recipe, dataset_files, find_recipe, recipe_names
+from toolchain.study.cells import Cell, StudyPlace
 
 
-def configuration(place: Place, cells: Iterable[Cell]) -> dict[str, Any]:
+def configuration(place: StudyPlace, cells: Iterable[Cell]) -> dict[str, Any]:
     """What results depend on beside the cells: versions, and the SHA-256 of bundle and data.
 
     Raises ``BundleError`` and ``LoopError``: for a bundle that is not whole, a device that is not

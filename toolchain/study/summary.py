@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from toolchain.study.cells import CellResult, Scores, Value
+from toolchain.study.cells import CellResult, CellScores, Value
 from toolchain.study.plan import Score
 from toolchain.study.statistics import RESAMPLES, Contrast, Floats, Paired, compare, holm
-from toolchain.study.study import Study
+from toolchain.study.study_run import Study
 
 SCORES: tuple[Score, ...] = ("loss", "rouge1", "rougeL", "words")
 COMPARED: tuple[Score, ...] = ("loss", "rouge1", "rougeL")
@@ -134,7 +134,7 @@ def _mean(results: Iterable[CellResult], score: Score) -> float:
     return float(sum(amount for amount, _ in sums) / sum(unit for _, unit in sums))
 
 
-def _amounts(scores: Scores, score: Score) -> tuple[Floats, Floats]:
+def _amounts(scores: CellScores, score: Score) -> tuple[Floats, Floats]:
     """What is summed and what it is divided by, [dialogues] each."""
     amounts = np.array(getattr(scores, score), dtype=np.float64)
     labels = np.array(scores.labels, dtype=np.float64)
@@ -164,7 +164,7 @@ def paired(results: Orderings, others: Orderings, score: Score) -> Paired | None
     return Paired(row, against, unit)
 
 
-def _at(scores: Scores, score: Score, ids: Sequence[str]) -> tuple[Floats, Floats]:
+def _at(scores: CellScores, score: Score, ids: Sequence[str]) -> tuple[Floats, Floats]:
     places = {id: place for place, id in enumerate(scores.ids)}
     amounts, unit = _amounts(scores, score)
     chosen = [places[id] for id in ids]

@@ -20,27 +20,29 @@ from runtime_py.loop.schedule import Moment
 from toolchain.simulate.device import Device
 from toolchain.simulate.phone_app import open_loop
 from toolchain.streams.made import MadeStream, make_stream
+from toolchain.study.batched_loop import BatchedEngine, BatchedFineTuner
 from toolchain.study.batched_model import BatchedModel
-from toolchain.study.cells import Cell, Place, Scores
-from toolchain.study.general import GeneralText
+from toolchain.study.cells import Cell, CellScores, StudyPlace
+from toolchain.study.general import ForgettingMeter
 from toolchain.study.phone_costs import PhoneCosts, phone_costs
 from toolchain.study.sources import recipe_of
-from toolchain.study.torch_loop import TorchEngine, TorchFineTuner
 
 
 class World:
     """A model and its loop, as the fleet's lives take them, and what a study's cells need."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: StudyPlace) -> None:
         torch.set_num_threads(place.threads)
         self.place = place
         self.bundle = open_bundle(place.bundle)
         self.model = BatchedModel(self.bundle, torch.device(place.device))
-        self.engine, self.tuner = TorchEngine(self.model), TorchFineTuner(self.model)
+        self.engine, self.tuner = BatchedEngine(self.model), BatchedFineTuner(self.model)
         self.policy = LoopPolicy.from_fields(dict(self.bundle.manifest.policy.loop))
         self._streams: dict[tuple[object, int], MadeStream] = {}
-        self.untouched: dict[tuple[tuple[Dialogue, ...], int], Scores] = {}  # of the base, a stream
-        self._general: dict[int, GeneralText] = {}
+        self.untouched: dict[
+            tuple[tuple[Dialogue, ...], int], CellScores
+        ] = {}  # of the base, a stream
+        self._general: dict[int, ForgettingMeter] = {}
 
     def stream(self, cell: Cell) -> MadeStream:
         """The dialogues that the cell observes, and its tests."""
@@ -59,14 +61,14 @@ class World:
         """Each with its last reply as labels."""
         return [example(dialogue, self.model.text, last_only=True) for dialogue in dialogues]
 
-    def general(self, tokens: int) -> GeneralText:
+    def general(self, tokens: int) -> ForgettingMeter:
         """The first ``tokens`` of the bundle's general text, or all there are, in sequences of the
         training programs' longest."""
         if tokens not in self._general:
             longest = max(self.bundle.training.lengths)
             texts = read_general(self.bundle)
             examples = general_examples(texts, self.model.text, longest, tokens)
-            self._general[tokens] = GeneralText(self.model, examples)
+            self._general[tokens] = ForgettingMeter(self.model, examples)
         return self._general[tokens]
 
     # What lives take
@@ -98,6 +100,6 @@ class World:
         return self.model.replies([dialogue.turns[:-1] for dialogue in dialogues], most)
 
 
-def open_world(place: Place) -> World:
+def open_world(place: StudyPlace) -> World:
     """Raises ``AttuneError`` where a bundle or device cannot be used."""
     return World(place)

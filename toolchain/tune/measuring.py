@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from runtime_py.loop.errors import AttuneError, LoopError
-from toolchain.study.cells import Cell, CellResult, Place
+from toolchain.study.cells import Cell, CellResult, StudyPlace
 from toolchain.study.executor import (
     Done,
     Failed,
@@ -19,7 +19,7 @@ from toolchain.study.executor import (
 )
 from toolchain.study.ray_executor import run_on_ray
 from toolchain.study.results import StudyFolder
-from toolchain.study.study import Crew
+from toolchain.study.study_run import Crew
 from toolchain.tune.space import Value
 
 TRAINED, BASE = "trained", "base"  # rows of the study
@@ -78,17 +78,17 @@ class Bench:
     def __init__(
         self,
         folder: StudyFolder,
-        place: Place,
+        place: StudyPlace,
         streams: Sequence[str],
         options: Mapping[str, Value],
         phone: str,
-        open_world: Callable[[Place], Any],
+        open_world: Callable[[StudyPlace], Any],
         run_cell: Callable[[Cell, Any], CellResult],
         crew: Crew,
     ) -> None:
         self._folder, self._place, self._crew = folder, place, crew
         self._streams, self._options, self._phone = tuple(streams), dict(options), phone
-        self._work: Work[Place, Cell, CellResult] = Work(open_world, run_cell, place)
+        self._work: Work[StudyPlace, Cell, CellResult] = Work(open_world, run_cell, place)
 
     def measure(self, policy: Mapping[str, Value], orderings: Sequence[int]) -> Measured:
         """``policy``: fields in place of the bundle's. Raises ``LoopError`` where a cell fails."""

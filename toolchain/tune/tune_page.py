@@ -9,12 +9,12 @@ from rich.console import Console
 
 from toolchain.report import html
 from toolchain.report.charts import house_style, inline_svg
-from toolchain.report.html import Cell, Markup, element, join, section, table
+from toolchain.report.html import Markup, TableCell, element, join, section, table
 from toolchain.report.palette import ACCENT, FAINT, INK
 from toolchain.report.tables import plain_table
 from toolchain.tune.measuring import Measured
+from toolchain.tune.search import Finalist, TuneOutcome
 from toolchain.tune.space import Value
-from toolchain.tune.tuning import Finalist, TuneOutcome
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,10 +97,12 @@ def _all(outcome: TuneOutcome) -> Markup:
     for row in outcome.trials:
         fields = ", ".join(f"{name} {_told(value)}" for name, value in row.policy.items())
         if row.measured is None:
-            rows.append([row.number, Cell("failed", "bad"), "—", "—", "—", row.sentence or fields])
+            rows.append(
+                [row.number, TableCell("failed", "bad"), "—", "—", "—", row.sentence or fields]
+            )
             continue
         gain = f"{row.measured.gain:+.2%}"
-        shown = Cell(gain) if row.fits else Cell(f"{gain}, does not fit", "bad")
+        shown = TableCell(gain) if row.fits else TableCell(f"{gain}, does not fit", "bad")
         rows.append([row.number, shown, *_figures(row.measured), fields])
     heads = ("trial", "gain", "minutes", "MB", "forgetting", "policy")
     return table(heads, rows, numbers=heads[:-1])

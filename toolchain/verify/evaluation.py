@@ -24,7 +24,7 @@ from runtime_py.engine.native import silenced
 from runtime_py.loop.dialogue import Dialogue
 from runtime_py.loop.errors import BundleError
 from toolchain.compile.shipped_text import perplexity, shared_prefix, tokenize
-from toolchain.compile.source import Source, as_in_bundle, float_model
+from toolchain.compile.source import CheckpointSource, as_in_bundle, float_model
 from toolchain.verify.noise import PERTURBATION, perturbed
 
 TRIALS = 3  # perturbed models
@@ -125,7 +125,7 @@ class _Watched:
 
 
 def texts_of(
-    manifest: Manifest, source: Source, dialogues: Sequence[Dialogue], longest: int
+    manifest: Manifest, source: CheckpointSource, dialogues: Sequence[Dialogue], longest: int
 ) -> list[Tensor]:
     """Rendered and tokenized as the bundle does it; cut to its context.
 
@@ -146,7 +146,7 @@ def texts_of(
 @torch.no_grad()
 def evaluate(
     bundle: Bundle,
-    source: Source,
+    source: CheckpointSource,
     texts: Sequence[Tensor],
     *,
     threads: int,

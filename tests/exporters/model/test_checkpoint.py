@@ -345,6 +345,12 @@ def test_a_given_template_is_used(folder: Path, tmp_path: Path) -> None:
     assert checkpoint.tokenizer.apply_chat_template(turn, tokenize=False) == "[hi]"
 
 
+THINKS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>{% endif %}"
+)
+
+
 def test_a_template_that_cannot_work_is_refused(folder: Path, tmp_path: Path) -> None:
     given = tmp_path / "chat.jinja"
     refused(folder, "cannot be read: No such file", given)
@@ -353,6 +359,7 @@ def test_a_template_that_cannot_work_is_refused(folder: Path, tmp_path: Path) ->
         ("{{ raise_exception('no') }}", "chat.jinja cannot be rendered"),
         ("{{ 1 + messages }}", "chat.jinja cannot be rendered"),
         ("hello", "leaves out what user or assistant said"),
+        (THINKS, "begins a reply otherwise than it writes one"),
         ("", "no chat template|leaves out"),
     ):
         given.write_text(text)

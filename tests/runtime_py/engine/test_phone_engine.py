@@ -13,6 +13,7 @@ import torch
 from scipy.special import softmax
 from scipy.stats import chisquare
 
+from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine import phone_engine
 from runtime_py.engine.phone_engine import PhoneEngine, sample
 from runtime_py.loop.dialogue import Turn
@@ -48,13 +49,14 @@ def test_a_token_without_probability_is_never_drawn() -> None:
     assert {sample(logits, 1.0, chance) for _ in range(200)} == {1}
 
 
-class Words:
+class Words(ChatText):
     """A chat text whose tokens are words, and a model that says 7 and is asked for no more than its
     context holds."""
 
     def __init__(self, bundle: Any) -> None:
+        self._manifest = bundle.manifest
         self.context = bundle.manifest.model.context
-        self.tokenizer = SimpleNamespace(
+        self.tokenizer: Any = SimpleNamespace(
             decode=lambda ids, skip_special_tokens: " ".join(map(str, ids))
         )
         self.read: list[int] = []

@@ -64,9 +64,12 @@ class Letters:
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         return [ord(c) for c in text], [(n, n + 1) for n in range(len(text))]
 
-    def assistant_spans(self, turns: Sequence[Turn]) -> list[tuple[int, int]]:
+    def assistant_spans(
+        self, turns: Sequence[Turn], last_only: bool = False
+    ) -> list[tuple[int, int]]:
         ends = [len(self.render(turns[: n + 1])) for n in range(len(turns))]
-        return [(ends[n] - len(turns[n].content) - 1, ends[n]) for n in range(1, len(turns), 2)]
+        spans = [(ends[n] - len(turns[n].content) - 1, ends[n]) for n in range(1, len(turns), 2)]
+        return spans[-1:] if last_only else spans
 
 
 def dialogue(id: str, *contents: str) -> Dialogue:

@@ -14,8 +14,8 @@ from hypothesis import settings as examples_of
 from hypothesis import strategies as st
 
 from runtime_py.bundle.manifest import Optimizer
-from runtime_py.engine.recipe import Settings
 from runtime_py.engine.trainer import TrainingOutcome, train
+from runtime_py.engine.training_plan import Settings
 from runtime_py.loop.errors import TrainingDiverged, TrainingError
 from tests.exporters.training.training_kit import example_of
 from tests.runtime_py.engine.toy import Toy, toy_state

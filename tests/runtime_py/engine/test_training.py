@@ -22,11 +22,11 @@ from runtime_py.bundle.adapter_state import AdapterState, FlatLayout
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.base_weights import BaseWeights
 from runtime_py.engine.examples import IGNORED, Example, example, fit, pack
-from runtime_py.engine.recipe import Settings
 from runtime_py.engine.run_state import FILE, Progress, load_state, save_state
 from runtime_py.engine.streaming import StreamingEngine, step_numbers
 from runtime_py.engine.trainer import train
 from runtime_py.engine.training_engine import evaluate
+from runtime_py.engine.training_plan import Settings
 from runtime_py.loop.errors import DiskFull, TrainingError
 from tests.exporters.training.training_kit import Kit, bounds_of, example_of, make_kit
 from tests.exporters.training.training_way import Way, check_same_way

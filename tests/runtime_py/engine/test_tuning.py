@@ -12,10 +12,11 @@ import pytest
 
 from runtime_py.bundle.adapter_forms import read_values
 from runtime_py.bundle.chat_text import ChatText
-from runtime_py.engine.examples import IGNORED
+from runtime_py.engine.examples import IGNORED, example
+from runtime_py.engine.run_state import FILE
 from runtime_py.engine.streamed_tuner import TrainingCall
 from runtime_py.engine.tuning import lessons
-from runtime_py.loop.errors import TrainingError
+from runtime_py.loop.errors import BundleError, TrainingError
 from runtime_py.loop.protocols import FineTuneJob
 from tests.runtime_py.engine.toy import chat_text, dialogue
 from tests.runtime_py.engine.toy_tuner import (
@@ -56,6 +57,20 @@ def test_what_it_says_of_a_dialogue(text: ChatText, parent: Path) -> None:
     end = max(i for i, token in enumerate(read) if token == 2)
     assert tuner.tokens(one) == end
     assert tuner.tokens(more) > tuner.tokens(one)
+
+
+def test_a_template_that_rewrites_earlier_turns(tmp_path: Path) -> None:
+    """As those do that leave the thoughts of earlier replies out: the last reply is what is
+    learned, so nothing of a longer dialogue stands in the way of observing it."""
+    text = chat_text(tmp_path)
+    text.template = text.template.replace(
+        "{{ m['content'] }}", "{{ m['content'] if loop.last or m['role'] == 'user' else 'old' }}"
+    )
+    more = dialogue("the cat", "sat on the mat", "that", "hat")
+    read = example(more, text, last_only=True)
+    assert text.tokenizer.decode(read.tokens[read.labels != IGNORED]) == " hat</s>"
+    with pytest.raises(BundleError, match="another --chat-template"):
+        example(more, text)
 
 
 def test_lessons(text: ChatText, job: FineTuneJob) -> None:
@@ -139,6 +154,27 @@ def test_stopped_anywhere(text: ChatText, job: FineTuneJob, tmp_path: Path) -> N
         assert found is not None
         assert replace(found, adapter=whole.adapter, seconds=whole.seconds) == whole
         assert found.adapter.read_bytes() == whole.adapter.read_bytes()
+
+
+@pytest.mark.parametrize("left", ["damaged", "another recipe", "another base"])
+def test_a_state_that_cannot_be_gone_on_with_begins_anew(
+    text: ChatText, job: FineTuneJob, tmp_path: Path, left: str
+) -> None:
+    """What was left in the job's folder and does not fit it stops no night."""
+    whole = ToyTuner(text, job.parent).run(job, tmp_path / "whole", never)
+    folder, calls = tmp_path / "left", count()
+    other = replace(job, learning_rate=0.5) if left == "another recipe" else job
+    before = ToyTuner(text, job.parent, base="old" if left == "another base" else "weights")
+    assert before.run(other, folder, lambda: next(calls) >= 20) is None
+    file = folder / FILE
+    assert file.exists()
+    if left == "damaged":
+        file.write_bytes(file.read_bytes()[:-5])
+    found = ToyTuner(text, job.parent).run(job, folder, never)
+    assert whole is not None
+    assert found is not None
+    assert replace(found, adapter=whole.adapter, seconds=whole.seconds) == whole
+    assert found.adapter.read_bytes() == whole.adapter.read_bytes()
 
 
 def test_too_little_memory(text: ChatText, job: FineTuneJob, tmp_path: Path) -> None:

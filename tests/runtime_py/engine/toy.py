@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 
@@ -71,10 +73,8 @@ def chat_text(folder: Path) -> ChatText:
         file="tokenizer.json", chat_template="t.jinja", bos_id=1, eos_ids=(2,), pad_id=0
     )
 
-    class Paper:
-        tokenizer = own
-
-    return ChatText(Bundle(folder, Paper()))  # type: ignore[arg-type]
+    manifest = SimpleNamespace(tokenizer=own, model=SimpleNamespace(context=512))
+    return ChatText(Bundle(folder, cast(m.Manifest, manifest)))
 
 
 def dialogue(*contents: str, id: str = "d") -> Dialogue:

@@ -54,6 +54,7 @@ class ToyTuner(StreamedFineTuner):
         engine: Quadratic | None = None,
         on_call: Callable[[TrainingCall], None] = lambda call: None,
         available_mb: Callable[[], float] = lambda: math.inf,
+        base: str = "weights",
     ) -> None:
         offset = parent.read_bytes().index(START.tobytes())
         tensor = m.AdapterTensor(
@@ -64,6 +65,7 @@ class ToyTuner(StreamedFineTuner):
             training=SimpleNamespace(lengths=LENGTHS, optimizer=OPTIMIZER),
             android=None,
             manifest=SimpleNamespace(adapter=SimpleNamespace(tensors=self.tensors)),
+            training_digest=base,
         )
         super().__init__(cast(Bundle, bundle), text, available_mb=available_mb, on_call=on_call)
         self.engine = engine or Quadratic()

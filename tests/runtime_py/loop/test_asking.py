@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
+from itertools import count
 from math import floor
 from pathlib import Path
 
@@ -222,6 +223,25 @@ def test_a_days_questions_do_not_depend_on_when_it_is_opened(tmp_path: Path) -> 
         return [*rows, log]
 
     assert life(tmp_path / "one", 1) == life(tmp_path / "many", 16)
+
+
+def test_a_clock_that_goes_back(tmp_path: Path) -> None:
+    """Over midnight it does not begin the day's questions anew; by years it keeps none open."""
+    policy = replace(small_policy("fifo", bins=8), questions_per_day=2, question_days=2)
+    clock, numbers = Days(), count()
+    with open_toy(tmp_path, policy, clock=clock) as app:
+
+        def asked_on(day: int) -> int:
+            clock.day = day
+            return sum(app.observe(told(next(numbers))).asked for _ in range(3))
+
+        assert [asked_on(day) for day in (9000, 9001, 9000, 9001, 9000)] == [2, 2, 0, 0, 0]
+        assert [asked_on(day) for day in (20, 20, 21)] == [2, 0, 2]
+        clock.day = 22
+        open_now = app.store.rows("SELECT day FROM questions ORDER BY day")
+        assert open_now == [(20,)] * 6 + [(21,)] * 2
+        app.pending_questions()
+        assert app.store.rows("SELECT day FROM questions") == [(21,)] * 2
 
 
 def test_what_is_asked_about_does_not_leave(tmp_path: Path) -> None:

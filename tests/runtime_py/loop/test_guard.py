@@ -61,7 +61,8 @@ def test_the_documents_table_is_what_the_rule_gives() -> None:
     ("before", "after", "losses", "taken"),
     [
         ((2.0,), (1.9,), (1.0,), True),
-        ((2.0,), (2.0,), (), True),  # nothing changed
+        ((2.0,), (2.0,), (), False),  # nothing changed
+        ((2.0, 1.0), (2.0, 1.0), (1.0,), False),
         ((2.0,), (2.0001,), (), False),
         ((2.0, 2.0, 2.0), (1.9, 1.9, 2.1), (), False),  # the mean fell, but 2 of 3 are coins
         ((2.0, 2.0, 2.0, 2.0), (1.9, 1.9, 1.9, 2.1), (), True),

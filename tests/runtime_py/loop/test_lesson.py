@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime_py.loop.acknowledgements import read_acknowledgements
 from runtime_py.loop.dialogue import Dialogue, Turn, turns_from_json
 from runtime_py.loop.errors import AnswerTooLong, PromptTooLong
 from runtime_py.loop.jobs import count_steps, held_out_parts
@@ -173,8 +174,8 @@ def test_answers_of_before_that_are_too_long_stand_in_no_ones_way(tmp_path: Path
         report = app.fine_tune(NIGHT)
         assert (report.state, report.left_out) == ("too_few", ("old",))
         assert report.reason == (
-            "fewer than two sets are answered: one to learn, one held out; 1 more are too long for "
-            "the 64 tokens that can be learned."
+            "no set is answered to learn from, or none that is held out; left out as longer than "
+            "the 64 tokens that can be learned: old."
         )
         app.observe(sized("b", 10, 10))
         answer_all(app)
@@ -275,6 +276,87 @@ def test_a_job_that_no_program_fits_is_abandoned(tmp_path: Path) -> None:
             app.observe(sized(id, 10, 10))
         answer_all(app)
         assert app.fine_tune(NIGHT).job == 2
+
+
+class Wordy(ToyTuner):
+    """Of another bundle: its template takes eight tokens more, and it refuses what is too long."""
+
+    def tokens(self, dialogue: Dialogue) -> int:
+        return super().tokens(dialogue) + 8
+
+    def run(
+        self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
+    ) -> FineTuneResult | None:
+        every = (*job.training, *job.stopping, *job.guard)
+        assert max(map(self.tokens, every)) <= job.max_sequence_tokens
+        assert job.guard
+        return super().run(job, folder, stop)
+
+
+def test_a_job_that_another_bundle_reads_longer_lets_go_what_no_longer_fits(tmp_path: Path) -> None:
+    tuner = ToyTuner(lengths=(64,))
+    tuner.halt = True
+    with open_toy(tmp_path, POLICY, tuner) as app:
+        for id, size in (("a", 20), ("b", 20), ("c", 50)):
+            app.observe(sized(id, 10, size))
+        answer_all(app)
+        assert app.fine_tune(NIGHT).state == "stopped"
+    with open_toy(tmp_path, POLICY, Wordy(lengths=(64,))) as app:
+        report = app.fine_tune(NIGHT)
+        assert (report.state, report.job, report.left_out) == ("accepted", 1, ("c",))
+        assert used(app) == {"a": 1, "b": 1, "c": None}
+
+
+def test_a_job_that_has_lost_its_guard_shares_its_held_out_sets_anew(tmp_path: Path) -> None:
+    """As a store can have it that was recovered from a damaged one."""
+    tuner = ToyTuner()
+    tuner.halt = True
+    policy = dataclasses.replace(POLICY, heldout_every=2)
+    with open_toy(tmp_path, policy, tuner) as app:
+        for number in range(32):
+            app.observe(sized(f"d{number}", 10, 10))
+        answer_all(app)
+        assert app.fine_tune(NIGHT).state == "stopped"
+        assert len(tuner.jobs[-1].stopping) == 8
+        app.store.execute("DELETE FROM job_sets WHERE part = 'guard'")
+    tuner = Wordy()
+    with open_toy(tmp_path, policy, tuner) as app:
+        assert (app.fine_tune(NIGHT).state, app.status().job) == ("accepted", None)
+    assert (len(tuner.jobs[-1].guard), len(tuner.jobs[-1].stopping)) == (8, 0)
+
+
+def test_a_job_whose_parent_is_damaged_is_abandoned(tmp_path: Path) -> None:
+    tuner = ToyTuner()
+    with open_toy(tmp_path, POLICY, tuner) as app:
+        for id in ("a", "b", "c"):
+            app.observe(sized(id, 10, 10))
+            answer_all(app)
+            tuner.halt = id == "c"
+            state = app.fine_tune(NIGHT).state
+        assert (state, app.status().adapter, app.status().job) == ("stopped", 1, 2)
+    (tmp_path / "state" / "adapters" / "00001.safetensors").write_text("flipped")
+    tuner.halt = False
+    with open_toy(tmp_path, POLICY, tuner) as app:
+        report = app.fine_tune(NIGHT)
+        assert (report.state, report.job, report.adapter) == ("accepted", 3, 2)
+        log = {line.event: line.data for line in app.store.log()}
+        assert log["job_abandoned"] == {"job": 2, "left_out": []}
+        assert log["job_begun"]["parent"] == 0
+        assert set(used(app).values()) == {3}
+
+
+def test_one_bin_does_not_wait_for_ever(tmp_path: Path) -> None:
+    """A fine-tuning takes two sets, so one that waited alone would never leave."""
+    for selection in ("fifo", "attune"):
+        policy = dataclasses.replace(POLICY, bins=1, selection=selection, age_fills=0.01)
+        folder = tmp_path / selection
+        for number in range(1, 9):
+            with open_toy(folder, policy) as app:
+                if app.observe(sized(f"d{number}", 10, 10 + number)).kept:
+                    answer_all(app)
+                assert app.fine_tune(NIGHT).state == "too_few"
+                answered = app.status().answered
+        assert answered == 8
 
 
 def test_losses_that_are_no_numbers_do_not_reach_the_store(tmp_path: Path) -> None:
@@ -450,7 +532,7 @@ def test_what_is_asked_can_be_learned_and_what_is_learnt_was_trained(
         POLICY, paraphrases=1, heldout_every=2, shortest_sequence_tokens=8, fine_tune_memory_mb=100
     )
     tuner = ToyTuner(lengths=tuple(sorted(lengths)))
-    capacity = Capacity(count, max(lengths))
+    capacity, known = Capacity(count, max(lengths)), read_acknowledgements()
     with (
         tempfile.TemporaryDirectory() as folder,
         open_toy(Path(folder), policy, tuner) as app,
@@ -466,6 +548,7 @@ def test_what_is_asked_can_be_learned_and_what_is_learnt_was_trained(
                     exchange
                     for exchange in range(stored.exchanges)
                     if lesson(stored, capacity, exchange) is not None
+                    and not known.has_all_of(stored.exchange(exchange)[0].content)
                 ]
                 assert decision.exchange == (fitting[-1] if fitting else None)
             for question in app.pending_questions()[::2]:

@@ -146,6 +146,9 @@ def test_bad_input_changes_nothing(tmp_path: Path) -> None:
             app.forget("x")
         with pytest.raises(LoopError, match="turn 1 of the prompt is empty"):
             app.generate("")
+        for unfinished in ((), (Turn("user", "walk"), Turn("assistant", "run"))):
+            with pytest.raises(LoopError, match="has to end with a turn of the user's"):
+                app.generate(unfinished)
         assert (app.status(), len(app.store.log())) == before
 
 
@@ -358,6 +361,12 @@ def test_forgetting_abandons_a_job_that_has_the_set(tmp_path: Path) -> None:
         gone = app.forget(ids[1])
         assert (gone.job_abandoned, app.status().job) == (True, None)
         assert list((tmp_path / "state" / "jobs").iterdir()) == []
+        tuner.halt = False  # the other answers do not wait for twenty sets more
+        report = app.fine_tune(NIGHT)
+        assert (report.state, report.job) == ("accepted", 2)
+        job = tuner.jobs[-1]
+        learned = {one.id.partition("#")[0] for one in (*job.training, *job.guard)}
+        assert learned == {*ids} - {ids[1]}
 
 
 def test_a_changed_policy_is_noted_and_a_smaller_one_refused(tmp_path: Path) -> None:

@@ -336,6 +336,16 @@ def test_lost_tallies_begin_anew(used: Path, tmp_path: Path) -> None:
         assert rows == stored
 
 
+@pytest.mark.parametrize("value", ["7", "'text'", "x'0102'"])
+def test_damaged_tallies_begin_anew(used: Path, tmp_path: Path, value: str) -> None:
+    with closing(sqlite3.connect(used)) as connection:
+        connection.execute(f"UPDATE tallies SET sum = {value} WHERE domain = 'food'")
+        connection.commit()
+    report = recover(used, tmp_path / "new.sqlite", NOW)
+    assert report.problems == ("a row of the table tallies was damaged and is left out.",) * 2
+    assert opened(tmp_path / "new.sqlite", tmp_path)[1:] == ((), 41)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     if os.geteuid() != 0:

@@ -16,7 +16,7 @@ from toolchain.cli.inspect import paraphrases
 @pytest.mark.parametrize(
     ("usable", "written", "said"),
     [
-        ((), 3, "not tried, for there is no Android program that runs here"),
+        ((), 3, "as the policy file has them, not tried"),
         ((7, 4), 3, "the form first (usable pairs: first 7 of 10, second 4 of 10)"),
         ((0, 0), 0, "switched off, for no form gave 5% (usable pairs: first 0 of 10, "
          "second 0 of 10)"),

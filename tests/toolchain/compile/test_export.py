@@ -544,12 +544,12 @@ def test_force_replaces_a_bundle(
     def compile_nothing(folder: Path, *arguments: object) -> Path:
         return folder
 
-    def finish(folder: Path, results: object) -> Manifest:
+    def finish(folder: Path, results: object, progress: object) -> Manifest:
         (folder / "half").unlink()
         shutil.copytree(fp32.bundle, folder, dirs_exist_ok=True)
         return open_bundle(folder).manifest
 
-    def fail(folder: Path, results: object) -> Manifest:
+    def fail(folder: Path, results: object, progress: object) -> Manifest:
         raise OSError(28, "No space left on device")
 
     export = ("export", "tiny", "--out", out, "--force", "--json")

@@ -18,7 +18,7 @@ from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import Engine, FineTuneJob, FineTuner, FineTuneResult
 from runtime_py.loop.schedule import Moment
 from tests.runtime_py.loop.toy import LEXICONS, ToyBundle, ToyEngine, ToyTuner
-from toolchain.fleet.world import FleetPlace
+from toolchain.fleet.fleet_world import FleetPlace
 from toolchain.simulate.device import Device
 
 EMBED, REPLY, STEP = 0.5, 2.0, 30.0  # modelled seconds

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from toolchain.report import html
-from toolchain.report.html import Cell, Markup, element, join, section, table
+from toolchain.report.html import Markup, TableCell, element, join, section, table
 
 EVIL = '<script src="x">&"'
 
@@ -39,7 +39,7 @@ def test_text_is_escaped_and_markup_is_not() -> None:
         section(EVIL, html.paragraph(EVIL), html.tile(EVIL, EVIL), element("p", inner)),
         html.figure(EVIL, Markup("<svg></svg>"), EVIL),
         html.details(join(EVIL), EVIL),
-        table([EVIL], [[EVIL], [Cell(EVIL, "bad")], [inner]]),
+        table([EVIL], [[EVIL], [TableCell(EVIL, "bad")], [inner]]),
     )
     reader = Reader(page)
     assert not reader.of("script")
@@ -51,7 +51,11 @@ def test_text_is_escaped_and_markup_is_not() -> None:
 
 
 def test_a_table_s_columns_and_wide_cells() -> None:
-    rows = [["a", 1, 2.5], ["b", Cell("all of it", "bad", span=2)], ["c", "", Cell(7, "bad")]]
+    rows = [
+        ["a", 1, 2.5],
+        ["b", TableCell("all of it", "bad", span=2)],
+        ["c", "", TableCell(7, "bad")],
+    ]
     reader = Reader(table(("name", "one", "two"), rows, numbers=["one", "two"]))
     assert [cell.get("class") for cell in reader.of("th")] == [None, "number", "number"]
     kinds = [(cell.get("class"), cell.get("colspan")) for cell in reader.of("td")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from runtime_py.loop.dialogue import Dialogue, Turn
@@ -11,11 +12,17 @@ from tests.runtime_py.loop.toy import NIGHT, ToyTuner, open_toy, small_policy
 from toolchain.simulate.short_life import _live_through
 
 
+class Brief(Mute):
+    def generate(self, messages: Sequence[Turn], **options: object) -> str:  # type: ignore[override]
+        super().generate(messages, **options)  # type: ignore[arg-type]
+        return "run"
+
+
 def test_what_is_too_long_ends_nothing(tmp_path: Path) -> None:
     policy = dataclasses.replace(
         small_policy("fifo", bins=8, every=1), paraphrases=0, bin_bytes=1 << 16
     )
-    with open_toy(tmp_path, policy, ToyTuner(lengths=(64,)), Mute(room=50)) as app:
+    with open_toy(tmp_path, policy, ToyTuner(lengths=(64,)), Brief(room=50)) as app:
 
         def live(id: str, question: int, answer: int) -> None:
             turns = Turn("user", "walk " * question), Turn("assistant", "sun " * answer)

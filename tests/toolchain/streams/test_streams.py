@@ -25,7 +25,7 @@ from toolchain.streams.chance import apportioned, chance, shuffled, weighted
 from toolchain.streams.dataset import for_development, observed_turns, read_dataset
 from toolchain.streams.junk import reworded
 from toolchain.streams.made import make_stream
-from toolchain.streams.recipe import (
+from toolchain.streams.stream_recipe import (
     FOLDER,
     checked,
     dataset_files,

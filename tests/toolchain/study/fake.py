@@ -12,18 +12,18 @@ import signal
 import numpy as np
 
 from runtime_py.loop.errors import BundleError, LoopError
-from toolchain.study.cells import Cell, CellResult, Place, Scores
+from toolchain.study.cells import Cell, CellResult, CellScores, StudyPlace
 
 GAINS = {"base": 0.0, "retrieval": 0.05, "base_cut": 0.0, "instruction": 0.01}  # of the loss
 
 
-def open_world(place: Place) -> Place:
+def open_world(place: StudyPlace) -> StudyPlace:
     if not place.bundle.is_dir():
         raise BundleError(f"there is no bundle at {place.bundle}.")
     return place
 
 
-def run_cell(cell: Cell, world: Place) -> CellResult:
+def run_cell(cell: Cell, world: StudyPlace) -> CellResult:
     if (kill := world.data / f"kill-{cell.key}").exists():
         kill.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -46,7 +46,7 @@ def scored(cell: Cell) -> CellResult:
     loss = (difficulty * (1 - gain) + own.normal(0, 0.02, tests)) * labels
     rouge = np.clip(0.25 + gain + own.normal(0, 0.02, tests), 0, 1)
     words = (labels * 0.7).astype(int)
-    scores = Scores(
+    scores = CellScores(
         ids=tuple(f"{cell.stream}-{i}" for i in range(tests)),
         loss=tuple(map(float, loss)),
         labels=tuple(map(int, labels)),

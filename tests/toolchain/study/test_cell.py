@@ -14,7 +14,7 @@ from tests.toolchain.streams.kit import data_folder
 from tests.toolchain.study.tiny_bundle import CONTEXT, SIZE, tiny_bundle
 from toolchain.study import cell as cells
 from toolchain.study.cell import run_cell, with_room
-from toolchain.study.cells import ROWS, Cell, CellResult, Place, Value
+from toolchain.study.cells import ROWS, Cell, CellResult, StudyPlace, Value
 from toolchain.study.world import World
 
 OPTIONS: dict[str, Value] = {
@@ -24,13 +24,13 @@ OPTIONS: dict[str, Value] = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def place(tmp_path_factory: pytest.TempPathFactory) -> StudyPlace:
     data = data_folder(tmp_path_factory.mktemp("data"), notes=60)
-    return Place(tiny_bundle(tmp_path_factory.mktemp("bundle")), data)
+    return StudyPlace(tiny_bundle(tmp_path_factory.mktemp("bundle")), data)
 
 
 @pytest.fixture(scope="module")
-def world(place: Place) -> World:
+def world(place: StudyPlace) -> World:
     return World(place)
 
 
@@ -107,7 +107,7 @@ def test_a_refused_adapter_forgets_nothing(world: World) -> None:
 
 
 def test_the_untouched_model_is_scored_once(
-    place: Place, results: dict[str, CellResult], monkeypatch: pytest.MonkeyPatch
+    place: StudyPlace, results: dict[str, CellResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World(place)
     base = results["base"].cell
@@ -120,7 +120,7 @@ def test_the_untouched_model_is_scored_once(
 
 
 def test_equal_bytes_whatever_the_worker_did_before(
-    place: Place, results: dict[str, CellResult]
+    place: StudyPlace, results: dict[str, CellResult]
 ) -> None:
     """In a fresh world, in another order, beside another stream."""
     world = World(place)

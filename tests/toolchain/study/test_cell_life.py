@@ -11,8 +11,8 @@ from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.presets import preset
 from tests.toolchain.streams.kit import data_folder
 from tests.toolchain.study.tiny_bundle import tiny_bundle
-from toolchain.study.cell_life import CellLife, Lived, cell_policy, steps_for
-from toolchain.study.cells import ROWS, UNTRAINED, Cell, Place, Value
+from toolchain.study.cell_life import CellLife, CellLived, cell_policy, steps_for
+from toolchain.study.cells import ROWS, UNTRAINED, Cell, StudyPlace, Value
 from toolchain.study.world import World
 
 OWN = LoopPolicy(bins=64, most_steps=48, seed=9)
@@ -71,12 +71,12 @@ def test_a_preset_takes_the_place_of_the_bundles_policy() -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     data = data_folder(tmp_path_factory.mktemp("data"), notes=60)
-    return World(Place(tiny_bundle(tmp_path_factory.mktemp("bundle")), data))
+    return World(StudyPlace(tiny_bundle(tmp_path_factory.mktemp("bundle")), data))
 
 
 def lived(
     world: World, folder: Path, fields: dict[str, Value] | None = None, **options: Value
-) -> Lived:
+) -> CellLived:
     """Retrieval: a life without training. What it tells is read before its store is closed."""
     whole: dict[str, Value] = {
         "observed": 24,

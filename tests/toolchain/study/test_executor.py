@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.toolchain.study import fake
-from toolchain.study.cells import Cell, Place
+from toolchain.study.cells import Cell, StudyPlace
 from toolchain.study.executor import DIED, Done, Failed, NoWorld, Work, run_in_processes
 
 CELLS = [
@@ -18,7 +18,7 @@ CELLS = [
 
 
 def work_in(folder: Path) -> Work:
-    return Work(fake.open_world, fake.run_cell, Place(folder, folder))
+    return Work(fake.open_world, fake.run_cell, StudyPlace(folder, folder))
 
 
 def test_one_that_is_killed_and_those_that_fail_leave_the_rest_alone(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_one_that_is_killed_and_those_that_fail_leave_the_rest_alone(tmp_path: P
 
 
 def test_a_world_that_cannot_be_opened_stops_all(tmp_path: Path) -> None:
-    work = Work(fake.open_world, fake.run_cell, Place(tmp_path / "none", tmp_path))
+    work = Work(fake.open_world, fake.run_cell, StudyPlace(tmp_path / "none", tmp_path))
     with pytest.raises(NoWorld, match="there is no bundle at"):
         list(run_in_processes(work, CELLS, 2))
 

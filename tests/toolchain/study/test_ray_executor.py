@@ -10,7 +10,7 @@ import pytest
 from runtime_py.loop.errors import LoopError
 from tests.toolchain.study import fake
 from tests.toolchain.study.test_executor import CELLS, work_in
-from toolchain.study.cells import Place
+from toolchain.study.cells import StudyPlace
 from toolchain.study.executor import DIED, Done, Failed, NoWorld, Work
 from toolchain.study.ray_executor import run_on_ray
 
@@ -31,7 +31,7 @@ def test_the_same_outcomes_on_a_local_cluster(tmp_path: Path) -> None:
         done = outcomes[index]
         assert isinstance(done, Done)
         assert done.result.to_json() == fake.scored(CELLS[index]).to_json()
-    missing = Work(fake.open_world, fake.run_cell, Place(tmp_path / "none", tmp_path))
+    missing = Work(fake.open_world, fake.run_cell, StudyPlace(tmp_path / "none", tmp_path))
     with pytest.raises(NoWorld, match="there is no bundle at"):
         list(run_on_ray(missing, CELLS, "local", 1))
 

@@ -15,7 +15,7 @@ from runtime_py.loop.errors import LoopError
 from tests.toolchain.conftest import Attune
 from tests.toolchain.study import fake
 from toolchain.study import sources
-from toolchain.study.cells import Cell, Place
+from toolchain.study.cells import Cell, StudyPlace
 from toolchain.study.grid import cells_of
 from toolchain.study.plan import read_plan
 from toolchain.study.results import open_folder
@@ -127,23 +127,23 @@ def test_what_is_there_is_not_measured_again(folder: Path, attune: Attune) -> No
 
 def test_it_goes_on_after_a_kill_of_the_whole_process(folder: Path, attune: Attune) -> None:
     """The command's process is killed once two cells are there; its worker ends with it."""
-    place = Place(folder / "bundle", folder / "data")
+    place = StudyPlace(folder / "bundle", folder / "data")
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from tests.toolchain.study import fake\n"
-        "from toolchain.study import sources, study\n"
-        "from toolchain.study.cells import Place\n"
+        "from toolchain.study import sources, study_run\n"
+        "from toolchain.study.cells import StudyPlace\n"
         "from toolchain.study.plan import read_plan\n"
         "sources.open_bundle = lambda path: None\n"
-        f"place = Place(Path({str(place.bundle)!r}), Path({str(place.data)!r}))\n"
+        f"place = StudyPlace(Path({str(place.bundle)!r}), Path({str(place.data)!r}))\n"
         f"plan = read_plan({str(folder / 'trial.toml')!r})\n"
-        f"opened = study.prepare(plan, place, Path({str(folder / 'killed')!r}))\n"
+        f"opened = study_run.prepare(plan, place, Path({str(folder / 'killed')!r}))\n"
         "def told(outcome):\n"
         "    if len(opened.done) == 2:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "study.run(opened, opened.missing, study.Crew(), place, fake.open_world, fake.run_cell, "
-        "told)\n"
+        "study_run.run(opened, opened.missing, study_run.Crew(), place, fake.open_world, "
+        "fake.run_cell, told)\n"
     )
     root = Path(__file__).parents[3]
     ended = subprocess.run([sys.executable, "-c", script], cwd=root, timeout=120, check=False)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from runtime_py.loop.errors import LoopError
-from toolchain.study.cells import Cell, CellResult, Scores
+from toolchain.study.cells import Cell, CellResult, CellScores
 from toolchain.study.statistics import compare
 from toolchain.study.summary import paired
 
 
 def result(row: str, ordering: int, ids: str, loss: list[float], labels: list[int]) -> CellResult:
     ones = tuple(0.5 for _ in ids)
-    scores = Scores(tuple(ids), tuple(loss), tuple(labels), ones, ones, tuple(labels))
+    scores = CellScores(tuple(ids), tuple(loss), tuple(labels), ones, ones, tuple(labels))
     return CellResult(Cell("toy", ordering, row), scores, {})
 
 

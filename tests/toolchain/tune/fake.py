@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from runtime_py.loop.errors import LoopError
-from toolchain.study.cells import Cell, CellResult, Place, Scores
+from toolchain.study.cells import Cell, CellResult, CellScores, StudyPlace
 
 LABELS = 20
 ran: list[Cell] = []
@@ -26,11 +26,11 @@ def gain(policy: dict, ordering: int = 0) -> float:
     return 0.1 - 0.02 * math.log(rate / 1e-3) ** 2 + 0.01 * epochs + 0.001 * ordering
 
 
-def open_world(place: Place) -> Place:
+def open_world(place: StudyPlace) -> StudyPlace:
     return place
 
 
-def run_cell(cell: Cell, world: Place) -> CellResult:
+def run_cell(cell: Cell, world: StudyPlace) -> CellResult:
     ran.append(cell)
     if (world.bundle / f"stop-{len(ran)}").exists():
         raise Interrupted
@@ -38,7 +38,7 @@ def run_cell(cell: Cell, world: Place) -> CellResult:
         raise LoopError("kcenter has too little memory.")
     own = gain(dict(cell.policy), cell.ordering) if cell.row == "trained" else 0.0
     loss = (3.0 * (1.0 - own) * LABELS,) * 4
-    scores = Scores(("a", "b", "c", "d"), loss, (LABELS,) * 4, (0.1,) * 4, (0.1,) * 4, (5,) * 4)
+    scores = CellScores(("a", "b", "c", "d"), loss, (LABELS,) * 4, (0.1,) * 4, (0.1,) * 4, (5,) * 4)
     minutes = 60.0 * float(cell.policy.get("epochs", 3))
     facts: dict = {"minutes.pixel-8": minutes, "memory_mb.pixel-8": 300.0, "forgetting": None}
     return CellResult(cell, scores, facts)

@@ -19,13 +19,11 @@ from tests.toolchain.tune import fake
 from toolchain.cli import tune as command
 from toolchain.compile.policy_file import read_policy_file
 from toolchain.study import sources
-from toolchain.study.cells import Place
+from toolchain.study.cells import StudyPlace
 from toolchain.study.results import open_folder
-from toolchain.study.study import Crew
+from toolchain.study.study_run import Crew
 from toolchain.tune.measuring import Bench, Limits, Measured
-from toolchain.tune.space import SPACE, Choice, Number, check_groups
-from toolchain.tune.tune_page import page, verdict
-from toolchain.tune.tuning import (
+from toolchain.tune.search import (
     Finalist,
     TrialRow,
     TuneOptions,
@@ -34,6 +32,8 @@ from toolchain.tune.tuning import (
     tune,
     winner_of,
 )
+from toolchain.tune.space import SPACE, Choice, Number, check_groups
+from toolchain.tune.tune_page import page, verdict
 
 optuna = pytest.importorskip("optuna", reason="needs the extra tune")
 
@@ -45,7 +45,7 @@ def bench(folder: Path, crew: Crew = Crew()) -> Bench:  # noqa: B008 - it is fro
     bundle = folder / "bundle"
     bundle.mkdir(exist_ok=True)
     opened = open_folder(folder / "out", {"bundle": "x"}, {})
-    place = Place(bundle, folder)
+    place = StudyPlace(bundle, folder)
     return Bench(
         opened, place, ["development"], {}, "pixel-8", fake.open_world, fake.run_cell, crew
     )

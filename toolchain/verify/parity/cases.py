@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 
@@ -101,23 +103,42 @@ def adapters(bundle: Bundle) -> dict[str, dict[str, np.ndarray]]:
 
 
 def examples(bundle: Bundle, text: ChatText, quick: bool = False) -> list[Example]:
-    """For training: real dialogues shorter than the program (so it is padded) and one that fills
-    it, and one single label."""
-    longest = max(bundle.training.lengths)
+    """For training: real dialogues that fill the programs of each length, which no shorter ones
+    hold; one that leaves the shortest padded, and one single label."""
+    lengths = sorted(bundle.training.lengths)
     fitting: list[Example] = []
     for dialogue in dialogues(20):
         try:
-            whole = example(dialogue, text)
+            fitting.append(example(dialogue, text))
         except TrainingError:
             continue
-        cut = Example(whole.id, whole.tokens[: longest + 1], whole.labels[: longest + 1])
-        if (cut.labels != IGNORED).any():
-            fitting.append(cut)
-    fitting.sort(key=lambda e: e.inputs)
-    shortest, full = fitting[0], fitting[-1]
+    fitting.sort(key=lambda e: len(e.tokens))
+    full = [_filling(fitting, length) for length in lengths]
+    if quick:
+        return full
+    shortest = _cut(fitting[0], lengths[-1])
     labels = np.full(2, IGNORED, np.int64)
     labels[1] = shortest.tokens[1]
     single = Example("one token", shortest.tokens[:2], labels)
-    word = np.full(min(24, longest), shortest.tokens[len(shortest.tokens) // 2], np.int64)
+    word = np.full(min(24, lengths[-1]), shortest.tokens[len(shortest.tokens) // 2], np.int64)
     again = Example("one token repeated", word, np.concatenate([[IGNORED], word[1:]]))
-    return [full] if quick else [shortest, full, single, again]
+    return [shortest, *full, single, again]
+
+
+def _cut(whole: Example, length: int) -> Example:
+    return Example(whole.id, whole.tokens[: length + 1], whole.labels[: length + 1])
+
+
+def _filling(fitting: Sequence[Example], length: int) -> Example:
+    """Of ``length`` input tokens: the longest dialogues put end to end, as many as it takes, and as
+    often as it takes where all are too short. Its last token is a label."""
+    chosen: list[Example] = []
+    for one in cycle(reversed(fitting)):
+        chosen.append(one)
+        if sum(len(e.tokens) for e in chosen) > length:
+            break
+    tokens = np.concatenate([e.tokens for e in chosen])[: length + 1]
+    labels = np.concatenate([e.labels for e in chosen])[: length + 1]
+    labels[-1] = tokens[-1]
+    name = chosen[0].id if len(chosen) == 1 else f"{length} tokens from {chosen[0].id}"
+    return Example(name, tokens, labels)

@@ -20,7 +20,7 @@ from exporters.training.programs import TrainingSpec
 from exporters.training.weights_file import as_stored
 from runtime_py.bundle.bundle import Bundle
 from toolchain.compile.precision import rounded_for_coreml
-from toolchain.compile.source import Source, as_in_bundle, float_model
+from toolchain.compile.source import CheckpointSource, as_in_bundle, float_model
 from toolchain.compile.training_part import training_spec
 from toolchain.verify.peft_module import peft_values
 
@@ -35,7 +35,7 @@ class Models:
     are first asked for."""
 
     bundle: Bundle
-    source: Source
+    source: CheckpointSource
     initial: Values
     eager: PeftModel
     as_read: Values
@@ -79,7 +79,7 @@ class Models:
         return as_stored(self.simulated, self.training_spec)
 
 
-def open_models(bundle: Bundle, source: Source, initial: Values) -> Models:
+def open_models(bundle: Bundle, source: CheckpointSource, initial: Values) -> Models:
     """Reads source and adapter as Hugging Face and PEFT do, before any other adapter is set."""
     model = source.checkpoint.hf_model()
     folder = str(bundle.peft)

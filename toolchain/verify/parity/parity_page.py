@@ -6,7 +6,16 @@ from pathlib import Path
 
 from toolchain.compile.tolerances import TABLE
 from toolchain.report import html
-from toolchain.report.html import Cell, Markup, details, element, join, paragraph, section, table
+from toolchain.report.html import (
+    Markup,
+    TableCell,
+    details,
+    element,
+    join,
+    paragraph,
+    section,
+    table,
+)
 from toolchain.verify.parity import parity_pictures
 from toolchain.verify.parity.verdict import NOT_ASKED, Check, Report, Rung
 
@@ -94,9 +103,9 @@ def _layer(check: Check) -> str:
     return "" if check.layer is None else f", layer {check.layer}"
 
 
-def _cells(check: Check) -> list[Cell]:
+def _cells(check: Check) -> list[TableCell]:
     if check.bound == "exact" and check.note:
-        return [Cell(check.note, "bad", span=len(_HEADS))]
+        return [TableCell(check.note, "bad", span=len(_HEADS))]
     allowed = [] if check.tolerance is None else [f"≤ {check.tolerance:.2g}"]
     likeness = ""
     if check.likeness_tolerance is not None:
@@ -107,7 +116,7 @@ def _cells(check: Check) -> list[Cell]:
     values = [f"{check.max_abs:.1e}", f"{check.max_rel:.1e}", likeness, token, kl]
     kind = "" if check.passed else "bad"
     margin = "" if check.margin is None else f"{check.margin:.2g}"
-    return [Cell(value, kind) for value in [*values, Markup("<br>".join(allowed)), margin]]
+    return [TableCell(value, kind) for value in [*values, Markup("<br>".join(allowed)), margin]]
 
 
 def _rung(rung: Rung) -> Markup:

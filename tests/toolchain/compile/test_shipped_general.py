@@ -17,7 +17,7 @@ from runtime_py.engine.retention import general_examples
 from runtime_py.loop.errors import BundleError
 from runtime_py.loop.stream import read_dialogues
 from tests.tiny import config_of, paper_bundle
-from toolchain.compile import general_text
+from toolchain.compile import shipped_general
 from toolchain.compile.builtin import recipe
 from toolchain.compile.export_input import builtin_folder
 from toolchain.compile.general_ids import general_ids
@@ -34,7 +34,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     (folder / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
     template = (model / "chat_template.jinja").read_text(encoding="utf-8")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    general, replay = general_text.write_general(folder)
+    general, replay = shipped_general.write_general(folder)
     manifest = Manifest.model_validate_json((folder / "manifest.json").read_bytes())
     policy = manifest.policy.model_copy(update={"general": general, "replay": replay})
     files = list_files(folder)
@@ -68,7 +68,7 @@ def test_the_built_in_texts_are_others(bundle: Bundle) -> None:
     """Neither what an export calibrates on nor what the demo shows."""
     own = {" ".join(turn.content for turn in d.turns) for d in read_replay(bundle)}
     own |= {" ".join(turn.content for turn in one.turns) for one in read_general(bundle)}
-    data = Path(general_text.__file__).parent / "data"
+    data = Path(shipped_general.__file__).parent / "data"
     for line in (data / "text.jsonl").read_text(encoding="utf-8").splitlines():
         assert " ".join(turn["content"] for turn in json.loads(line)["turns"]) not in own
     for dialogue in read_dialogues(data / "demo_stream.jsonl"):
@@ -87,18 +87,18 @@ def test_a_bundle_without_it_says_so(bundle: Bundle) -> None:
 @pytest.mark.full
 @pytest.mark.skipif(not CORPUS.is_dir(), reason="needs the corpus in ../shared")
 def test_the_recipe_draws_what_ships_and_the_built_in_model_has_not_seen_it() -> None:
-    data = Path(general_text.__file__).parent / "data"
+    data = Path(shipped_general.__file__).parent / "data"
     for name, rows in zip(
-        (general_text.GENERAL, general_text.REPLAY), general_text.draw(CORPUS), strict=True
+        (shipped_general.GENERAL, shipped_general.REPLAY), shipped_general.draw(CORPUS), strict=True
     ):
         packed = gzip.decompress((data / f"general_{name}.gz").read_bytes())
         assert [json.loads(line) for line in packed.decode().split("\n") if line] == rows
     training, validation = recipe.read_corpus(CORPUS)
     seen = {json.dumps(turns) for turns in training}
     seen |= {json.dumps(turns) for rows in validation.values() for turns in rows}
-    measured, replayed = general_text.draw(CORPUS)
+    measured, replayed = shipped_general.draw(CORPUS)
     for row in (*measured, *replayed):
         if "turns" in row:
             assert json.dumps(row["turns"]) not in seen
-    transcripts = {general_text._transcript({"turns": json.loads(turns)}) for turns in seen}
+    transcripts = {shipped_general._transcript({"turns": json.loads(turns)}) for turns in seen}
     assert not transcripts & {row["text"] for row in measured if "text" in row}

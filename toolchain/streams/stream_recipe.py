@@ -21,7 +21,7 @@ _Count = Annotated[int, Field(ge=0, strict=True)]
 _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class Source(BaseModel):
+class StreamSource(BaseModel):
     """A dataset: ``file`` within the data folder; ``observed`` of its dialogues are in the stream,
     and ``test`` others are kept for tests. ``weights``: with the order ``drift``, in place of
     ``observed``, how often it is drawn at points that are spaced evenly along the stream, linear
@@ -65,7 +65,7 @@ class Recipe(BaseModel):
 
     title: str
     order: Literal["blocks", "mixed", "drift"]
-    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    sources: Annotated[tuple[StreamSource, ...], Field(min_length=1)]
     junk: Junk = Junk()
     rows: Rows = "all"
     seed: Annotated[int, Field(ge=0, lt=1 << 64, strict=True)] = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runtime_py.loop.errors import LoopError
-from toolchain.fleet.life import LifeOptions
+from toolchain.fleet.user_life import LifeOptions
 
 
 @dataclass(frozen=True)

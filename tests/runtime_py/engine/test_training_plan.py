@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import settings as examples_of
 from hypothesis import strategies as st
 
-from runtime_py.engine.recipe import Settings, batches, half_cosine, power, rates_at, steps_of
+from runtime_py.engine.training_plan import (
+    Settings,
+    batches,
+    half_cosine,
+    power,
+    rates_at,
+    steps_of,
+)
 
 
 @examples_of(max_examples=200, deadline=None)

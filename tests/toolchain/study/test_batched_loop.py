@@ -22,11 +22,11 @@ from runtime_py.loop.protocols import Embedding, FineTuneJob
 from tests import tiny
 from tests.runtime_py.engine.toy import dialogue
 from tests.toolchain.study.tiny_bundle import LENGTHS, RANK, SIZE, TARGETS, tiny_bundle
-from toolchain.study import torch_loop
+from toolchain.study import batched_loop
+from toolchain.study.batched_loop import BatchedEngine, BatchedFineTuner, BatchedTraining
 from toolchain.study.batched_model import BatchedModel
-from toolchain.study.general import GeneralText
-from toolchain.study.torch_loop import TorchEngine, TorchFineTuner, TorchTraining
-from toolchain.verify.forgetting import measure
+from toolchain.study.general import ForgettingMeter
+from toolchain.verify.divergence import measure
 from toolchain.verify.reference_engines import torch_update
 
 BETAS = (0.9, 0.999)
@@ -48,7 +48,7 @@ def test_an_update_is_that_of_torch(model: BatchedModel) -> None:
     """Three steps, A and B at rates of their own, with decay, the first one clipped."""
     random = np.random.default_rng(1)
     states = [AdapterState.of(model.shape.tensors, values(model)) for _ in range(2)]
-    training = TorchTraining(model, OPTIMIZER)
+    training = BatchedTraining(model, OPTIMIZER)
     begun = states[0].parameters.copy()
     for step in (1, 2, 3):
         gradient = random.normal(0, 3.0 if step == 1 else 0.01, begun.shape).astype(np.float32)
@@ -73,7 +73,7 @@ def test_a_step_without_a_number_changes_nothing(model: BatchedModel) -> None:
     begun = state.parameters.copy()
     gradient = np.full_like(begun, np.nan)
     numbers = step_numbers(1, 1, (1e-3, 1e-3), 0.0, 1.0, BETAS)
-    assert np.isnan(TorchTraining(model, OPTIMIZER).update(state, gradient, numbers))
+    assert np.isnan(BatchedTraining(model, OPTIMIZER).update(state, gradient, numbers))
     assert np.array_equal(state.parameters, begun)
     assert state.step == 0
 
@@ -88,9 +88,9 @@ def job(model: BatchedModel, steps: int = 4) -> FineTuneJob:
 
 def test_training_leaves_the_adapter_in_use_as_it_was(model: BatchedModel, tmp_path: Path) -> None:
     """What was trained may be refused: the model must go on writing with the old one."""
-    engine, tuner = TorchEngine(model), TorchFineTuner(model)
+    engine, tuner = BatchedEngine(model), BatchedFineTuner(model)
     engine.use_adapter(model.bundle.adapter_file)
-    examples = [torch_loop.example(one, model.text, last_only=True) for one in (SHORT, LONG)]
+    examples = [batched_loop.example(one, model.text, last_only=True) for one in (SHORT, LONG)]
     before = model.losses(examples)
     result = tuner.run(job(model), tmp_path, lambda: False)
     assert result is not None
@@ -103,7 +103,7 @@ def test_training_leaves_the_adapter_in_use_as_it_was(model: BatchedModel, tmp_p
 def test_vectors_do_not_depend_on_what_was_embedded_before(model: BatchedModel) -> None:
     """The same list gives the same bits in a worker that has seen other lists."""
     other = [LONG, dialogue("and then", "there", id="o")]
-    fresh, used = TorchEngine(model), TorchEngine(model)
+    fresh, used = BatchedEngine(model), BatchedEngine(model)
     fresh.prepare([SHORT, LONG])
     used.prepare(other)
     used.embed(SHORT)
@@ -127,8 +127,8 @@ def test_a_list_that_was_embedded_is_not_embedded_again(
         return embed(dialogues, estimator)
 
     monkeypatch.setattr(model, "embed", counted)
-    monkeypatch.setattr(torch_loop, "LISTS_KEPT", 2)
-    engine = TorchEngine(model)
+    monkeypatch.setattr(batched_loop, "LISTS_KEPT", 2)
+    engine = BatchedEngine(model)
     engine.prepare([SHORT, LONG])
     engine.with_estimator("norm").prepare([SHORT, LONG])
     engine.with_estimator("renyi2").prepare([SHORT, LONG])
@@ -146,7 +146,7 @@ def test_forgetting_is_that_of_peft(model: BatchedModel, tmp_path: Path) -> None
     texts = read_general(model.bundle)
     examples = general_examples(texts, model.text, LENGTHS[0], 40)
     expected = measure(lambda t: peft(t).logits, lambda t: base(t).logits, examples)
-    general = GeneralText(model, examples)
+    general = ForgettingMeter(model, examples)
     model.set_values(to_runtime(read_peft(tmp_path), model.shape.tensors))
     found = general.forgetting()
     assert found.labels == expected.labels == 40

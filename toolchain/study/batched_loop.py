@@ -33,7 +33,7 @@ ALONE_KEPT = 4096  # embeddings of dialogues that stand in no list
 CLIPPED = 1e-6  # beside the norm, as torch.nn.utils.clip_grad_norm_ has it
 
 
-class TorchEngine:
+class BatchedEngine:
     """The loop's ``Engine``. ``estimator``: of the entropy."""
 
     def __init__(self, model: BatchedModel, estimator: str = "norm") -> None:
@@ -43,9 +43,9 @@ class TorchEngine:
         self._alone: dict[Dialogue, Embedding] = {}
         self.file: Path | None = None
 
-    def with_estimator(self, name: str) -> TorchEngine:
+    def with_estimator(self, name: str) -> BatchedEngine:
         """The same model's for another life, which shares the lists that are kept."""
-        other = TorchEngine(self.model, name)
+        other = BatchedEngine(self.model, name)
         other._lists = self._lists
         return other
 
@@ -81,6 +81,8 @@ class TorchEngine:
         max_new_tokens: int,
         prefix: str = "",
     ) -> str:
+        """A reply to ``messages`` that goes on after ``prefix``; ``seed``: of the draws, where the
+        temperature is above 0."""
         ids = self.model.prompt(messages, prefix)
         chance = SplitMix64(seed)
 
@@ -91,7 +93,7 @@ class TorchEngine:
         return self.model.write(ids, max_new_tokens, choose)
 
 
-class TorchTraining:
+class BatchedTraining:
     """``runtime_py``'s ``TrainingEngine`` on a model. A call takes a whole batch."""
 
     def __init__(self, model: BatchedModel, optimizer: Optimizer) -> None:
@@ -134,7 +136,7 @@ class TorchTraining:
         return norm
 
 
-class TorchFineTuner:
+class BatchedFineTuner:
     """The loop's ``FineTuner``, as ``StreamedFineTuner`` is on the programs: what the engine writes
     and embeds with is the same afterwards, whatever was trained."""
 
@@ -152,13 +154,15 @@ class TorchFineTuner:
     def run(
         self, job: FineTuneJob, folder: Path, stop: Callable[[], bool]
     ) -> FineTuneResult | None:
+        """Trains from ``job.parent``, and writes the adapter into ``folder``; None where ``stop``
+        ended it. What ran to its end is in ``runs``."""
         longest = min(job.max_sequence_tokens, max(self._training.lengths))
         taught = lessons(job, self._model.text, longest, self._model.bundle)
         tensors = self._model.shape.tensors
         state = AdapterState.of(tensors, read_values(job.parent, tensors))
         with self._model.lent():
             result = tune(
-                TorchTraining(self._model, self._training.optimizer),
+                BatchedTraining(self._model, self._training.optimizer),
                 state,
                 job,
                 taught,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from toolchain.report.html import Cell
+from toolchain.report.html import TableCell
 from toolchain.study.plan import Score
 from toolchain.study.statistics import Contrast, Interval
 from toolchain.study.summary import Line, Summary, Tested
@@ -37,7 +37,7 @@ class StudyTable:
 
     title: str
     heads: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: tuple[tuple[TableCell, ...], ...]
 
 
 def stream_name(stream: str) -> str:
@@ -59,12 +59,12 @@ def tables(summary: Summary) -> list[StudyTable]:
 def _main(summary: Summary, stream: str, lines: Sequence[Line]) -> StudyTable:
     rows = [
         (
-            Cell(line.label),
-            Cell(line.orderings),
+            TableCell(line.label),
+            TableCell(line.orderings),
             *_pair(line, "loss", line.to_baseline),
             *_pair(line, "rouge1", line.to_baseline),
             *_pair(line, "rougeL", line.to_baseline),
-            Cell(f"{line.values['words']:.1f}"),
+            TableCell(f"{line.values['words']:.1f}"),
         )
         for line in lines
     ]
@@ -76,8 +76,8 @@ def _main(summary: Summary, stream: str, lines: Sequence[Line]) -> StudyTable:
 def _varied(stream: str, lines: Sequence[Line]) -> StudyTable:
     rows = [
         (
-            Cell(line.label),
-            Cell(line.orderings),
+            TableCell(line.label),
+            TableCell(line.orderings),
             *_pair(line, "loss", line.to_row),
             _change(line.to_baseline.get("loss"), "loss"),
             *_pair(line, "rouge1", line.to_row),
@@ -96,7 +96,8 @@ def _facts(stream: str, lines: Sequence[Line]) -> StudyTable:
         head for head, (fact, _) in _FACTS.items() if any(fact in line.facts for line in lines)
     ]
     rows = [
-        (Cell(line.label), *(Cell(_fact(line, *_FACTS[head])) for head in heads)) for line in lines
+        (TableCell(line.label), *(TableCell(_fact(line, *_FACTS[head])) for head in heads))
+        for line in lines
     ]
     title = f"{stream}, what was kept and learned"
     return StudyTable(title, ("row", *heads), tuple(rows) if heads else ())
@@ -106,15 +107,17 @@ def _fact(line: Line, name: str, form: str) -> str:
     return form.format(line.facts[name]) if name in line.facts else "—"
 
 
-def _pair(line: Line, score: Score, contrasts: Mapping[Score, Contrast]) -> tuple[Cell, Cell]:
+def _pair(
+    line: Line, score: Score, contrasts: Mapping[Score, Contrast]
+) -> tuple[TableCell, TableCell]:
     form = "{:.3f}" if score == "loss" else "{:.4f}"
-    return Cell(form.format(line.values[score])), _change(contrasts.get(score), score)
+    return TableCell(form.format(line.values[score])), _change(contrasts.get(score), score)
 
 
-def _change(contrast: Contrast | None, score: Score) -> Cell:
+def _change(contrast: Contrast | None, score: Score) -> TableCell:
     if contrast is None:
-        return Cell("")
-    return Cell(relative_text(contrast), verdict(contrast, score))
+        return TableCell("")
+    return TableCell(relative_text(contrast), verdict(contrast, score))
 
 
 def verdict(contrast: Contrast, score: Score) -> str:
@@ -154,16 +157,16 @@ def contrast_table(summary: Summary) -> StudyTable:
     return StudyTable("Contrasts", heads, tuple(rows))
 
 
-def _tested(one: Tested, kind: str) -> Iterator[Cell]:
+def _tested(one: Tested, kind: str) -> Iterator[TableCell]:
     contrast = one.contrast
-    yield Cell(f"{one.label} − {one.against}" + (f" ({kind})" if kind else ""))
-    yield Cell(", ".join(map(stream_name, one.streams)))
-    yield Cell(NAMES[one.score])
-    yield Cell(f"{contrast.dialogues:,}")
-    yield Cell(difference_text(contrast))
-    yield Cell(relative_text(contrast), verdict(contrast, one.score))
-    yield Cell(_p(contrast.p))
-    yield Cell("not corrected" if kind else _p(one.corrected))
+    yield TableCell(f"{one.label} − {one.against}" + (f" ({kind})" if kind else ""))
+    yield TableCell(", ".join(map(stream_name, one.streams)))
+    yield TableCell(NAMES[one.score])
+    yield TableCell(f"{contrast.dialogues:,}")
+    yield TableCell(difference_text(contrast))
+    yield TableCell(relative_text(contrast), verdict(contrast, one.score))
+    yield TableCell(_p(contrast.p))
+    yield TableCell("not corrected" if kind else _p(one.corrected))
 
 
 def difference_text(contrast: Contrast) -> str:

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from runtime_py.engine.examples import IGNORED, Example
 from tests.tiny import adapted, hugging_face, tokens_of
-from toolchain.verify.forgetting import measure
+from toolchain.verify.divergence import measure
 
 
 def example(length: int, seed: int) -> Example:

@@ -19,7 +19,7 @@ from runtime_py.loop.protocols import (
 )
 from runtime_py.loop.schedule import Moment
 from toolchain.simulate.device import Device
-from toolchain.study.cells import Place
+from toolchain.study.cells import StudyPlace
 
 
 class Costs(Protocol):
@@ -78,5 +78,5 @@ class FleetPlace:
     """Where lives are lived. ``phone``: a device profile's name or file, whose time and energy are
     modelled; ``study``: bundle, data and what computes."""
 
-    study: Place
+    study: StudyPlace
     phone: str

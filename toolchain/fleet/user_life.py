@@ -20,9 +20,9 @@ from runtime_py.loop.lesson import Capacity, lesson
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import FineTuner
 from toolchain.fleet.counted import CountedEngine, CountedTuner, Ledger
+from toolchain.fleet.fleet_world import FleetWorld
 from toolchain.fleet.manners import Manner, compliance, find_manner
 from toolchain.fleet.users import FleetUser
-from toolchain.fleet.world import FleetWorld
 from toolchain.simulate.device import Device
 from toolchain.simulate.rhythm import Clock
 from toolchain.simulate.user import User
@@ -110,7 +110,7 @@ _LIVES = TypeAdapter(UserLife)
 
 
 @dataclass(frozen=True)
-class Lived:
+class UserLived:
     """``adapter``: the bytes of the active adapter's file; None: the bundle's own is active.
     ``seconds``: what the life took here."""
 
@@ -119,7 +119,7 @@ class Lived:
     seconds: float
 
 
-def live(task: LifeTask, world: FleetWorld) -> Lived:
+def live(task: LifeTask, world: FleetWorld) -> UserLived:
     """Decisions are the loop's own. Raises ``LoopError`` where the user's stream cannot be made."""
     begun = time.perf_counter()
     user, options = task.user, task.options
@@ -155,7 +155,7 @@ def live(task: LifeTask, world: FleetWorld) -> Lived:
             watt_hours=days.watt_hours,
         )
         adapter = after.read_bytes() if changed else None
-        return Lived(life, adapter, time.perf_counter() - begun)
+        return UserLived(life, adapter, time.perf_counter() - begun)
 
 
 def as_wanted(

@@ -9,17 +9,25 @@ from typing import Any, overload
 
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.replacement import find_policy
+from toolchain.fleet.fleet_options import FleetOptions, check_options
+from toolchain.fleet.fleet_outcome import FleetOutcome, UserFailure
+from toolchain.fleet.fleet_world import FleetPlace, FleetWorld
 from toolchain.fleet.folder import FleetFolder, open_folder
-from toolchain.fleet.life import LifeTask, Lived, UserLife, a_day, evenings, live, policy_of
-from toolchain.fleet.options import FleetOptions, check_options
-from toolchain.fleet.outcome import FleetOutcome, UserFailure
 from toolchain.fleet.swap import Swapped, SwapTask, partners_of, swap
+from toolchain.fleet.user_life import (
+    LifeTask,
+    UserLife,
+    UserLived,
+    a_day,
+    evenings,
+    live,
+    policy_of,
+)
 from toolchain.fleet.users import Crowd, FleetUser, make_crowd
-from toolchain.fleet.world import FleetPlace, FleetWorld
 from toolchain.simulate.device import Device, find_device
 from toolchain.study.executor import Done, Failed, Work, run_in_processes
 from toolchain.study.ray_executor import run_on_ray
-from toolchain.study.study import Crew
+from toolchain.study.study_run import Crew
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ def _live(
     tasks = [LifeTask(user, life, data, fleet.phone) for user in users]
     done = len(everyone) - len(users)
     told("lives", done, len(everyone))
-    work: Work[FleetPlace, LifeTask, Lived] = Work(open_world, live, fleet.place)
+    work: Work[FleetPlace, LifeTask, UserLived] = Work(open_world, live, fleet.place)
     for outcome in _outcomes(work, tasks, crew, fleet.place):
         fleet.folder.begin()
         if isinstance(outcome, Failed):

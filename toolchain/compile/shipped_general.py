@@ -1,6 +1,6 @@
 """The general text that ships in every bundle, and the recipe that drew it.
 
-    python -m toolchain.compile.general_text --corpus DIR
+    python -m toolchain.compile.shipped_general --corpus DIR
 
 draws it again into ``data/``: ``DIR`` holds the gzip JSONL files named below (docs/bundle.md,
 "General text"). Forgetting is measured on it, so no model here was trained on it and no other set

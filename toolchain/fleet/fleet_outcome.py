@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from toolchain.fleet.life import UserLife
-from toolchain.fleet.options import FleetOptions
+from toolchain.fleet.fleet_options import FleetOptions
 from toolchain.fleet.swap import Swapped
+from toolchain.fleet.user_life import UserLife
 from toolchain.fleet.users import FleetUser
 from toolchain.simulate.device import Device
 from toolchain.study.statistics import RESAMPLES, Interval, percentile_interval
@@ -52,7 +52,7 @@ class MannerRow:
 
 
 @dataclass(frozen=True)
-class Summary:
+class AcrossUsers:
     """``interval``: of the mean over users, None with fewer than two; ``quantiles``: 10, 50 and
     90 %."""
 
@@ -176,13 +176,13 @@ class FleetOutcome:
         }
 
 
-def summary(values: Sequence[float]) -> Summary | None:
+def summary(values: Sequence[float]) -> AcrossUsers | None:
     """None: there are no values. The interval is the bootstrap's over users."""
     if not values:
         return None
     found = np.asarray(values, np.float64)  # [users]
     low, middle, high = (float(q) for q in np.quantile(found, (0.1, 0.5, 0.9)))
-    return Summary(float(found.mean()), mean_interval(found), (low, middle, high))
+    return AcrossUsers(float(found.mean()), mean_interval(found), (low, middle, high))
 
 
 def mean_interval(values: np.ndarray) -> Interval | None:

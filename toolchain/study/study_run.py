@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime_py.loop.errors import LoopError
-from toolchain.study.cells import Cell, CellResult, Place
+from toolchain.study.cells import Cell, CellResult, StudyPlace
 from toolchain.study.executor import Done, Failed, Work, run_in_processes
 from toolchain.study.grid import Planned, cells_of
 from toolchain.study.plan import StudyPlan, checked_plan
@@ -55,7 +55,7 @@ class Crew:
     ray: str | None = None
 
 
-def prepare(plan: StudyPlan, place: Place, out: Path) -> Study:
+def prepare(plan: StudyPlan, place: StudyPlace, out: Path) -> Study:
     """Checks all that can be checked before a cell is run, then makes or opens the folder."""
     planned = cells_of(plan)
     settings = configuration(place, [one.cell for one in planned])
@@ -103,15 +103,15 @@ def run(
     study: Study,
     cells: Sequence[Cell],
     crew: Crew,
-    place: Place,
-    open_world: Callable[[Place], Any],
+    place: StudyPlace,
+    open_world: Callable[[StudyPlace], Any],
     run_cell: Callable[[Cell, Any], CellResult],
     told: Callable[[CellResult | Failure], None] = lambda outcome: None,
 ) -> list[Failure]:
     """Measures ``cells``, each written as soon as it is there, and returns those that failed.
 
     Nothing is written where no worker can be had."""
-    work: Work[Place, Cell, CellResult] = Work(open_world, run_cell, place)
+    work: Work[StudyPlace, Cell, CellResult] = Work(open_world, run_cell, place)
     failures: list[Failure] = []
     if not cells:
         study.folder.begin()
@@ -131,7 +131,7 @@ def run(
 
 
 def _outcomes(
-    work: Work[Place, Cell, CellResult], cells: Sequence[Cell], crew: Crew
+    work: Work[StudyPlace, Cell, CellResult], cells: Sequence[Cell], crew: Crew
 ) -> Iterator[Done[CellResult] | Failed]:
     if not cells:
         return iter(())
