@@ -105,7 +105,7 @@ def adapters(bundle: Bundle) -> dict[str, dict[str, np.ndarray]]:
 def examples(bundle: Bundle, text: ChatText, quick: bool = False) -> list[Example]:
     """For training: real dialogues that fill the programs of each length, which no shorter ones
     hold; one that leaves the shortest padded, and one single label."""
-    lengths = sorted(bundle.training.lengths)
+    lengths, room = sorted(bundle.training.lengths), bundle.manifest.model.context - 1
     fitting: list[Example] = []
     for dialogue in dialogues(20):
         try:
@@ -113,7 +113,7 @@ def examples(bundle: Bundle, text: ChatText, quick: bool = False) -> list[Exampl
         except TrainingError:
             continue
     fitting.sort(key=lambda e: len(e.tokens))
-    full = [_filling(fitting, length) for length in lengths]
+    full = [_filling(fitting, min(length, room)) for length in lengths]
     if quick:
         return full
     shortest = _cut(fitting[0], lengths[-1])
