@@ -7,6 +7,7 @@ states of the package; what a phone's units do beyond that (see ``toolchain.veri
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 import torch
@@ -238,14 +239,16 @@ def _state_difference(
 def _training(context: Context) -> tuple[list[Check], FirstDifference | None]:
     """The calls of a step in float32, as PyTorch makes them, by the package's functions."""
     manifest = context.bundle.manifest
-    example = context.examples[-1] if context.quick else context.examples[0]
+    lengths = len(context.bundle.training.lengths)  # for each, an example that fills it
+    examples = context.examples if context.quick else context.examples[1 : 1 + lengths]
     programs = {program.name: program for program in context.bundle.ios.target.programs}
     calls: list[Recorded] = []
-    for keep in (False, True):
-        values = context.adapters[EFFECT]
+    values = context.adapters[EFFECT]
+    for number, (example, keep) in enumerate(product(examples, (False, True))):
         recorded = training_checks.record(
-            context.bundle, context.float_programs, context.float_weights, values, example, keep
-        )
+            context.bundle, context.float_programs, context.float_weights, values, example, keep,
+            extreme=number == 0,
+        )  # fmt: skip
         calls += [c for c in recorded if not keep or c.kind == "block_backward_saved"]
     last = manifest.model.layers - 1
     kept = [call for call in calls if call.layer in (None, 0, last)]
@@ -256,7 +259,7 @@ def _training(context: Context) -> tuple[list[Check], FirstDifference | None]:
     signatures = context.float_programs.signatures
     outputs = [_call(interpreter, call, signatures[call.name]) for call in kept]
     return call_checks.judged(
-        kept, outputs, signatures, f"{example.id}, {EFFECT}",
+        kept, outputs, signatures, f"{', '.join(e.id for e in examples)}, {EFFECT}",
         context.source.captured.spec, context.float_programs,
     )  # fmt: skip
 
