@@ -40,6 +40,7 @@ def test_every_row_keeps_the_cells_own_fields(row: str) -> None:
     assert (found.learning_rate, found.seed, found.fine_tune_every_sets) == (0.5, 3, 33)
     if row.startswith("everything"):
         assert (found.selection, found.bins, found.questions_per_day) == ("fifo", 100, 100)
+        assert (found.guard_false_acceptance, found.paraphrases) == (1.0, 0)
     else:
         assert (found.selection, found.bins, found.questions_per_day) == ("paper", 64, 10)
     assert found.asking == "typical"
