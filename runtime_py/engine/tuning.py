@@ -131,6 +131,7 @@ def tune(
     on_stage("training")
 
     def run() -> TrainingOutcome | None:
+        """The training from where the folder's state is, or from its beginning."""
         return train(
             engine,
             state,
@@ -145,11 +146,7 @@ def tune(
         )
 
     try:
-        try:
-            outcome = run()
-        except TrainingStateUnusable:  # nobody else could remove it, and the job would never end
-            (folder / FILE).unlink()
-            outcome = run()
+        outcome = _begun_anew_if_unusable(run, folder)
     except TrainingDiverged:
         state.parameters[...] = parent
         infinite = (float("inf"),) * len(taught.guard)
@@ -157,6 +154,30 @@ def tune(
     if outcome is None:
         return None
     on_stage("after")
+    return _judged(engine, state, job, taught, before, outcome, adapter, stop)
+
+
+def _begun_anew_if_unusable(
+    run: Callable[[], TrainingOutcome | None], folder: Path
+) -> TrainingOutcome | None:
+    try:
+        return run()
+    except TrainingStateUnusable:  # nobody else could remove it, and the job would never end
+        (folder / FILE).unlink()
+        return run()
+
+
+def _judged(
+    engine: TrainingEngine,
+    state: AdapterState,
+    job: FineTuneJob,
+    taught: Lessons,
+    before: tuple[float, ...],
+    outcome: TrainingOutcome,
+    adapter: Path,
+    stop: Callable[[], bool],
+) -> FineTuneResult | None:
+    """What was trained, within the bound on forgetting, and the guard's losses with it."""
     retained = None
     if taught.general:
         retained = retain(engine, state, taught.general, job.forgetting_bound, stop)

@@ -105,6 +105,7 @@ class CellLife:
         self._engine.prepare(dialogues)
 
     def live(self) -> CellLived:
+        """Observes the whole stream; each night's part ends with its answers and a fine-tuning."""
         self.prepare(self._stream)
         nights = int(self._cell.options["nights"])
         counted = bool(self._cell.options["answers"]) or self._cell.row in EVERYTHING

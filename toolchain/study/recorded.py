@@ -52,6 +52,7 @@ class RecordedEngine:
         max_new_tokens: int,
         prefix: str = "",
     ) -> str:
+        """``Engine.generate``, remembered for what it would cost on a phone."""
         text = self._engine.generate(
             messages,
             temperature=temperature,
