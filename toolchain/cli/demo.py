@@ -15,7 +15,7 @@ from rich.table import Table
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.loop.dialogue import Turn
 from toolchain.cli.options import Json
-from toolchain.defaults import BUILTIN
+from toolchain.defaults import BUILTIN, TRAIN_LENGTHS
 from toolchain.report.console import Stages, console, print_json
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="attune-demo-") as folder:
         bundle = out or Path(folder) / "tiny"
         with Stages("demo", quiet=as_json) as stages:
-            bundle_export.export(BUILTIN, bundle, progress=stages)
+            # The shortest sequences are enough for the stream that it learns from.
+            shortest = TRAIN_LENGTHS[:1]
+            bundle_export.export(BUILTIN, bundle, train_lengths=shortest, progress=stages)
             stages("check every file of the bundle")
             opened = open_bundle(bundle)
             exported = time.monotonic() - start

@@ -516,7 +516,8 @@ def test_demo(
     monkeypatch.setattr(ladder, "climb", once(ladder.climb))
     monkeypatch.setattr(short_life, "run_short_loop", once(short_life.run_short_loop))
     value = attune("demo", "--json", "--out", tmp_path / "kept").json()
-    assert instant_export[0] == Asked(defaults.BUILTIN, tmp_path / "kept", {})
+    shortest = {"train_lengths": defaults.TRAIN_LENGTHS[:1]}
+    assert instant_export[0] == Asked(defaults.BUILTIN, tmp_path / "kept", shortest)
     assert value["reply"].strip()
     assert value["bundle_bytes"] == sum(
         f.bytes for f in open_bundle(tmp_path / "kept").manifest.files
