@@ -116,7 +116,8 @@ def examples(bundle: Bundle, text: ChatText, quick: bool = False) -> list[Exampl
     full = [_filling(fitting, min(length, room)) for length in lengths]
     if quick:
         return full
-    shortest = _cut(fitting[0], lengths[-1])
+    cuts = (_cut(one, lengths[-1]) for one in fitting)
+    shortest = next((one for one in cuts if (one.labels != IGNORED).any()), full[0])
     labels = np.full(2, IGNORED, np.int64)
     labels[1] = shortest.tokens[1]
     single = Example("one token", shortest.tokens[:2], labels)
