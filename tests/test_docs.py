@@ -22,7 +22,7 @@ _PATH = re.compile(r"[\w.*-]+(/[\w.*-]+)*(\.py|\.toml|\.cpp|\.h|\.yml|/)")
 _MODULE = re.compile(r"(runtime_py|exporters|toolchain)(\.\w+)+")
 # Folders and files that attune writes, or that a user has: not this repository's.
 _WRITTEN = {
-    *("adapter", "adapters", "android", "ios", "golden", "lexicons"),
+    *("adapter", "adapters", "android", "ios", "golden", "general", "lexicons"),
     *("jobs", "00001-512", "out"),
     *("cells", "lives", "swaps", "measured", "failed"),
 }
