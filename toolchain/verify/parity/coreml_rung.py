@@ -244,11 +244,10 @@ def _training(context: Context) -> tuple[list[Check], FirstDifference | None]:
     programs = {program.name: program for program in context.bundle.ios.target.programs}
     calls: list[Recorded] = []
     values = context.adapters[EFFECT]
-    for number, (example, keep) in enumerate(product(examples, (False, True))):
+    for example, keep in product(examples, (False, True)):
         recorded = training_checks.record(
-            context.bundle, context.float_programs, context.float_weights, values, example, keep,
-            extreme=number == 0,
-        )  # fmt: skip
+            context.bundle, context.float_programs, context.float_weights, values, example, keep
+        )
         calls += [c for c in recorded if not keep or c.kind == "block_backward_saved"]
     last = manifest.model.layers - 1
     kept = [call for call in calls if call.layer in (None, 0, last)]

@@ -135,11 +135,11 @@ def _replayed(context: Context) -> tuple[list[Check], FirstDifference | None]:
     first: FirstDifference | None = None
     runs = [(example, adapter, False) for example, adapter in context.trained]
     runs.append((*context.trained[0], True))
-    for number, (example, adapter, keep) in enumerate(runs):
+    for example, adapter, keep in runs:
         context.progress(f"executorch: training on {example.id}")
         values = context.adapters[adapter]
         calls = training_checks.record(
-            context.bundle, context.programs, context.weights, values, example, keep, number == 0
+            context.bundle, context.programs, context.weights, values, example, keep
         )
         if keep:
             calls = [call for call in calls if call.kind == "block_backward_saved"]

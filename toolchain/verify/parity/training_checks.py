@@ -50,16 +50,15 @@ def record(
     values: Mapping[str, np.ndarray],
     example: Example,
     keep: bool = False,
-    extreme: bool = False,
 ) -> list[Recorded]:
-    """The calls of one step (forward, head, backward, AdamW) on ``example``. ``extreme``: one of
-    the head more, with logits that no model has; once a run is enough, for the head is the same
-    program whatever the length."""
+    """The calls of one step (forward, head, backward, AdamW) on ``example``; and, where the
+    shortest programs hold it, one of the head more, with logits that no model has: the head is the
+    same program whatever the length."""
     recorder = Recorder(programs, bundle.manifest.model.layers)
     engine = StreamingEngine(recorder, weights, bundle.training, _KEEP_ALL if keep else 0.0)
     state = AdapterState.of(bundle.manifest.adapter.tensors, values)
     step(engine, state, example, bundle)
-    if not extreme:
+    if keep or example.inputs > min(bundle.training.lengths):
         return recorder.calls
     heads = [call for call in recorder.calls if call.name == "head"]
     return [*recorder.calls, _extreme(heads[0], programs)]
