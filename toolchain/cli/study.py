@@ -50,7 +50,9 @@ _Only = Annotated[
 _ReportOnly = Annotated[
     bool, typer.Option("--report-only", help="Measure nothing: report what --out has.")
 ]
-_Markdown = Annotated[Path | None, typer.Option(help="Write the tables to this file, too.")]
+_Markdown = Annotated[
+    Path | None, typer.Option(help="Write tables to this file, and pictures beside it.")
+]
 
 
 def study(
@@ -149,14 +151,14 @@ def _lines(opened: Study, total: int, quiet: bool) -> Callable[[CellResult | Fai
 
 def _report(opened: Study, out: Path, as_json: bool, markdown: Path | None) -> None:
     from toolchain.study.page import write_page
-    from toolchain.study.study_tables import markdown as as_markdown
+    from toolchain.study.study_markdown import write_markdown
     from toolchain.study.summary import summarize
 
     summary = summarize(opened)
     write_page(out / "report.html", summary)
     write_bytes(out / "report.json", json.dumps(summary.as_json(), indent=1).encode())
     if markdown is not None:
-        write_bytes(markdown, as_markdown(summary).encode())
+        write_markdown(markdown, summary)
     if as_json:
         print_json(summary.as_json())
         return

@@ -179,18 +179,3 @@ def difference_text(contrast: Contrast) -> str:
 
 def _p(value: float | None) -> str:
     return "—" if value is None else f"{value:.4f}"
-
-
-def markdown(summary: Summary) -> str:
-    """Every table, for a document. Ends with a newline."""
-    parts = []
-    for table in [contrast_table(summary), *tables(summary)]:
-        if table.rows:
-            lines = [_line(table.heads), _line(["---", *["--:"] * (len(table.heads) - 1)])]
-            lines += [_line([str(cell.content) for cell in row]) for row in table.rows]
-            parts.append("\n".join([f"**{table.title}**", "", *lines]))
-    return "\n\n".join(parts) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -264,6 +264,8 @@ def test_the_report_tells_what_the_cells_say(folder: Path, attune: Attune) -> No
     change = f"−{-100 * loss['relative']:.1f} % ["
     shown = f"| better | 5 | {lines['better']['values']['loss']:.3f} | {change}"
     assert shown in markdown
+    assert "![Gain by row](t-gain-by-row.svg)" in markdown
+    assert ">better</text>" in (folder / "t-gain-by-row.svg").read_text()
 
 
 def test_a_report_of_a_part_says_what_is_missing(folder: Path, attune: Attune) -> None:
