@@ -57,6 +57,10 @@ _FullDisk = Annotated[
 _LowMemory = Annotated[
     bool, typer.Option("--low-memory", help="The memory is taken once amid fine-tuning.")
 ]
+_Tests = Annotated[
+    Path | None,
+    typer.Option(help="Dialogues outside the stream: what the last adapter gains on them is told."),
+]
 _Seed = Annotated[int, typer.Option(help="Of the user and the faults.", min=0)]
 
 
@@ -65,6 +69,7 @@ def simulate(
     stream: Dialogues,
     device: _Device = "pixel-8",
     out: _Out = None,
+    tests: _Tests = None,
     lexicons: _Lexicons = None,
     policy: _Policy = None,
     answer_rate: _AnswerRate = 1.0,
@@ -103,6 +108,7 @@ def simulate(
             full_disk=full_disk,
             low_memory=low_memory,
             seed=seed,
+            tests=tests,
         )
         _live(simulation, out, as_json)
 
@@ -141,7 +147,11 @@ def _with_progress(simulation: Simulation, quiet: bool) -> SimulationOutcome:
             if isinstance(event, DialogueObserved):
                 progress.update(task, completed=event.place)
 
-        return run(simulation, show)
+        def scored(done: int) -> None:
+            total = len(simulation.tests)
+            progress.update(task, description="unseen dialogues", completed=done, total=total)
+
+        return run(simulation, show, scored)
 
 
 def _doing(event: PhoneEvent) -> str | None:

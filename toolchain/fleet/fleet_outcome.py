@@ -13,8 +13,8 @@ from toolchain.fleet.fleet_options import FleetOptions
 from toolchain.fleet.swap import Swapped
 from toolchain.fleet.user_life import UserLife
 from toolchain.fleet.users import FleetUser
+from toolchain.report.statistics import RESAMPLES, Interval, percentile_interval
 from toolchain.simulate.device import Device
-from toolchain.study.statistics import RESAMPLES, Interval, percentile_interval
 
 FEW_GUARDS = 4  # held-out sets; fewer judge by chance
 _SEED = 2024

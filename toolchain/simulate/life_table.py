@@ -31,6 +31,7 @@ def facts(outcome: SimulationOutcome) -> list[Fact]:
         ),
         Fact("held-out loss, nats a label, at the last new adapter", loss),
         Fact("perplexity of the general text, with that adapter", _forgotten(outcome)),
+        *_unseen(outcome),
         Fact(f"peak memory, of {limit:,.0f} MB", f"{peak:,.0f} MB", peak > limit),
         Fact(f"storage, of {device.storage.app_mb:,.0f} MB", f"{outcome.storage_mb:,.1f} MB"),
         Fact(
@@ -53,6 +54,20 @@ def _forgotten(outcome: SimulationOutcome) -> str:
         return "—"
     scaled = "" if last.scale == 1.0 else f", the adapter scaled by {last.scale:g}"
     return f"{last.forgetting:+.1%} of the model's own{scaled}"
+
+
+def _unseen(outcome: SimulationOutcome) -> list[Fact]:
+    if outcome.unseen is None:
+        return []
+    found, left_out = outcome.unseen.contrast, outcome.unseen.left_out
+    change = ""
+    if found.relative is not None and (between := found.relative_interval) is not None:
+        ends = f"{100 * between.low:+.1f}, {100 * between.high:+.1f}"
+        change = f" ({100 * found.relative:+.1f} % [{ends}])"
+    name = f"loss of {found.dialogues:,} unseen dialogues, the bundle's adapter → the last"
+    if left_out:
+        name += f" ({left_out:,} too long)"
+    return [Fact(name, f"{found.against:.3f} → {found.row:.3f}{change}")]
 
 
 def print_table(output: Console, outcome: SimulationOutcome) -> None:

@@ -12,6 +12,7 @@ from toolchain.simulate.device import Device
 from toolchain.simulate.estimate import Estimate
 from toolchain.simulate.life_plan import LifePlan
 from toolchain.simulate.run_record import RunRecord
+from toolchain.simulate.unseen import Unseen
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class SimulationOutcome:
     embed_ms: float
     tokens_per_second: float
     day_hours: float
+    unseen: Unseen | None = None  # where tests were given, and the life did not end early
 
     @property
     def device(self) -> Device:
@@ -199,6 +201,7 @@ class SimulationOutcome:
             "heldout_loss_before": self.heldout[0],
             "heldout_loss_after": self.heldout[1],
             "fine_tuning": [_finite(asdict(one)) for one in self.tunings],
+            "unseen": None if self.unseen is None else asdict(self.unseen),
             "acceptance": [{**asdict(block), "rate": block.rate} for block in self.blocks],
             "rouge1": [list(point) for point in self.rouge1],
             "selection_overhead_ms": self.overhead_ms,

@@ -11,6 +11,7 @@ from typing import Any
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.engine.memory import training_bytes
+from runtime_py.loop.dialogue import Dialogue
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.presets import PRESETS, preset
@@ -25,6 +26,7 @@ from toolchain.simulate.limits import check_system
 from toolchain.simulate.outcome import SimulationOutcome, StreamScan
 from toolchain.simulate.outcome_reader import read_outcome
 from toolchain.simulate.phone_app import bundle_lexicons
+from toolchain.simulate.unseen import last_adapter, measure_unseen, read_tests
 from toolchain.simulate.watcher import Watcher
 
 
@@ -37,6 +39,7 @@ class Simulation:
     estimate: Estimate
     plan: LifePlan
     faults: tuple[Fault, ...]
+    tests: tuple[Dialogue, ...] = ()
 
 
 def prepare(
@@ -56,6 +59,7 @@ def prepare(
     full_disk: bool = False,
     low_memory: bool = False,
     seed: int = 0,
+    tests: Path | None = None,
 ) -> Simulation:
     """Checks what ``attune simulate`` was asked for; its ``--help`` has the meanings. ``out`` is
     the folder that the run will write.
@@ -91,16 +95,27 @@ def prepare(
         lean=expected.must_be_lean(phone.memory.app_mb),
     )
     faults = draw(kills, full_disk, low_memory, places, seed)
-    return Simulation(opened, scanned, expected, plan, tuple(faults))
+    unseen = () if tests is None else read_tests(tests, plan)
+    return Simulation(opened, scanned, expected, plan, tuple(faults), unseen)
 
 
-def simulate(simulation: Simulation, on_event: Callable[[PhoneEvent], None]) -> SimulationOutcome:
-    """Runs the loop. ``on_event`` gets every event of the phone."""
+def simulate(
+    simulation: Simulation,
+    on_event: Callable[[PhoneEvent], None],
+    on_test: Callable[[int], None] = lambda done: None,
+) -> SimulationOutcome:
+    """Runs the loop. ``on_event`` gets every event of the phone; ``on_test`` how many of the tests
+    are scored, when the life is over."""
     plan, bundle = simulation.plan, simulation.bundle
     plan.state.mkdir(parents=True)
     needs = {length: training_bytes(bundle, length) for length in bundle.training.lengths}
     record = Watcher(plan, simulation.faults, needs, on_event).run()
-    return read_outcome(bundle.manifest, simulation.stream, simulation.estimate, plan, record)
+    outcome = read_outcome(bundle.manifest, simulation.stream, simulation.estimate, plan, record)
+    if not simulation.tests or record.ended:
+        return outcome
+    adapter = last_adapter(bundle, plan.state)
+    unseen = measure_unseen(bundle, adapter, simulation.tests, plan.threads, on_test)
+    return replace(outcome, unseen=unseen)
 
 
 def _with_rhythm(device: Device, dialogues_a_day: int | None) -> Device:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from toolchain.report import html
 from toolchain.report.html import Markup, element, join, paragraph, section, table
+from toolchain.report.statistics import FEWEST_ORDERINGS, RESAMPLES
 from toolchain.study.pictures import pictures
-from toolchain.study.statistics import FEWEST_ORDERINGS, RESAMPLES
 from toolchain.study.study_tables import (
     NAMES,
     SUBSTITUTES,

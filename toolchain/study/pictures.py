@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from toolchain.report.charts import house_style, inline_svg
 from toolchain.report.palette import FAINT, INK, SERIES
 from toolchain.report.picture import Picture
-from toolchain.study.statistics import Contrast
+from toolchain.report.statistics import Contrast
 from toolchain.study.study_tables import stream_name
 from toolchain.study.summary import Line, Summary
 

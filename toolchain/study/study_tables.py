@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from toolchain.report.html import TableCell
+from toolchain.report.statistics import Contrast, Interval
 from toolchain.study.plan import Score
-from toolchain.study.statistics import Contrast, Interval
 from toolchain.study.summary import Line, Summary, Tested
 
 NAMES: dict[Score, str] = {

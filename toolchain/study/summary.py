@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from toolchain.report.statistics import RESAMPLES, Contrast, Floats, Paired, compare, holm
 from toolchain.study.cells import CellResult, CellScores, Value
 from toolchain.study.plan import Score
-from toolchain.study.statistics import RESAMPLES, Contrast, Floats, Paired, compare, holm
 from toolchain.study.study_run import Study
 
 SCORES: tuple[Score, ...] = ("loss", "rouge1", "rougeL", "words")

@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from runtime_py.bundle.adapter_forms import read_values
 from runtime_py.bundle.bundle import open_bundle
+from runtime_py.engine.examples import example
 from runtime_py.loop.personalizer import ADAPTERS, STORE
 from runtime_py.loop.presets import preset
 from runtime_py.loop.store import open_store
+from runtime_py.loop.stream import read_dialogues
 from tests.toolchain.conftest import Attune, Exported, Said, command
 from toolchain.simulate.life_plan import STATE
 from toolchain.simulate.limits import DiskFull, Quota, folder_bytes
 from toolchain.simulate.simulation import prepare, read_policy, simulate
+from toolchain.study.batched_model import BatchedModel
 
 STREAM = Path(__file__).parents[3] / "toolchain" / "compile" / "data" / "demo_stream.jsonl"
 POLICY = {
@@ -62,6 +67,7 @@ class Inputs:
     stream: Path
     policy: Path
     scratch: Path
+    tests: Path  # dialogues that stand later in the stream than any life here gets
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,9 @@ def inputs(both: Exported, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     policy.write_text(json.dumps(POLICY), encoding="utf-8")
     stream = scratch / "stream.jsonl"
     _write_stream(stream)
-    return Inputs(both.bundle, stream, policy, scratch)
+    tests = scratch / "tests.jsonl"
+    tests.write_bytes(b"".join(STREAM.read_bytes().splitlines(keepends=True)[-8:]))
+    return Inputs(both.bundle, stream, policy, scratch, tests)
 
 
 def in_this_process(
@@ -129,6 +137,7 @@ def straight(inputs: Inputs) -> SimulatedRun:
         inputs.bundle,
         *("--stream", inputs.stream, "--policy", inputs.policy, "--limit", 20),
         *("--dialogues-a-day", 10, "--probes", 5, "--out", out, "--json"),
+        *("--tests", inputs.tests),
     )
     return SimulatedRun(done.json(), out)
 
@@ -153,6 +162,39 @@ def test_the_loop_runs_within_the_device_s_limits(straight: SimulatedRun) -> Non
     assert sum(block["observed"] for block in report["acceptance"]) == 20
     assert sum(block["kept"] for block in report["acceptance"]) == report["kept"]
     assert report["embedding"]["tokens_per_second"] > 0
+
+
+def test_the_gain_on_unseen_dialogues_is_what_pytorch_says(
+    straight: SimulatedRun, inputs: Inputs
+) -> None:
+    found = straight.report["unseen"]
+    model = BatchedModel(open_bundle(inputs.bundle), torch.device("cpu"))  # plain PyTorch
+    examples = [example(one, model.text, last_only=True) for one in read_dialogues(inputs.tests)]
+    labels = sum(one.count for one in examples)
+    files = {
+        "against": model.bundle.adapter_file,
+        "row": straight.folder / STATE / ADAPTERS / "00001.ptd",  # the guard refused the second
+    }
+    for name, file in files.items():
+        model.set_values(read_values(file, model.shape.tensors))
+        loss = model.losses(examples).sum() / labels
+        assert found["contrast"][name] == pytest.approx(loss, rel=1e-4)
+    assert found["contrast"]["relative"] < -0.02
+    assert found["contrast"]["relative_interval"]["high"] < 0
+    assert (found["contrast"]["dialogues"], found["left_out"]) == (8, 0)
+    assert "unseen dialogues" in (straight.folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_tests_that_the_life_observes_are_refused(inputs: Inputs) -> None:
+    seen = inputs.scratch / "seen.jsonl"
+    seen.write_bytes(b"".join(STREAM.read_bytes().splitlines(keepends=True)[:2]))
+    out = inputs.scratch / "refused"
+    done = command(
+        "simulate", inputs.bundle, "--stream", inputs.stream, "--tests", seen, "--out", out
+    )
+    assert done.code == 2
+    assert "2 of the 2 dialogues in" in done.err
+    assert not out.exists()
 
 
 def test_the_report_is_one_page_that_loads_nothing(straight: SimulatedRun) -> None:

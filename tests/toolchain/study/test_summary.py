@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from runtime_py.loop.errors import LoopError
+from toolchain.report.statistics import compare
 from toolchain.study.cells import Cell, CellResult, CellScores
-from toolchain.study.statistics import compare
 from toolchain.study.summary import paired
 
 

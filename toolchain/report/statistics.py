@@ -58,7 +58,7 @@ class Interval:
 class Contrast:
     """``difference``: row − against; ``relative``: row ÷ against − 1, a ratio of means;
     ``points`` and ``relative_points``: the same in each ordering; ``p``: two-sided. Intervals and p
-    are None with fewer than ``FEWEST_ORDERINGS`` orderings, what is relative where ``against`` is
+    are None with fewer orderings than asked for, what is relative where ``against`` is
     0."""
 
     row: float
@@ -78,12 +78,15 @@ class Contrast:
         return self.interval is not None and not self.interval.low <= 0.0 <= self.interval.high
 
 
-def compare(pairs: Sequence[Paired], resamples: int = RESAMPLES) -> Contrast:
+def compare(
+    pairs: Sequence[Paired], resamples: int = RESAMPLES, fewest: int = FEWEST_ORDERINGS
+) -> Contrast:
     """One contrast. Several ``pairs`` are independent streams, each counts alike: the row's value
     is the mean of theirs. Orderings and dialogues of each are drawn for themselves.
 
     The points are the mean over the streams of each one's difference in its n-th ordering; there
-    are as many as the stream with the fewest orderings has.
+    are as many as the stream with the fewest orderings has. ``fewest``: orderings that intervals
+    are made of; with 1, and one ordering, they are over dialogues alone.
     """
     row, against = (float(np.mean([_value(pair, name) for pair in pairs])) for name in _SIDES)
     orderings = min(pair.unit.shape[0] for pair in pairs)
@@ -96,7 +99,7 @@ def compare(pairs: Sequence[Paired], resamples: int = RESAMPLES) -> Contrast:
     )
     sides = list(zip(rows, others, strict=True))
     interval = relative_interval = p = None
-    if orderings >= FEWEST_ORDERINGS:
+    if orderings >= fewest:
         each = [_resampled(pair, resamples, index) for index, pair in enumerate(pairs)]
         drawn = np.mean(each, axis=0)  # [2, resamples]
         drawn = drawn[:, np.isfinite(drawn).all(axis=0)]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from toolchain.study.statistics import (
+from toolchain.report.statistics import (
     Paired,
     _draws,
     _resampled,
