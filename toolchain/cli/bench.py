@@ -298,3 +298,47 @@ def synthesis(
         pairs, tokens = f"{row.usable} of {row.dialogues}", f"{row.decoded:,}"
         table.add_row(row.form, pairs, f"{row.share:.0%}", tokens)
     output.print(table)
+
+
+@app.command()
+def estimators(
+    bundle: AndroidBundle,
+    data: Dialogues,
+    tests: Annotated[Path, typer.Option(help="Unseen dialogues that gains are measured on.")],
+    dialogues: Annotated[int, typer.Option(help="The first so many of --data.", min=1)] = 200,
+    unseen: Annotated[int, typer.Option(help="The first so many of --tests.", min=1)] = 60,
+    steps: Annotated[int, typer.Option(help="Of learning one dialogue.", min=1)] = 4,
+    as_json: Json = False,
+) -> None:
+    """Compare estimators of a dialogue's worth with what learning that dialogue alone gives.
+
+    Example: [bold]attune bench estimators out/tiny --data dolly.jsonl --tests unseen.jsonl[/]
+    """
+    import torch
+
+    from runtime_py.bundle.bundle import open_bundle
+    from runtime_py.loop.stream import read_dialogues
+    from toolchain.bench.estimator_evidence import bench_estimators
+    from toolchain.report.console import counted_progress, output, print_json
+    from toolchain.report.tables import plain_table
+    from toolchain.study.batched_model import BatchedModel
+
+    learned, judged = read_dialogues(data, dialogues), read_dialogues(tests, unseen)
+    model = BatchedModel(open_bundle(bundle), torch.device("cpu"))
+    with counted_progress(as_json) as bar:
+        task = bar.add_task("learning each alone", total=len(learned))
+        found = bench_estimators(
+            model, learned, judged, steps, lambda done: bar.update(task, completed=done)
+        )
+    if as_json:
+        print_json({"data": str(data), "tests": str(tests), **found.as_json()})
+        return
+    table = plain_table(("estimator", "ρ with length", "ρ with gain"), texts=["estimator"])
+    for row in found.rows:
+        table.add_row(row.name, f"{row.with_length:+.2f}", f"{row.with_gain:+.2f}")
+    output.print(table)
+    output.print(
+        f"{found.dialogues:,} dialogues, each learned alone in {found.steps} steps: on "
+        f"{found.tests:,} unseen ones {found.helped:.0%} of them help, by {found.gain:+.4f} nats a "
+        f"label in the mean; |ρ| below {found.chance:.2f} is chance"
+    )
