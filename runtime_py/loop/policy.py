@@ -57,8 +57,8 @@ class LoopPolicy:
     paraphrase_prefix: str = "Rewritten text:"  # the reply is begun with it
     paraphrase_begin: str = ""  # what is taken of the rest stands behind this; "": from its start
     paraphrase_end: str = ""  # and before this; "": to its end
-    paraphrase_use: str = "both"  # of ``USES``: what is rewritten, the other stays as it was
-    paraphrases: int = 3
+    paraphrase_use: str = "question"  # of ``USES``: what is rewritten, the other stays as it was
+    paraphrases: int = 0  # of each answered set: none, for at this size they did not help
     paraphrase_retries: int = 2
     paraphrase_temperature: float = 0.5
     paraphrase_max_tokens: int = 256

@@ -49,10 +49,13 @@ def paraphrases(manifest: Manifest) -> str:
             return "as the policy file has them, not tried"
         return "not tried, for there is no Android program that runs here"
     rows = [f"{row.form} {row.usable} of {row.tried}" for row in synthesis.measured]
+    best = max(row.usable / row.tried for row in synthesis.measured)
     if manifest.policy.loop["paraphrases"]:
         verdict = f"the form {synthesis.form}"
+    elif best < LOWEST_YIELD:
+        verdict = f"off, for no form gave {LOWEST_YIELD:.0%}"
     else:
-        verdict = f"switched off, for no form gave {LOWEST_YIELD:.0%}"
+        verdict = f"off, as the policy says; with them on, the form {synthesis.form}"
     return f"{verdict} (usable pairs: {', '.join(rows)})"
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from toolchain.study.summary import Summary
 
 _Plan = Annotated[
-    str, typer.Option(help="quick, main, around, recipe or confirm, or a .toml file of your own.")
+    str,
+    typer.Option(help="quick, main, around, recipe, synthesis, confirm, or your own .toml file."),
 ]
 _Data = Annotated[Path | None, typer.Option(help="The folder that the datasets lie in.")]
 _Out = Annotated[

@@ -131,7 +131,8 @@ def _with_measured(bundle: Bundle, asked: Collection[str]) -> m.Manifest:
         need = training_bytes(bundle, loop.longest_sequence_tokens) / 1e6
         if "fine_tune_memory_mb" not in asked:
             loop = replace(loop, fine_tune_memory_mb=math.ceil(need))
-        if loop.paraphrases == 0 or not set(FORM).isdisjoint(asked):
+        off = loop.paraphrases == 0 and "paraphrases" in asked
+        if off or not set(FORM).isdisjoint(asked):
             synthesis = unmeasured(loop)
         else:
             loop, synthesis = choose_form(PhoneEngine(bundle), loop, trial_dialogues())

@@ -69,7 +69,9 @@ def test_the_designs_defaults() -> None:
     assert policy.bins * policy.bin_bytes == 2816 * 1024
     assert BRACKETS.endswith("use [ ] to hold your generated response: {text}")
     assert dataclasses.fields(LoopPolicy)[0].name == "selection"
-    assert (policy.paraphrases, policy.paraphrase_retries) == (3, 2)
+    assert (policy.paraphrases, policy.paraphrase_use, policy.paraphrase_retries) == (
+        0, "question", 2,
+    )  # fmt: skip
 
 
 def test_builtin_lexicons_are_clean() -> None:

@@ -166,7 +166,13 @@ def small_policy(
     selection: str = "attune", bins: int = 8, every: int = 20, seed: int = 7
 ) -> LoopPolicy:
     return LoopPolicy(
-        selection=selection, bins=bins, bin_bytes=2048, fine_tune_every_sets=every, seed=seed
+        selection=selection,
+        bins=bins,
+        bin_bytes=2048,
+        fine_tune_every_sets=every,
+        seed=seed,
+        paraphrases=3,
+        paraphrase_use="both",
     )
 
 

@@ -18,8 +18,10 @@ from toolchain.cli.inspect import paraphrases
     [
         ((), 3, "as the policy file has them, not tried"),
         ((7, 4), 3, "the form first (usable pairs: first 7 of 10, second 4 of 10)"),
-        ((0, 0), 0, "switched off, for no form gave 5% (usable pairs: first 0 of 10, "
+        ((0, 0), 0, "off, for no form gave 5% (usable pairs: first 0 of 10, "
          "second 0 of 10)"),
+        ((7, 4), 0, "off, as the policy says; with them on, the form first (usable pairs: "
+         "first 7 of 10, second 4 of 10)"),
     ],
 )  # fmt: skip
 def test_paraphrases(tmp_path: Path, usable: tuple[int, ...], written: int, said: str) -> None:

@@ -61,7 +61,7 @@ def test_a_pair_needs_both_parts() -> None:
     """Of three dialogues the first gives both, the second only a question, the third nothing."""
     engine = Model("Rewrite", "Rewritten text:", ["q1", "a1", "q2"])
     dialogues = [dialogue(n) for n in (1, 2, 3)]
-    assert count_pairs(dialogues, engine, LoopPolicy()) == 1
+    assert count_pairs(dialogues, engine, LoopPolicy(paraphrase_use="both")) == 1
     assert count_pairs(dialogues, engine, LoopPolicy(paraphrase_use="question")) == 2
     assert count_pairs(dialogues, engine, LoopPolicy(paraphrase_use="answer")) == 1
     assert count_pairs(dialogues, engine, LoopPolicy(paraphrase_prefix="")) == 0
@@ -97,7 +97,7 @@ def test_below_the_lowest_yield_nothing_is_written(dialogues: int, paraphrases: 
     """One pair of twenty is 5 %, which is enough; of twenty-one it is not."""
     engine = Model("Rewrite the", "Rewritten text:", ["q1", "a1"])
     chosen, synthesis = choose_form(
-        engine, LoopPolicy(), [dialogue(n + 1) for n in range(dialogues)]
+        engine, LoopPolicy(paraphrases=3), [dialogue(n + 1) for n in range(dialogues)]
     )
     assert chosen.paraphrases == paraphrases
     assert max(row.usable for row in synthesis.measured) == 1

@@ -102,6 +102,7 @@ def test_the_manifest_has_what_was_asked_for() -> None:
         ({"fine_tune_memory_mb": 77}, 77, "tried"),
         ({"paraphrase_prefix": "Here:"}, 5, "own"),
         ({"paraphrases": 0}, 5, "rewrite"),
+        ({"paraphrases": 3}, 5, "tried"),
     ],
 )
 def test_what_was_asked_for_is_not_measured(
