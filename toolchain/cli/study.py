@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _Plan = Annotated[
     str,
-    typer.Option(help="quick, main, around, recipe, synthesis, confirm, or your own .toml file."),
+    typer.Option(help="A plan that ships, such as quick, main or confirm, or your own .toml file."),
 ]
 _Data = Annotated[Path | None, typer.Option(help="The folder that the datasets lie in.")]
 _Out = Annotated[
