@@ -318,10 +318,10 @@ def estimators(
 
     from runtime_py.bundle.bundle import open_bundle
     from runtime_py.loop.stream import read_dialogues
-    from toolchain.bench.estimator_evidence import bench_estimators
     from toolchain.report.console import counted_progress, output, print_json
     from toolchain.report.tables import plain_table
     from toolchain.study.batched_model import BatchedModel
+    from toolchain.study.estimator_evidence import bench_estimators
 
     learned, judged = read_dialogues(data, dialogues), read_dialogues(tests, unseen)
     model = BatchedModel(open_bundle(bundle), torch.device("cpu"))

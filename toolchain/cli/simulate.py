@@ -148,7 +148,7 @@ def _with_progress(simulation: Simulation, quiet: bool) -> SimulationOutcome:
                 progress.update(task, completed=event.place)
 
         def scored(done: int) -> None:
-            total = len(simulation.tests)
+            total = len(simulation.tests.lessons) if simulation.tests else 0
             progress.update(task, description="unseen dialogues", completed=done, total=total)
 
         return run(simulation, show, scored)

@@ -11,7 +11,6 @@ from typing import Any
 from runtime_py.bundle.bundle import Bundle, open_bundle
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.engine.memory import training_bytes
-from runtime_py.loop.dialogue import Dialogue
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.presets import PRESETS, preset
@@ -26,7 +25,7 @@ from toolchain.simulate.limits import check_system
 from toolchain.simulate.outcome import SimulationOutcome, StreamScan
 from toolchain.simulate.outcome_reader import read_outcome
 from toolchain.simulate.phone_app import bundle_lexicons
-from toolchain.simulate.unseen import last_adapter, measure_unseen, read_tests
+from toolchain.simulate.unseen import Tests, last_adapter, measure_unseen, read_tests
 from toolchain.simulate.watcher import Watcher
 
 
@@ -39,7 +38,7 @@ class Simulation:
     estimate: Estimate
     plan: LifePlan
     faults: tuple[Fault, ...]
-    tests: tuple[Dialogue, ...] = ()
+    tests: Tests | None = None
 
 
 def prepare(
@@ -95,7 +94,7 @@ def prepare(
         lean=expected.must_be_lean(phone.memory.app_mb),
     )
     faults = draw(kills, full_disk, low_memory, places, seed)
-    unseen = () if tests is None else read_tests(tests, plan)
+    unseen = None if tests is None else read_tests(tests, plan, opened)
     return Simulation(opened, scanned, expected, plan, tuple(faults), unseen)
 
 
@@ -111,7 +110,7 @@ def simulate(
     needs = {length: training_bytes(bundle, length) for length in bundle.training.lengths}
     record = Watcher(plan, simulation.faults, needs, on_event).run()
     outcome = read_outcome(bundle.manifest, simulation.stream, simulation.estimate, plan, record)
-    if not simulation.tests or record.ended:
+    if simulation.tests is None or record.ended:
         return outcome
     adapter = last_adapter(bundle, plan.state)
     unseen = measure_unseen(bundle, adapter, simulation.tests, plan.threads, on_test)

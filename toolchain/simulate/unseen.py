@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +35,18 @@ class Unseen:
     left_out: int
 
 
-def read_tests(path: Path, plan: LifePlan) -> tuple[Dialogue, ...]:
-    """Raises ``LoopError`` where a line is none, or a dialogue is one that the life observes."""
+@dataclass(frozen=True)
+class Tests:
+    """``lessons``: the dialogues as they are judged, without the oldest exchanges that a training
+    program has no room for; ``left_out``: how many have no room for their last exchange."""
+
+    lessons: tuple[Dialogue, ...]
+    left_out: int
+
+
+def read_tests(path: Path, plan: LifePlan, bundle: Bundle) -> Tests:
+    """Raises ``LoopError`` where a line is no dialogue, a dialogue is one that the life observes,
+    or none fits: before the life, so that none is lived in vain."""
     tests = read_dialogues(path)
     seen = {dialogue.turns for dialogue in plan.dialogues()}
     if known := [dialogue.id for dialogue in tests if dialogue.turns in seen]:
@@ -44,7 +54,18 @@ def read_tests(path: Path, plan: LifePlan) -> tuple[Dialogue, ...]:
             f"{len(known)} of the {len(tests)} dialogues in {path} are in the stream too, the "
             f"first {known[0]!r}; expected others. attune stream --test writes such."
         )
-    return tuple(tests)
+    text = ChatText(bundle)
+    capacity = Capacity(
+        lambda dialogue: example(dialogue, text, last_only=True).inputs,
+        max(bundle.training.lengths),
+    )
+    lessons = tuple(one for test in tests if (one := lesson(test, capacity)) is not None)
+    if not lessons:
+        raise LoopError(
+            f"the last exchange of every test is longer than {capacity.longest} tokens, the most "
+            f"that this bundle trains on: give shorter ones, or export with longer --train-lengths."
+        )
+    return Tests(lessons, len(tests) - len(lessons))
 
 
 def last_adapter(bundle: Bundle, state: Path) -> Path:
@@ -60,22 +81,13 @@ def last_adapter(bundle: Bundle, state: Path) -> Path:
 def measure_unseen(
     bundle: Bundle,
     adapter: Path,
-    tests: Sequence[Dialogue],
+    tests: Tests,
     threads: int,
     told: Callable[[int], None],
 ) -> Unseen:
     """Loss of every test with the bundle's own adapter and with ``adapter``, by the bundle's
-    training programs. ``told`` gets how many are done. Raises ``LoopError`` where none fits."""
-    text, training = ChatText(bundle), bundle.training
-    capacity = Capacity(
-        lambda dialogue: example(dialogue, text, last_only=True).inputs, max(training.lengths)
-    )
-    lessons = [one for test in tests if (one := lesson(test, capacity)) is not None]
-    if not lessons:
-        raise LoopError(
-            f"the last exchange of every test is longer than {capacity.longest} tokens, the most "
-            f"that this bundle trains on: give shorter ones, or export with longer --train-lengths."
-        )
+    training programs. ``told`` gets how many are done."""
+    text, lessons = ChatText(bundle), tests.lessons
     engine = open_training(bundle, threads=threads)
     tensors = bundle.manifest.adapter.tensors
     own, last = (
@@ -90,4 +102,4 @@ def measure_unseen(
         losses[0, place] = losses[1, place] if same else engine.loss(last, [taught])[0]
         told(place + 1)
     pair = Paired(losses[None, 0], losses[None, 1], losses[None, 2])
-    return Unseen(compare([pair], fewest=1), len(tests) - len(lessons))
+    return Unseen(compare([pair], fewest=1), tests.left_out)

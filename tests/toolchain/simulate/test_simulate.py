@@ -171,9 +171,14 @@ def test_the_gain_on_unseen_dialogues_is_what_pytorch_says(
     model = BatchedModel(open_bundle(inputs.bundle), torch.device("cpu"))  # plain PyTorch
     examples = [example(one, model.text, last_only=True) for one in read_dialogues(inputs.tests)]
     labels = sum(one.count for one in examples)
+    with sqlite3.connect(straight.folder / STATE / STORE) as connection:
+        ((name,),) = connection.execute(
+            "SELECT file FROM adapters JOIN counters ON number = value "
+            "WHERE name = 'active_adapter'"
+        ).fetchall()
     files = {
         "against": model.bundle.adapter_file,
-        "row": straight.folder / STATE / ADAPTERS / "00001.ptd",  # the guard refused the second
+        "row": straight.folder / STATE / ADAPTERS / name,
     }
     for name, file in files.items():
         model.set_values(read_values(file, model.shape.tensors))
@@ -194,6 +199,19 @@ def test_tests_that_the_life_observes_are_refused(inputs: Inputs) -> None:
     )
     assert done.code == 2
     assert "2 of the 2 dialogues in" in done.err
+    assert not out.exists()
+
+
+def test_tests_that_are_all_too_long_are_refused_before_the_life(inputs: Inputs) -> None:
+    long = inputs.scratch / "long.jsonl"
+    turns = [{"role": "user", "content": "word " * 2000}, {"role": "assistant", "content": "Yes."}]
+    long.write_text(json.dumps({"id": "long", "turns": turns}), encoding="utf-8")
+    out = inputs.scratch / "too-long"
+    done = command(
+        "simulate", inputs.bundle, "--stream", inputs.stream, "--tests", long, "--out", out
+    )
+    assert done.code == 2
+    assert "the last exchange of every test is longer than" in done.err
     assert not out.exists()
 
 

@@ -29,14 +29,6 @@ from toolchain.study.estimators import ESTIMATORS
 STEPS = 4  # of learning one dialogue
 FEWEST = 10  # dialogues: of fewer, no rank correlation says anything
 
-# Beside the estimators: what they are compared with.
-OTHERS = {
-    "length": "tokens of the dialogue",
-    "answer length": "tokens of its last reply",
-    "answer loss": "nats a token of its last reply under the model",
-    "gradient match": "what its first step gains by the unseen dialogues' gradient",
-}
-
 
 @dataclass(frozen=True)
 class EstimatorRow:
@@ -75,8 +67,12 @@ def bench_estimators(
     steps: int = STEPS,
     told: Callable[[int], None] = lambda done: None,
 ) -> EstimatorEvidence:
-    """Those of ``dialogues`` and ``tests`` whose last exchange a training program has room for.
-    ``told`` gets how many are learned. Raises ``LoopError`` for too few."""
+    """Those of ``dialogues`` and ``tests`` that a training program has room for, whole.
+
+    Beside the estimators stand a dialogue's ``length`` in tokens, its ``answer length`` in labels,
+    the ``answer loss`` in nats a label, and ``gradient match``: what its first step gains by the
+    unseen dialogues' gradient. ``told`` gets how many are learned. Raises ``LoopError`` for too
+    few."""
     longest = max(model.bundle.training.lengths)
     pairs = [(one, each) for one in dialogues if (each := _taught(model, one, longest))]
     unseen = [each for one in tests if (each := _taught(model, one, longest))]
@@ -91,9 +87,8 @@ def bench_estimators(
         for name in ESTIMATORS
     }
     taught = [each for _, each in pairs]
-    labels = np.array([one.count for one in taught], float)
     values["length"] = np.array([one.inputs + 1 for one in taught], float)
-    values["answer length"] = labels
+    values["answer length"] = np.array([one.count for one in taught], float)
     gains, values["gradient match"], values["answer loss"] = _learned(
         model, taught, unseen, steps, told
     )
