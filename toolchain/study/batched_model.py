@@ -22,7 +22,7 @@ from runtime_py.bundle.adapter_state import AdapterState, FlatLayout
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.manifest import AdapterTensor
-from runtime_py.engine.examples import IGNORED, Example
+from runtime_py.engine.examples import Example
 from runtime_py.loop.dialogue import Dialogue, Turn
 from runtime_py.loop.errors import PromptTooLong
 from runtime_py.loop.protocols import Embedding
@@ -34,7 +34,7 @@ from toolchain.study.batched import (
     greedy,
     hidden_states,
     label_losses,
-    padded,
+    together,
 )
 from toolchain.study.estimators import ESTIMATORS, TokenVectors
 
@@ -56,8 +56,8 @@ def adapter_shape(bundle: Bundle) -> AdapterShape:
 
 
 class BatchedModel:
-    """A bundle's base with an adapter that is changed in place. ``tokens_a_call``: of a batch,
-    padding included."""
+    """A bundle's base with an adapter that is changed in place. ``tokens_a_call``: of a
+    batch."""
 
     def __init__(
         self,
@@ -121,23 +121,23 @@ class BatchedModel:
         return self.tokens_a_call
 
     def labelled(self, examples: Sequence[Example]) -> tuple[Batch, Tensor]:
-        """What one call reads, and int64 [B, S] what follows each token, ``IGNORED`` where it does
+        """What one call reads, and int64 [N] what follows each token, ``IGNORED`` where it does
         not count."""
-        batch = padded([e.tokens[: e.inputs] for e in examples], self.device)
-        labels = np.full(tuple(batch.tokens.shape), IGNORED, np.int64)
-        for row, e in zip(labels, examples, strict=True):
-            row[: e.inputs] = e.labels[1 : e.inputs + 1]
-        return batch, torch.from_numpy(labels).to(self.device)
+        batch = together([e.tokens[: e.inputs] for e in examples], self.device)
+        labels = np.concatenate([e.labels[1 : e.inputs + 1] for e in examples])
+        return batch, torch.from_numpy(labels.astype(np.int64, copy=False)).to(self.device)
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Indices of sequences that share a call, short ones first."""
         order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
         calls: list[list[int]] = []
+        room = 0
         for index in order:
-            if calls and (len(calls[-1]) + 1) * lengths[index] <= self.tokens_a_call:
-                calls[-1].append(index)
-            else:
-                calls.append([index])
+            if lengths[index] > room:
+                calls.append([])
+                room = self.tokens_a_call
+            calls[-1].append(index)
+            room -= lengths[index]
         return calls
 
     @torch.no_grad()
@@ -180,10 +180,9 @@ class BatchedModel:
         ]
         results: list[Embedding | None] = [None] * len(sequences)
         for call in self.batches([len(sequence) for sequence in sequences]):
-            batch = padded([sequences[index] for index in call], self.device)
+            batch = together([sequences[index] for index in call], self.device)
             vectors = hidden_states(self.model, batch, adapted=False)
-            real = batch.real[..., None]
-            pooled = ((vectors * real).sum(1) / batch.counts[:, None]).cpu().numpy()
+            pooled = [each.mean(0).cpu().numpy() for each in vectors.split(batch.counts)]
             entropies = ESTIMATORS[estimator](TokenVectors(self.model, batch, vectors))
             for row, index in enumerate(call):
                 results[index] = Embedding(pooled[row].astype(np.float32), float(entropies[row]))
@@ -219,7 +218,7 @@ class BatchedModel:
 
     def _written(self, prompts: Sequence[np.ndarray], most: int, choose: Choose) -> list[str]:
         manifest, tokenizer = self.bundle.manifest, self.text.tokenizer
-        batch = padded(prompts, self.device)
+        batch = together(prompts, self.device)
         rows = continued(
             self.model, batch, most, manifest.tokenizer.eos_ids, manifest.model.context, choose
         )

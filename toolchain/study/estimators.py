@@ -24,18 +24,21 @@ BAND_CENTRE = 3.0  # nats a token
 
 @dataclass(frozen=True, eq=False)
 class TokenVectors:
-    """What an estimator sees of a call: ``vectors`` [B, S, hidden] after the final norm, of the
-    base model; ``batch``: its tokens, padded."""
+    """What an estimator sees of a call: ``vectors`` [N, hidden] after the final norm, of the base
+    model; ``batch``: its tokens."""
 
     model: Transformer
     batch: Batch
     vectors: Tensor
 
+    def each(self) -> tuple[Tensor, ...]:
+        """Each sequence's vectors [n, hidden]."""
+        return self.vectors.split(self.batch.counts)
+
     def middle(self) -> list[Tensor]:
         """Each sequence's vectors [n, hidden] after half of the layers, float64."""
-        counts = self.batch.counts.tolist()
         states = middle_states(self.model, self.batch)
-        return [row[:n].double() for row, n in zip(states, counts, strict=True)]
+        return [row.double() for row in states.split(self.batch.counts)]
 
 
 def estimator(name: str) -> Callable[[Estimator], Estimator]:
@@ -49,12 +52,13 @@ def estimator(name: str) -> Callable[[Estimator], Estimator]:
 @estimator("norm")
 def norm(seen: TokenVectors) -> np.ndarray:
     """−Σ p ln p / ln n with p the tokens' share of the norms; 0 for one token."""
-    real = seen.batch.real
-    norms = seen.vectors.double().norm(dim=-1) * real
-    p = norms / norms.sum(1, keepdim=True).clamp(min=1e-300)
-    nats = -torch.where(p > 0, p * torch.log(p.clamp(min=1e-300)), 0.0).sum(1)
-    counts = seen.batch.counts.double()
-    return torch.where(counts > 1, nats / torch.log(counts.clamp(min=2)), 0.0).cpu().numpy()
+    values = []
+    for vectors in seen.each():
+        norms = vectors.double().norm(dim=-1)
+        p = norms / norms.sum().clamp(min=1e-300)
+        nats = -torch.where(p > 0, p * torch.log(p.clamp(min=1e-300)), 0.0).sum()
+        values.append(float(nats) / math.log(len(p)) if len(p) > 1 else 0.0)
+    return np.array(values)
 
 
 @estimator("renyi2")
@@ -80,13 +84,12 @@ def renyi2(seen: TokenVectors) -> np.ndarray:
 def surprisal(seen: TokenVectors) -> np.ndarray:
     """Mean surprisal of the tokens under the base model, in nats; 0 for one token."""
     values = []
-    tokens, counts = seen.batch.tokens, seen.batch.counts.tolist()
-    for row, n in enumerate(counts):
-        if n < 2:
-            values.append(0.0)
-            continue
-        logits = seen.model.logits(seen.vectors[row, : n - 1])
-        values.append(float(nn.functional.cross_entropy(logits, tokens[row, 1:n])))
+    for vectors, tokens in zip(
+        seen.each(), seen.batch.tokens.split(seen.batch.counts), strict=True
+    ):
+        logits = seen.model.logits(vectors[:-1])
+        told = nn.functional.cross_entropy(logits, tokens[1:]) if len(tokens) > 1 else 0.0
+        values.append(float(told))
     return np.array(values)
 
 
@@ -101,9 +104,8 @@ def nuclear(seen: TokenVectors) -> np.ndarray:
     """Nuclear norm of the matrix of next-token probabilities P [n, vocab], over n (Cui et al.,
     2020): high where predictions are sure and differ from each other."""
     values = []
-    counts = seen.batch.counts.tolist()
-    for vectors, n in zip(seen.vectors, counts, strict=True):
-        p = torch.softmax(seen.model.logits(vectors[:n]).double(), dim=-1)
+    for vectors in seen.each():
+        p = torch.softmax(seen.model.logits(vectors).double(), dim=-1)
         spectrum = torch.linalg.eigvalsh(p @ p.T).clamp(min=0.0)  # squares of singular values
-        values.append(float(spectrum.sqrt().sum()) / n)
+        values.append(float(spectrum.sqrt().sum()) / len(p))
     return np.array(values)

@@ -13,7 +13,7 @@ from exporters.model.spec import read_spec
 from exporters.model.transformer import Transformer
 from tests import tiny
 from toolchain.compile.tolerances import rounding
-from toolchain.study.batched import continued, greedy, hidden_states, label_losses, padded
+from toolchain.study.batched import continued, greedy, hidden_states, label_losses, together
 from toolchain.study.estimators import ESTIMATORS, TokenVectors
 
 CPU = torch.device("cpu")
@@ -37,12 +37,12 @@ def sequences() -> list[np.ndarray]:
 def test_losses_are_those_of_each_sequence_alone(pair) -> None:
     theirs, ours = pair
     rows = sequences()
-    batch = padded([row[:-1] for row in rows], CPU)
-    labels = torch.full(tuple(batch.tokens.shape), -100)
+    batch = together([row[:-1] for row in rows], CPU)
+    labels = torch.full(batch.tokens.shape, -100)
     expected, spread = [], 0.0
     for index, row in enumerate(rows):
         first = len(row) // 2  # what is before is the prompt
-        labels[index, first - 1 : len(row) - 1] = torch.from_numpy(row[first:])
+        labels.split(batch.counts)[index][first - 1 :] = torch.from_numpy(row[first:])
         logits = theirs(torch.from_numpy(row)[None], use_cache=False).logits[0]
         targets = torch.from_numpy(row[first:])
         expected.append(torch.nn.functional.cross_entropy(
@@ -59,7 +59,7 @@ def test_greedy_text_is_the_most_likely_token_at_each_place(pair) -> None:
     """Each token that was written is Hugging Face's best after what stands before it."""
     theirs, ours = pair
     rows, most = sequences(), 12
-    written = continued(ours, padded(rows, CPU), most, [], tiny.CONTEXT, greedy)
+    written = continued(ours, together(rows, CPU), most, [], tiny.CONTEXT, greedy)
     for row, tokens in zip(rows, written, strict=True):
         assert len(tokens) == most
         whole = torch.tensor([*row.tolist(), *tokens])[None]
@@ -72,20 +72,18 @@ def test_text_ends_at_an_end_token_and_with_the_context() -> None:
     model = tiny.hugging_face("llama")
     ours = build(read_spec(model.config, tiny.CONTEXT), model.state_dict())
     rows = [tiny.tokens_of(4)[0].numpy(), tiny.tokens_of(tiny.CONTEXT - 3)[0].numpy()]
-    free = continued(ours, padded(rows, CPU), 10, [], tiny.CONTEXT, greedy)
+    free = continued(ours, together(rows, CPU), 10, [], tiny.CONTEXT, greedy)
     assert [len(row) for row in free] == [10, 3]
     stop = free[0][6]
     first = free[0].index(stop)
-    ended = continued(ours, padded(rows, CPU), 10, [stop], tiny.CONTEXT, greedy)
+    ended = continued(ours, together(rows, CPU), 10, [stop], tiny.CONTEXT, greedy)
     assert ended[0] == free[0][:first]
 
 
 def vectors_of(model: Transformer) -> tuple[TokenVectors, list[torch.Tensor]]:
-    batch = padded(sequences(), CPU)
+    batch = together(sequences(), CPU)
     vectors = hidden_states(model, batch, adapted=False)
-    return TokenVectors(model, batch, vectors), [
-        row[:n].double() for row, n in zip(vectors, LENGTHS, strict=True)
-    ]
+    return TokenVectors(model, batch, vectors), [row.double() for row in vectors.split(LENGTHS)]
 
 
 @torch.no_grad()
@@ -120,7 +118,7 @@ def test_estimators_are_numbers_of_whatever_is_said() -> None:
     """One token, two, and the same one again and again, whose centred vectors vanish."""
     source = tiny.hugging_face("llama")
     model = build(read_spec(source.config, tiny.CONTEXT), source.state_dict())
-    batch = padded([np.array([5]), np.array([5, 5]), np.full(9, 5)], CPU)
+    batch = together([np.array([5]), np.array([5, 5]), np.full(9, 5)], CPU)
     vectors = hidden_states(model, batch, adapted=False)
     seen = TokenVectors(model, batch, vectors)
     for name, estimate in ESTIMATORS.items():
