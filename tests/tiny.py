@@ -152,6 +152,19 @@ def save_checkpoint(folder: Path, kind: str = "llama", **changes: object) -> Pat
     return folder
 
 
+# <s>user: …</s>, <s>assistant: …</s>, a line each, with the ids of ``bpe``.
+_OPENED = (2, "\n", 1, "assistant: ")
+CHAT = manifest.ChatPieces(
+    begin=(1, "user: "),
+    answer=_OPENED,
+    ask=(2, "\n", 1, "user: "),
+    last_answer=_OPENED,
+    end=(2, "\n"),
+    reply=_OPENED,
+    unanswered=(2, "\n"),
+)
+
+
 def paper_bundle(folder: Path, spec: ModelSpec, targets: Sequence[str], rank: int) -> Path:
     """A bundle of stand-in files around a true manifest: for what only looks at the manifest."""
     for name, content in {
@@ -159,7 +172,6 @@ def paper_bundle(folder: Path, spec: ModelSpec, targets: Sequence[str], rank: in
         "adapter/adapter_model.safetensors": bytes(range(40)),
         "android/adapter.ptd": bytes(64),
         "android/lm.pte": b"ET12" * 20,
-        "chat_template.jinja": TEMPLATE.encode(),
         "config.json": b"{}\n",
         "tokenizer.json": b"{}\n",
     }.items():
@@ -191,11 +203,7 @@ def paper_bundle(folder: Path, spec: ModelSpec, targets: Sequence[str], rank: in
                 config="config.json",
             ),
             tokenizer=manifest.Tokenizer(
-                file="tokenizer.json",
-                chat_template="chat_template.jinja",
-                bos_id=1,
-                eos_ids=(2,),
-                pad_id=None,
+                file="tokenizer.json", bos_id=1, eos_ids=(2,), pad_id=None, chat=CHAT
             ),
             adapter=manifest.Adapter(
                 rank=rank,

@@ -21,7 +21,7 @@ from runtime_py.loop.errors import TrainingError
 from runtime_py.loop.files import replacing, writing
 from toolchain import defaults
 from toolchain.report.charts import Series, write_svg
-from toolchain.training_data import TrainingData, read_training_data
+from toolchain.training_data import TrainingData, flat, read_training_data
 
 RUN, PEFT, PTD, CURVE = "run", "adapter", "adapter.ptd", "curve.svg"
 
@@ -148,7 +148,7 @@ def train_adapter(
     with writing(out):  # told before anything is computed
         (out / RUN).mkdir(parents=True, exist_ok=True)
     every = 0 if split.stopping else settings.check_every
-    progress = _Progress(engine, state, split.held_out, every, on_step)
+    progress = _Progress(engine, state, flat(split.held_out), every, on_step)
     outcome = _run(opened, engine, state, split, settings, out / RUN, progress)
     judged = progress.end(outcome.kept_step)
     _write(out, {**values, **state.tensors})
@@ -190,11 +190,12 @@ def _run(
     outcome = train(
         engine,
         state,
-        split.training,
+        flat(split.training),
         settings,
         bundle.training.optimizer,
         folder,
-        stopping=split.stopping,
+        stopping=flat(split.stopping),
+        sets=[len(some) for some in split.training],
         base=bundle.training_digest,
         on_step=on_step,
     )

@@ -185,13 +185,14 @@ def _from_folder(folder: Path, name: str, template: Path | None) -> Checkpoint:
     state = SafetensorsState(weight_files(folder), rename)
     _check_tie(config, state, folder)
     tokenizer = json_tokenizer(folder)
-    stops = _as_ids(config.eos_token_id) | _as_ids(tokenizer.eos_token_id)
+    named = {"its tokenizer": tokenizer.eos_token_id}
     if (folder / "generation_config.json").is_file():
-        stops |= _as_ids(read_json(folder / "generation_config.json").get("eos_token_id"))
+        generation = read_json(folder / "generation_config.json")
+        named["generation_config.json"] = generation.get("eos_token_id")
+    named["config.json"] = config.eos_token_id
+    stops = _end_ids(named, config.vocab_size, str(folder))
     chosen = settle_template(tokenizer, template, config.vocab_size, str(folder))
-    return Checkpoint(
-        config, state, tokenizer, chosen, tuple(sorted(stops)), _source(name, state.files)
-    )
+    return Checkpoint(config, state, tokenizer, chosen, stops, _source(name, state.files))
 
 
 def _from_gguf(path: Path, template: Path | None) -> Checkpoint:
@@ -204,11 +205,15 @@ def _from_gguf(path: Path, template: Path | None) -> Checkpoint:
     config._attn_implementation = "eager"
     state = GGUFState(file, config)
     tokenizer = gguf_tokenizer(file)
-    stops = _as_ids(config.eos_token_id) | _as_ids(file.metadata.get("tokenizer.ggml.eot_token_id"))
+    eot = "tokenizer.ggml.eot_token_id"
+    named = {
+        "its tokenizer": tokenizer.eos_token_id,
+        "its metadata": config.eos_token_id,
+        eot: file.metadata.get(eot),
+    }
+    stops = _end_ids(named, config.vocab_size, str(path))
     chosen = settle_template(tokenizer, template, config.vocab_size, str(path))
-    return Checkpoint(
-        config, state, tokenizer, chosen, tuple(sorted(stops)), _source(path.name, (path,))
-    )
+    return Checkpoint(config, state, tokenizer, chosen, stops, _source(path.name, (path,)))
 
 
 def _folder_config(folder: Path) -> dict:
@@ -277,9 +282,28 @@ def _check_tie(config: PreTrainedConfig, state: SafetensorsState, folder: Path) 
         )
 
 
-def _as_ids(value: object) -> set[int]:
-    many = value if isinstance(value, list) else [value]
-    return {v for v in many if isinstance(v, int)}
+def _end_ids(named: Mapping[str, object], vocab: int, where: str) -> tuple[int, ...]:
+    """The tokens that end a reply, each once, the tokenizer's own first. ``named``: an id, several
+    or None, by who names it."""
+    found: dict[int, None] = {}
+    wrong = []
+    for who, value in named.items():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, int) and not isinstance(one, bool) and 0 <= one < vocab:
+                found[one] = None
+            elif one is not None:
+                wrong.append(f"{who} names {one!r}")
+    if wrong:
+        raise ExportError(
+            f"{where}: {'; '.join(wrong)} as a token that ends a reply; expected ids from 0 to "
+            f"{vocab - 1}. Correct eos_token_id there."
+        )
+    if not found:
+        raise ExportError(
+            f"{where} names no token that ends a reply, so no reply would end: name one as "
+            f"eos_token in tokenizer_config.json, or as eos_token_id in generation_config.json."
+        )
+    return tuple(found)
 
 
 def _source(name: str, files: tuple[Path, ...]) -> str:

@@ -15,7 +15,7 @@ from runtime_py.loop.errors import LoopError
 from runtime_py.loop.files import sha256
 from runtime_py.loop.policy import LoopPolicy
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest.sha256"  # of the manifest itself, in hexadecimal
 
@@ -68,12 +68,51 @@ class Model(_Section):
     config: str
 
 
+Item = str | int  # text, or the id of a special token
+
+
+class Strip(_Section):
+    """The characters that are taken off the ``left`` and the ``right`` end of what is said."""
+
+    left: str = ""
+    right: str = ""
+
+
+class ChatPieces(_Section):
+    """What the model's chat template writes around what is said, turns alternating from the user's
+    on. ``begin``: before the first words; ``answer``, ``ask``: between the user's words and the
+    assistant's, and between these and the user's next; ``last_answer``, ``end``: before and after
+    the assistant's last words; ``reply``: after the user's last words where a reply is to be
+    written, and what ``last_answer`` begins with; ``unanswered``: where none is. ``user``,
+    ``assistant``: what is stripped off their words; ``last_user``, ``last_assistant``: where no
+    turn follows. ``date``: which day it is for ever, where the template asks for it."""
+
+    begin: tuple[Item, ...]
+    answer: tuple[Item, ...]
+    ask: tuple[Item, ...]
+    last_answer: tuple[Item, ...]
+    end: tuple[Item, ...]
+    reply: tuple[Item, ...]
+    unanswered: tuple[Item, ...]
+    user: Strip = Strip()
+    assistant: Strip = Strip()
+    last_user: Strip = Strip()
+    last_assistant: Strip = Strip()
+    date: str | None = None
+
+
 class Tokenizer(_Section):
+    """``eos_ids``: every token that ends a reply, the tokenizer's own first. ``normalize``: what a
+    host does with a text before it is encoded. ``rewritten``: in what ``file`` differs from the
+    model's own, so that all hosts read it alike."""
+
     file: str
-    chat_template: str
     bos_id: int | None
     eos_ids: tuple[int, ...]
     pad_id: int | None
+    normalize: Literal["NFC"] | None = None
+    rewritten: tuple[str, ...] = ()
+    chat: ChatPieces
 
 
 class AdapterTensor(_Section):
@@ -209,7 +248,7 @@ class File(_Section):
 
 
 class Manifest(_Section):
-    schema_version: Literal[4] = 4
+    schema_version: Literal[5] = 5
     attune: str
     versions: dict[str, str]
     model: Model
@@ -225,7 +264,7 @@ class Manifest(_Section):
     def _names_checked_files(self) -> Manifest:
         """Whatever a host will open is among ``files``, or a folder of them."""
         programs = [p for target in (self.android, self.ios) if target for p in target.programs]
-        named = [self.model.config, self.tokenizer.file, self.tokenizer.chat_template]
+        named = [self.model.config, self.tokenizer.file]
         named += [p.file for p in programs]
         named += [self.adapter.peft, self.adapter.runtime or self.adapter.peft]
         named += self.policy.lexicons

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtime_py.bundle.chat_pieces import UNSAID
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.loop.dialogue import Dialogue
 from runtime_py.loop.errors import TrainingError
@@ -39,29 +40,25 @@ class Example:
 
 
 def example(dialogue: Dialogue, text: ChatText, last_only: bool = False) -> Example:
-    """The dialogue by the chat template, with the assistant's contents and the token that ends
-    each of them as labels; with ``last_only`` those of its last turn. Raises ``TrainingError``
-    where nothing in it can be learned."""
-    spans = text.assistant_spans(dialogue.turns, last_only)
-    if not spans:
+    """The dialogue as one sequence, with what the assistant said and the token that ends each of
+    its turns as labels; with ``last_only`` those of its last turn. Raises ``TrainingError`` where
+    nothing in it can be learned, or its turns are not ``written_alike``."""
+    if not last_only and not text.written_alike and dialogue.exchanges > 1:
         raise TrainingError(
-            f"dialogue {dialogue.id} has no assistant turn, so there is nothing to learn from it: "
-            f"leave it out."
+            f"dialogue {dialogue.id} has {dialogue.exchanges} exchanges, and the model writes a "
+            f"reply otherwise once more turns follow: learn each in a sequence of its own."
         )
-    tokens, offsets = text.encode_with_offsets(text.render(dialogue.turns))
-    labels = np.full(len(tokens), IGNORED, np.int64)
-    for index, (begin, end) in enumerate(offsets):
-        if begin == end and index:  # a tokenizer that trims spaces off a token's characters
-            begin = offsets[index - 1][1]
-        # A token that begins in the prompt and ends in the reply is the reply's.
-        if end > begin and any(end > start and begin < stop for start, stop in spans):
-            labels[index] = tokens[index]
-    labels[0] = IGNORED  # nothing comes before it
+    read = text.tokens(dialogue.turns)
+    last = len(dialogue.turns) - 1
+    tokens = np.asarray(read.ids, np.int64)
+    said = np.asarray(read.said, np.int64)
+    labels = np.where((said == last) if last_only else (said != UNSAID), tokens, IGNORED)
+    labels[:1] = IGNORED  # nothing comes before it
     if not (labels != IGNORED).any():
         raise TrainingError(
             f"dialogue {dialogue.id} has no token that the assistant said: leave it out."
         )
-    return Example(dialogue.id, np.asarray(tokens, np.int64), labels)
+    return Example(dialogue.id, tokens, labels)
 
 
 def pack(examples: Sequence[Example], capacity: int) -> list[list[Example]]:
@@ -85,32 +82,39 @@ def pack(examples: Sequence[Example], capacity: int) -> list[list[Example]]:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Examples that fit the programs; ids of dialogues that were cut, and of those left out."""
+    """Examples that fit the programs, ``sets`` of them by dialogue; ids of dialogues that were cut,
+    and of those left out."""
 
-    examples: tuple[Example, ...]
+    sets: tuple[tuple[Example, ...], ...]
     cut: tuple[str, ...]
     left_out: tuple[str, ...]
+
+
+def sequences(dialogue: Dialogue, text: ChatText) -> tuple[Example, ...]:
+    """The dialogue as what teaches every turn of the assistant's: one sequence, or where the model
+    writes a turn otherwise once more follow, one for each exchange. Raises ``TrainingError``."""
+    if text.written_alike:
+        return (example(dialogue, text),)
+    heads = (dialogue.up_to(number) for number in range(dialogue.exchanges))
+    return tuple(example(head, text, last_only=True) for head in heads)
 
 
 def fit(
     dialogues: Sequence[Dialogue], text: ChatText, longest: int, refuse_long: bool = False
 ) -> Fitted:
-    """Every dialogue as an example of at most ``longest`` input tokens.
+    """Every dialogue as ``sequences`` of at most ``longest`` input tokens.
 
     A longer one is cut after the last exchange that fits, and left out where not even its first
     does; with ``refuse_long`` all too long are named in one ``TrainingError`` instead.
     """
-    examples, cut, out = [], [], []
+    sets, cut, out = [], [], []
     for dialogue in dialogues:
-        whole = example(dialogue, text)
-        if whole.inputs <= longest:
-            examples.append(whole)
-            continue
-        for turns in range(len(dialogue.turns) - 2, 1, -2):
-            shorter = example(Dialogue(dialogue.id, dialogue.turns[:turns]), text)
-            if shorter.inputs <= longest:
-                examples.append(shorter)
-                cut.append(dialogue.id)
+        for exchanges in range(dialogue.exchanges, 0, -1):
+            made = sequences(dialogue.up_to(exchanges - 1), text)
+            if all(one.inputs <= longest for one in made):
+                sets.append(made)
+                if exchanges < dialogue.exchanges:
+                    cut.append(dialogue.id)
                 break
         else:
             out.append(dialogue.id)
@@ -120,4 +124,4 @@ def fit(
             f"({longest} tokens): {', '.join((*cut, *out)[:20])}. Shorten them, or leave out "
             f"--refuse-long to have them cut at a turn."
         )
-    return Fitted(tuple(examples), tuple(cut), tuple(out))
+    return Fitted(tuple(sets), tuple(cut), tuple(out))

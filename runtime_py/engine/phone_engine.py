@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class PhoneEngine:
         lean: bool = False,
     ) -> None:
         self._program, self._adapter = bundle.android.lm, bundle.android.adapter
-        self.text = ChatText(bundle)
+        self.text = ChatText.of(bundle)
         self._bundle, self._threads, self._on_call = bundle, threads, on_call
         self._lm: ExecutorchLm | None = None
         self._lean, self._method = lean, ""
@@ -92,7 +92,7 @@ class PhoneEngine:
         return self._lm
 
     def embed(self, dialogue: Dialogue) -> Embedding:
-        ids = self.text.encode(self.text.render(dialogue.turns))
+        ids = self.text.tokens(dialogue.turns).ids
         ids = ids[: self._bundle.manifest.policy.embed_length]
         pooled, entropy = self._loaded("embed").embed(_tokens(ids))  # [1, n] -> [hidden]
         self._on_call(LmCall("embed", len(ids), 0))
@@ -126,8 +126,7 @@ class PhoneEngine:
             if position + 1 < end:
                 logits = lm.forward(_tokens([token]), position)
         self._on_call(LmCall("decode", len(written), len(prompt)))
-        text = self.text.tokenizer.decode(written, skip_special_tokens=True)
-        return cast(str, text).strip()  # of one list of tokens one text
+        return self.text.decode(written).strip()
 
 
 def _tokens(ids: Sequence[int]) -> Tensor:

@@ -33,7 +33,8 @@ def with_replay(
     wanted = replay_count(len(own), share)
     if not wanted:
         return tuple(own)
-    fitting = fit(generic, text, max(one.inputs for one in own)).examples
+    sets = fit(generic, text, max(one.inputs for one in own)).sets
+    fitting = [one for some in sets for one in some]
     return (*own, *draw(fitting, wanted, seed))
 
 

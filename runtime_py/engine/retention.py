@@ -52,7 +52,7 @@ def general_examples(
     A dialogue is one sequence, cut at its end; plain text is as many as it needs. What the template
     begins every dialogue with is read and not counted, and neither is a sequence's first token.
     """
-    dialogues = {one.id: text.encode(text.render(one.turns)) for one in texts if one.turns}
+    dialogues = {one.id: text.tokens(one.turns).ids for one in texts if one.turns}
     start = max(_shared(list(dialogues.values())), 1)
     examples: list[Example] = []
     left = tokens

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.native import silenced
 from runtime_py.loop.errors import BundleError
+
+_UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
 
 
 class StockRunner:
@@ -24,8 +27,10 @@ class StockRunner:
             from executorch.kernels import quantized  # noqa: F401
 
         self.context = manifest.model.context
-        self.text = ChatText(bundle)
-        tokenizer = bundle.path / manifest.tokenizer.file
+        self.text = ChatText.of(bundle)
+        self._folder = TemporaryDirectory(prefix="attune-")
+        tokenizer = Path(self._folder.name) / "tokenizer.json"
+        tokenizer.write_text(_undecoded(bundle.path / manifest.tokenizer.file), encoding="utf-8")
         with silenced():
             self._runner = TextLLMRunner(
                 str(android.lm), str(tokenizer), str(adapter or android.adapter)
@@ -34,28 +39,37 @@ class StockRunner:
     def generate(
         self, prompt: str, count: int, temperature: float, stream: bool = False
     ) -> tuple[str, dict]:
-        """At most ``count`` tokens of text after ``prompt`` (already rendered), and the runner's
-        own statistics. ``temperature``: 0 is greedy. ``stream`` prints each piece as it comes.
+        """At most ``count`` tokens of text after ``prompt`` (``ChatText.for_runner``'s), and the
+        runner's own statistics. ``temperature``: 0 is greedy. ``stream`` prints every character as
+        soon as all its bytes are there.
 
         Raises ``BundleError`` for a prompt that leaves no room.
         """
         from executorch.extension.llm.runner import GenerationConfig
 
-        if (length := len(self.text.encode(prompt))) >= self.context:
+        if (length := len(self.text.read_by_runner(prompt))) >= self.context:
             raise BundleError(
                 f"the prompt has {length} tokens, and the bundle's context ends at "
                 f"{self.context}: give a shorter one, or export with a larger --context."
             )
         self._runner.reset()
-        pieces: list[str] = []
+        ids: list[int] = []
         statistics: dict = {}
+        shown = 0
 
-        def on_token(piece: str) -> None:
-            if piece not in self.text.stops:
-                pieces.append(piece)
-                if stream:
-                    terminal.write(piece)
-                    terminal.flush()
+        def show(text: str) -> None:
+            nonlocal shown
+            terminal.write(text[shown:])
+            terminal.flush()
+            shown = len(text)
+
+        def on_token(token: str) -> None:
+            index = self.text.tokenizer.token_to_id(token)
+            if index is None or token in self.text.stops:
+                return
+            ids.append(index)
+            if stream and not (text := self.text.decode(ids)).endswith(_UNFINISHED):
+                show(text)
 
         def on_stats(values: Any) -> None:
             statistics.update(json.loads(values.to_json_string()))
@@ -63,4 +77,13 @@ class StockRunner:
         config = GenerationConfig(echo=False, max_new_tokens=count, temperature=temperature)
         with silenced() as terminal:
             self._runner.generate(prompt, config, on_token, on_stats)
-        return "".join(pieces), statistics
+            text = self.text.decode(ids)
+            if stream:
+                show(text)
+        return text, statistics
+
+
+def _undecoded(tokenizer: Path) -> str:
+    """The file's text without its decoder: the runner then names each token as the vocabulary does,
+    where Python would get the bytes of half a character as text, which they are not."""
+    return json.dumps(json.loads(tokenizer.read_bytes()) | {"decoder": None}, ensure_ascii=False)

@@ -57,9 +57,10 @@ def digest(
     state: AdapterState,
     capacity: int,
     base: str,
+    sets: Sequence[int],
 ) -> str:
-    """What tells this run from every other: data, settings, the adapter that it starts from, the
-    engine's ``capacity``, which decides what is packed together, and ``base``.
+    """What tells this run from every other: data and their ``sets``, settings, the adapter that it
+    starts from, the engine's ``capacity``, which decides what is packed together, and ``base``.
 
     ``save_every`` is not part of it: it changes nothing that is computed.
     """
@@ -69,6 +70,7 @@ def digest(
     return job_digest(
         {
             "data": _digest(examples),
+            "sets": list(sets),
             "stopping": _digest(stopping),
             "settings": known,
             "start": start,
@@ -94,6 +96,7 @@ def train(
     folder: Path,
     *,
     stopping: Sequence[Example] = (),
+    sets: Sequence[int] | None = None,
     base: str = "",
     on_step: Callable[[StepReport], None] = lambda step: None,
     on_check: Callable[[int], None] = lambda step: None,
@@ -103,7 +106,8 @@ def train(
     ``folder``. None where ``stop`` said so between two calls: all whole steps are saved.
 
     ``stopping``: their mean loss is taken at step 0, every ``check_every`` steps and at the end;
-    ``state`` ends with the parameters where it was least, the earliest of equals. ``base`` names
+    ``state`` ends with the parameters where it was least, the earliest of equals. ``sets``: how
+    many examples in turn are one dialogue's, which a batch counts once; None: one. ``base`` names
     the weights that ``engine`` computes with, where a run could meet others. ``on_step`` gets every
     step, after it, and ``on_check`` the step of every look at ``stopping``; both before they are
     saved.
@@ -112,9 +116,11 @@ def train(
     """
     if not examples:
         raise TrainingError("there is no dialogue to train on: give at least one.")
-    job = digest(examples, stopping, settings, state, engine.capacity, base)
+    together = _together(examples, sets)
+    sizes = [len(some) for some in together]
+    job = digest(examples, stopping, settings, state, engine.capacity, base, sizes)
     folder.mkdir(parents=True, exist_ok=True)
-    plan = batches(len(examples), settings)
+    plan = batches(len(together), settings)
     run = _Run(engine, state, settings, optimizer, folder, job, len(plan), stopping)
     while True:
         if run.must_look:
@@ -124,10 +130,16 @@ def train(
         run.save_if_due()
         if run.ended:
             return run.end()
-        report = run.take([examples[index] for index in plan[run.step]], stop)
+        batch = [one for index in plan[run.step] for one in together[index]]
+        report = run.take(batch, stop)
         if report is None:
             return None
         on_step(report)
+
+
+def _together(examples: Sequence[Example], sets: Sequence[int] | None) -> list[list[Example]]:
+    left = iter(examples)
+    return [[next(left) for _ in range(size)] for size in sets or [1] * len(examples)]
 
 
 class _Run:

@@ -68,7 +68,7 @@ def test_it_learns_and_peft_agrees(
     assert (out / "curve.svg").read_text().startswith("<?xml")
     base = AutoModelForCausalLM.from_pretrained(builtin_folder(), dtype=torch.float32)
     peft = PeftModel.from_pretrained(base, str(out / "adapter")).eval()
-    text = ChatText(open_bundle(fp32.bundle))
+    text = ChatText.of(open_bundle(fp32.bundle))
     total, count, bounds = 0.0, 0, []
     spec = read_spec(base.config, open_bundle(fp32.bundle).manifest.model.context)
     dialogues = [record.dialogue for record in read_stream(data)]

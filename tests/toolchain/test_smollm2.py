@@ -102,7 +102,7 @@ def _greedy(model: PreTrainedModel | PeftModel, checkpoint: Checkpoint, rendered
 
 def _replies(runner: StockRunner, prompts: list[str]) -> dict[str, str]:
     """Rendered prompt -> the stock runner's greedy reply."""
-    rendered = [runner.text.render([Turn("user", prompt)], reply=True) for prompt in prompts]
+    rendered = [runner.text.for_runner([Turn("user", prompt)]) for prompt in prompts]
     return {text: runner.generate(text, REPLY, 0.0)[0] for text in rendered}
 
 

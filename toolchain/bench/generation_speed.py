@@ -6,9 +6,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
-
 from runtime_py.bundle.bundle import Bundle, open_bundle
+from runtime_py.bundle.chat_text import ChatText
 from runtime_py.loop.errors import BundleError
 from toolchain.bench import machine
 from toolchain.bench.contestants import Contestants
@@ -91,11 +90,8 @@ def _refuse_beyond_context(bundle: Bundle, prompt_tokens: int, tokens: int) -> N
 
 def text_ids(bundle: Bundle, count: int) -> list[int]:
     """Token ids of the text that ships with attune, repeated where it is too short."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(bundle.path / bundle.manifest.tokenizer.file)
-    )
     turns = [turn["content"] for d in shipped_dialogues("perplexity") for turn in d]
-    ids = tokenizer("\n".join(turns), add_special_tokens=False)["input_ids"]
+    ids = ChatText.of(bundle).encode("\n".join(turns))
     return (ids * (count // len(ids) + 1))[:count]
 
 

@@ -111,7 +111,7 @@ def pick_sequence(bundle: Bundle, most: int = 256, data: Path | None = None) -> 
 
     Raises ``LoopError`` for a stream that is none, and ``BundleError`` where no dialogue serves.
     """
-    text = ChatText(bundle)
+    text = ChatText.of(bundle)
     if data is not None:
         dialogues = read_dialogues(data)
     else:

@@ -63,7 +63,7 @@ def _runtime_adapter(manifest: Manifest, adapter: Path | None) -> Iterator[Path 
 
 
 def _once(runner: StockRunner, prompt: str, count: int, temperature: float, as_json: bool) -> None:
-    rendered = runner.text.render([Turn("user", prompt)], reply=True)
+    rendered = runner.text.for_runner([Turn("user", prompt)])
     reply, statistics = runner.generate(rendered, count, temperature, stream=not as_json)
     if as_json:
         print_json({"prompt": prompt, "rendered": rendered, "reply": reply, "stats": statistics})
@@ -83,9 +83,9 @@ def _converse(runner: StockRunner, manifest: Manifest, count: int, temperature: 
             continue
         turns = _fitting(runner, [*turns, Turn("user", line)], count)
         try:
-            prompt = runner.text.render(turns, reply=True)
+            prompt = runner.text.for_runner(turns)
             reply, statistics = runner.generate(prompt, count, temperature, stream=True)
-        except BundleError as error:  # this message alone is too long: the conversation goes on
+        except BundleError as error:  # this message cannot be answered: the conversation goes on
             console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
             turns.pop()
             continue
@@ -107,8 +107,7 @@ def _ask() -> str | None:
 def _fitting(runner: StockRunner, turns: list[Turn], count: int) -> list[Turn]:
     """``turns`` without the first exchanges, so that a reply of ``count`` tokens has room."""
     while len(turns) > 1:
-        rendered = runner.text.render(turns, reply=True)
-        if len(runner.text.encode(rendered)) + count <= runner.context:
+        if len(runner.text.tokens(turns, reply=True).ids) + count <= runner.context:
             break
         turns = turns[2:]
     return turns

@@ -53,7 +53,7 @@ def demo(
             exported = time.monotonic() - start
             stages("generate a reply")
             runner = StockRunner(opened)
-            rendered = runner.text.render([Turn("user", PROMPT)], reply=True)
+            rendered = runner.text.for_runner([Turn("user", PROMPT)])
             reply, statistics = runner.generate(rendered, count=40, temperature=0.0)
             proof = ladder.climb(bundle, quick=True, progress=stages)
             stages("the loop: observe, ask, fine-tune")

@@ -46,7 +46,7 @@ def evaluate(
     original = find_source(opened.manifest, source)
     if isinstance(original, str):
         raise BundleError(f"{bundle} cannot be compared with PyTorch: {original}.")
-    texts = evaluation.texts_of(opened.manifest, original, chosen, longest)
+    texts = evaluation.texts_of(opened, chosen, longest)
     with counted_progress(as_json) as bar:
         task = bar.add_task("", total=1)
 

@@ -14,10 +14,8 @@ from runtime_py.loop.files import replacing
 from toolchain import defaults
 from toolchain.compile.android import compile_android
 from toolchain.compile.bundle_manifest import (
-    CHAT_TEMPLATE,
     CONFIG,
     PEFT,
-    TOKENIZER,
     make_manifest,
     write_lexicons,
 )
@@ -32,6 +30,7 @@ from toolchain.compile.export_job import (
 from toolchain.compile.golden_vectors import GoldenReference, GoldenTraining, stream, write_golden
 from toolchain.compile.ios import compile_ios
 from toolchain.compile.mean_vector import write_mean_vector
+from toolchain.compile.phone_text import TOKENIZER
 from toolchain.compile.policy_file import LORA, PolicyFile, read_policy_file
 from toolchain.compile.precision import PrecisionChooser
 from toolchain.compile.shipped_general import write_general
@@ -169,10 +168,7 @@ def _finish(job: ExportJob, results: Mapping[str, TargetResult], progress: Progr
     folder, checkpoint = job.folder, job.input.checkpoint
     lexicons, general = write_lexicons(folder), write_general(folder)
     write_peft(folder / PEFT, job.input.adapter)
-    # Not the library's save, which has no error of its own for a full disk.
-    tokenizer = checkpoint.tokenizer.backend_tokenizer.to_str(pretty=True)
-    (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
-    (folder / CHAT_TEMPLATE).write_text(checkpoint.chat_template, encoding="utf-8")
+    (folder / TOKENIZER).write_text(job.input.text.tokenizer, encoding="utf-8")
     config = json.dumps(checkpoint.config.to_dict(), indent=1, sort_keys=True, default=str)
     (folder / CONFIG).write_text(config + "\n", encoding="utf-8")
     keeper, weights = _weights(results)

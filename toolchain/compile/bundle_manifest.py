@@ -23,13 +23,7 @@ from toolchain.compile.paraphrase_forms import choose_form, trial_dialogues, unm
 from toolchain.compile.policy_file import FORM, within_lengths
 from toolchain.compile.tested_versions import tested_versions
 
-PEFT, CONFIG, TOKENIZER, CHAT_TEMPLATE, LEXICON_FOLDER = (
-    "adapter",
-    "config.json",
-    "tokenizer.json",
-    "chat_template.jinja",
-    "lexicons",
-)
+PEFT, CONFIG, LEXICON_FOLDER = "adapter", "config.json", "lexicons"
 
 
 def write_lexicons(folder: Path) -> tuple[str, ...]:
@@ -54,20 +48,14 @@ def make_manifest(
 ) -> m.Manifest:
     """Of the files that now lie in the job's folder. ``results``: by target; ``general``: paths of
     the general text and of the dialogues to replay."""
-    source, checkpoint = job.input, job.input.checkpoint
+    source = job.input
     runtime = ADAPTER if "android" in results else None
     offsets = locate(job.folder / ADAPTER) if runtime else {}
     manifest = m.Manifest(
         attune=version("attune-mobile"),
         versions=tested_versions(),
         model=_model(job),
-        tokenizer=m.Tokenizer(
-            file=TOKENIZER,
-            chat_template=CHAT_TEMPLATE,
-            bos_id=checkpoint.tokenizer.bos_token_id,
-            eos_ids=checkpoint.eos_ids,
-            pad_id=checkpoint.tokenizer.pad_token_id,
-        ),
+        tokenizer=source.text.facts,
         adapter=m.Adapter(
             rank=source.rank,
             alpha=source.adapter.alpha,

@@ -10,6 +10,7 @@ from exporters.model.spec import ModelSpec, read_spec
 from runtime_py.bundle.manifest import Policy
 from runtime_py.bundle.peft_adapter import PeftAdapter, check_fits, fresh_config, read_peft
 from toolchain.compile import adapter_layout
+from toolchain.compile.phone_text import PhoneText, text_of
 from toolchain.defaults import BUILTIN
 
 
@@ -35,6 +36,7 @@ class ExportInput:
     adapter: PeftAdapter
     modules: tuple[str, ...]
     rank: int
+    text: PhoneText
 
     @property
     def bos_id(self) -> int:
@@ -65,10 +67,12 @@ def read_input(
         peft = read_peft(adapter.folder)
         check_fits(peft, adapter_layout.module_shapes(spec))
         modules, rank = adapter_layout.modules_of(peft), adapter_layout.highest_rank(peft)
-        return ExportInput(name, checkpoint, spec, peft, modules, rank)
+        text = text_of(checkpoint, model)
+        return ExportInput(name, checkpoint, spec, peft, modules, rank, text)
     policy = Policy()
     rank = adapter.rank or policy.lora_rank
     modules = adapter.modules or (("qkv_proj",) if spec.fused else policy.lora_targets)
     config = fresh_config(rank, adapter.alpha or policy.lora_alpha, modules, name)
     peft = adapter_layout.fresh(spec, config, modules, rank)
-    return ExportInput(name, checkpoint, spec, peft, modules, rank)
+    text = text_of(checkpoint, model)
+    return ExportInput(name, checkpoint, spec, peft, modules, rank, text)

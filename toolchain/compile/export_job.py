@@ -19,7 +19,7 @@ from runtime_py.bundle.adapter_forms import to_runtime
 from toolchain.compile import adapter_layout, proofs, training_part
 from toolchain.compile.export_input import ExportInput
 from toolchain.compile.precision import ChosenPrecision
-from toolchain.compile.shipped_text import shipped_dialogues, tokenize
+from toolchain.compile.shipped_text import shipped_turns, tokenize
 
 EMBED_LENGTH = 512  # most tokens of a dialogue that ``embed`` reads
 Progress = Callable[[str], None]
@@ -93,9 +93,7 @@ def prepare(
     layout = adapter_layout.layout(spec, source.modules, source.rank)
     adapter = to_runtime(source.adapter, layout)
     texts = {
-        split: tokenize(
-            checkpoint.tokenizer, checkpoint.chat_template, shipped_dialogues(split), spec.context
-        )
+        split: tokenize(source.text.chat_text(spec.context), shipped_turns(split), spec.context)
         for split in ("calibration", "perplexity")
     }
     progress("prove equal to transformers")

@@ -9,8 +9,8 @@ from importlib.resources import files
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
+from runtime_py.bundle.chat_text import ChatText
 from runtime_py.loop.dialogue import Dialogue, Turn
 
 LONGEST = 512  # tokens of a dialogue that are used
@@ -28,18 +28,16 @@ def as_dialogue(id: str, turns: Sequence[dict]) -> Dialogue:
     return Dialogue(id, tuple(Turn(turn["role"], turn["content"]) for turn in turns))
 
 
+def shipped_turns(split: str) -> list[tuple[Turn, ...]]:
+    """``shipped_dialogues`` as turns."""
+    return [as_dialogue("", turns).turns for turns in shipped_dialogues(split)]
+
+
 def tokenize(
-    tokenizer: PreTrainedTokenizerFast,
-    template: str,
-    dialogues: Sequence[list[dict]],
-    longest: int = LONGEST,
+    text: ChatText, dialogues: Sequence[Sequence[Turn]], longest: int = LONGEST
 ) -> list[Tensor]:
-    """Dialogues rendered by the chat template: int64 [1, S] each, S at most ``longest``."""
-    rendered = [
-        tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-        for turns in dialogues
-    ]
-    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
+    """Dialogues as a bundle's hosts read them: int64 [1, S] each, S at most ``longest``."""
+    encoded = [text.tokens(turns).ids for turns in dialogues]
     return [torch.tensor([ids[:longest]]) for ids in encoded if len(ids) > 1]
 
 

@@ -12,11 +12,12 @@ from exporters.model.quantize import quantized
 from exporters.model.spec import read_spec
 from exporters.model.transformer import Transformer
 from runtime_py.bundle.bundle import Bundle
+from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.loop.errors import BundleError
 from toolchain.compile.export_input import builtin_folder
 from toolchain.compile.precision import ANDROID
-from toolchain.compile.shipped_text import shipped_dialogues, tokenize
+from toolchain.compile.shipped_text import shipped_turns, tokenize
 from toolchain.defaults import BUILTIN
 
 _SHA256 = re.compile(r"sha256:([0-9a-f]{64})")
@@ -85,11 +86,5 @@ def as_in_bundle(model: Transformer, bundle: Bundle, source: CheckpointSource) -
     scheme = ANDROID[bundle.android.quantize]
     if scheme is None:
         return model
-    checkpoint = source.checkpoint
-    texts = tokenize(
-        checkpoint.tokenizer,
-        checkpoint.chat_template,
-        shipped_dialogues("calibration"),
-        model.spec.context,
-    )
+    texts = tokenize(ChatText.of(bundle), shipped_turns("calibration"), model.spec.context)
     return quantized(model, scheme, texts)

@@ -54,7 +54,7 @@ def read_tests(path: Path, plan: LifePlan, bundle: Bundle) -> Tests:
             f"{len(known)} of the {len(tests)} dialogues in {path} are in the stream too, the "
             f"first {known[0]!r}; expected others. attune stream --test writes such."
         )
-    text = ChatText(bundle)
+    text = ChatText.of(bundle)
     capacity = Capacity(
         lambda dialogue: example(dialogue, text, last_only=True).inputs,
         max(bundle.training.lengths),
@@ -87,7 +87,7 @@ def measure_unseen(
 ) -> Unseen:
     """Loss of every test with the bundle's own adapter and with ``adapter``, by the bundle's
     training programs. ``told`` gets how many are done."""
-    text, lessons = ChatText(bundle), tests.lessons
+    text, lessons = ChatText.of(bundle), tests.lessons
     engine = open_training(bundle, threads=threads)
     tensors = bundle.manifest.adapter.tensors
     own, last = (

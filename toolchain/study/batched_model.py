@@ -68,7 +68,7 @@ class BatchedModel:
     ) -> None:
         self.bundle, self.device = bundle, device
         self.shape = shape or adapter_shape(bundle)
-        self.text = ChatText(bundle)
+        self.text = ChatText.of(bundle)
         self.spec = bundle_spec(bundle)
         self.model = base_model(bundle, self.spec, self.shape.modules, self.shape.rank).to(device)
         self.layout = FlatLayout.of(self.shape.tensors)
@@ -175,8 +175,7 @@ class BatchedModel:
         a name in ``ESTIMATORS``."""
         longest = self.bundle.manifest.policy.embed_length
         sequences = [
-            np.asarray(self.text.encode(self.text.render(d.turns))[:longest], np.int64)
-            for d in dialogues
+            np.asarray(self.text.tokens(d.turns).ids[:longest], np.int64) for d in dialogues
         ]
         results: list[Embedding | None] = [None] * len(sequences)
         for call in self.batches([len(sequence) for sequence in sequences]):
@@ -217,9 +216,9 @@ class BatchedModel:
         return texts
 
     def _written(self, prompts: Sequence[np.ndarray], most: int, choose: Choose) -> list[str]:
-        manifest, tokenizer = self.bundle.manifest, self.text.tokenizer
+        manifest = self.bundle.manifest
         batch = together(prompts, self.device)
         rows = continued(
             self.model, batch, most, manifest.tokenizer.eos_ids, manifest.model.context, choose
         )
-        return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
+        return [self.text.decode(row).strip() for row in rows]

@@ -126,7 +126,7 @@ def with_room(
     context = world.bundle.manifest.model.context
 
     def fits(whole: Dialogue) -> bool:
-        prompt = len(world.model.text.encode(world.model.text.render(whole.turns[:-1], reply=True)))
+        prompt = len(world.model.text.tokens(whole.turns[:-1], reply=True).ids)
         return world.tuner.tokens(whole) < context and prompt + reply_tokens <= context
 
     kept = {}

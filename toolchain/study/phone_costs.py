@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from runtime_py.bundle.bundle import Bundle
-from runtime_py.bundle.chat_text import ChatText
+from runtime_py.bundle.chat_text import ChatText, Tokens
 from runtime_py.engine.phone_engine import LmCall
 from runtime_py.engine.retention import GRID
 from runtime_py.engine.streamed_tuner import TrainingCall
@@ -32,7 +32,7 @@ class CallCounter(Protocol):
 class Texts(Protocol):
     """``ChatText`` is one."""
 
-    def render(self, turns: Sequence[Turn], reply: bool = False) -> str: ...
+    def tokens(self, turns: Sequence[Turn], reply: bool = False) -> Tokens: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -57,7 +57,7 @@ class PhoneCosts:
         return self._lm(LmCall("embed", tokens, 0))
 
     def reply(self, messages: Sequence[Turn], text: str) -> float:
-        read = len(self._text.encode(self._text.render(messages, reply=True)))
+        read = len(self._text.tokens(messages, reply=True).ids)
         written = len(self._text.encode(text))
         return self._lm(LmCall("prefill", read, 0)) + self._lm(LmCall("decode", written, read))
 
@@ -101,7 +101,7 @@ class PhoneCosts:
         return self._training(TrainingCall("loss", length, labels))
 
     def _tokens(self, turns: Sequence[Turn]) -> int:
-        return len(self._text.encode(self._text.render(turns)))
+        return len(self._text.tokens(turns).ids)
 
     def _lm(self, call: LmCall) -> float:
         return self._counter.lm(call).seconds(self._compute)

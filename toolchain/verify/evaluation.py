@@ -17,8 +17,8 @@ from torch import Tensor
 from exporters.model.lora_tensors import set_adapter
 from exporters.model.transformer import Transformer
 from runtime_py.bundle.bundle import Bundle
+from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.flat_tensor import read_ptd
-from runtime_py.bundle.manifest import Manifest
 from runtime_py.engine.lm import ExecutorchLm
 from runtime_py.engine.native import silenced
 from runtime_py.loop.dialogue import Dialogue
@@ -124,17 +124,13 @@ class _Watched:
         return logits
 
 
-def texts_of(
-    manifest: Manifest, source: CheckpointSource, dialogues: Sequence[Dialogue], longest: int
-) -> list[Tensor]:
+def texts_of(bundle: Bundle, dialogues: Sequence[Dialogue], longest: int) -> list[Tensor]:
     """Rendered and tokenized as the bundle does it; cut to its context.
 
     Raises ``BundleError`` where nothing is left beside what all texts begin with.
     """
-    checkpoint = source.checkpoint
-    longest = min(longest, manifest.model.context)
-    turns = [[asdict(turn) for turn in dialogue.turns] for dialogue in dialogues]
-    texts = tokenize(checkpoint.tokenizer, checkpoint.chat_template, turns, longest)
+    longest = min(longest, bundle.manifest.model.context)
+    texts = tokenize(ChatText.of(bundle), [dialogue.turns for dialogue in dialogues], longest)
     if not texts or shared_prefix(texts) == max(text.shape[1] for text in texts):
         raise BundleError(
             "perplexity does not count what all dialogues begin with, and here nothing else is "

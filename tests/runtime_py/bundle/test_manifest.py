@@ -76,7 +76,6 @@ FILES = [
     "adapter/adapter_model.safetensors",
     "android/adapter.ptd",
     "android/lm.pte",
-    "chat_template.jinja",
     "tokenizer.json",
 ]
 
@@ -220,7 +219,6 @@ def test_a_path_outside_is_refused(bundle: Path, path: str) -> None:
     ("where", "key"),
     [
         (("tokenizer",), "file"),
-        (("tokenizer",), "chat_template"),
         (("adapter",), "peft"),
         (("adapter",), "runtime"),
         (("android", "programs", 0), "file"),

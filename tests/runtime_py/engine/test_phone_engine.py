@@ -13,7 +13,8 @@ import torch
 from scipy.special import softmax
 from scipy.stats import chisquare
 
-from runtime_py.bundle.chat_text import ChatText
+from runtime_py.bundle.chat_pieces import UNSAID
+from runtime_py.bundle.chat_text import ChatText, Tokens
 from runtime_py.engine import phone_engine
 from runtime_py.engine.phone_engine import PhoneEngine, sample
 from runtime_py.loop.dialogue import Turn
@@ -53,19 +54,20 @@ class Words(ChatText):
     """A chat text whose tokens are words, and a model that says 7 and is asked for no more than its
     context holds."""
 
-    def __init__(self, bundle: Any) -> None:
-        self._manifest = bundle.manifest
-        self.context = bundle.manifest.model.context
-        self.tokenizer: Any = SimpleNamespace(
-            decode=lambda ids, skip_special_tokens: " ".join(map(str, ids))
-        )
+    def __init__(self, context: int) -> None:
+        self.context = context
         self.read: list[int] = []
 
-    def render(self, turns: Sequence[Turn], reply: bool = False) -> str:
-        return " ".join(turn.content for turn in turns)
+    @classmethod
+    def of(cls, bundle: Any) -> Words:
+        return cls(bundle.manifest.model.context)
 
-    def encode(self, text: str) -> list[int]:
-        return [int(word) for word in text.split()]
+    def tokens(self, turns: Sequence[Turn], reply: bool = False, prefix: str = "") -> Tokens:
+        ids = [int(word) for turn in turns for word in turn.content.split()]
+        return Tokens(ids, [UNSAID] * len(ids))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
 
     def prefill(self, tokens: torch.Tensor) -> torch.Tensor:
         self.read = tokens[0].tolist()

@@ -10,6 +10,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime_py.bundle.chat_pieces import UNSAID
+from runtime_py.bundle.chat_text import Tokens
 from runtime_py.engine.examples import IGNORED, Example
 from runtime_py.engine.replay import draw, replay_count, with_replay
 from runtime_py.loop.dialogue import Dialogue, Turn
@@ -55,21 +57,16 @@ def test_the_draw_is_pinned() -> None:
 class Letters:
     """A chat text whose tokens are characters."""
 
-    stops = ("|",)
+    written_alike = True
 
-    def render(self, turns: Sequence[Turn], reply: bool = False) -> str:
-        text = "".join(f"{turn.role[0]}{turn.content}|" for turn in turns)
-        return text + "a" * reply
-
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        return [ord(c) for c in text], [(n, n + 1) for n in range(len(text))]
-
-    def assistant_spans(
-        self, turns: Sequence[Turn], last_only: bool = False
-    ) -> list[tuple[int, int]]:
-        ends = [len(self.render(turns[: n + 1])) for n in range(len(turns))]
-        spans = [(ends[n] - len(turns[n].content) - 1, ends[n]) for n in range(1, len(turns), 2)]
-        return spans[-1:] if last_only else spans
+    def tokens(self, turns: Sequence[Turn]) -> Tokens:
+        ids: list[int] = []
+        said: list[int] = []
+        for index, turn in enumerate(turns):
+            whose = index if turn.role == "assistant" else UNSAID
+            ids += [ord(c) for c in f"{turn.role[0]}{turn.content}|"]
+            said += [UNSAID] + [whose] * (len(turn.content) + 1)
+        return Tokens(ids, said)
 
 
 def dialogue(id: str, *contents: str) -> Dialogue:

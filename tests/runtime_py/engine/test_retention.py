@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from runtime_py.bundle import manifest as m
 from runtime_py.bundle.adapter_state import AdapterState
+from runtime_py.bundle.chat_text import Tokens
 from runtime_py.bundle.general_text import GeneralText
 from runtime_py.engine.examples import IGNORED, Example
 from runtime_py.engine.retention import (
@@ -229,8 +230,9 @@ def test_a_job_ends_within_its_bound_and_the_guard_judges_what_it_keeps(
 class Letters:
     """A chat text whose tokens are characters; the template begins with "<<"."""
 
-    def render(self, turns: Sequence[Turn], reply: bool = False) -> str:
-        return "<<" + "".join(f"{turn.role[0]}:{turn.content};" for turn in turns)
+    def tokens(self, turns: Sequence[Turn]) -> Tokens:
+        text = "<<" + "".join(f"{turn.role[0]}:{turn.content};" for turn in turns)
+        return Tokens(self.encode(text), [])
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]

@@ -145,7 +145,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> ChatText:
 def test_labels_are_what_the_assistant_said(text: ChatText) -> None:
     found = example(dialogue("the cat", "sat on the mat", "that other hat", "another mother"), text)
     said = [t for t, label in zip(found.tokens, found.labels, strict=True) if label != IGNORED]
-    decoded = text.tokenizer.decode(said)
+    decoded = text.tokenizer.decode(said, skip_special_tokens=False)
     assert decoded == " sat on the mat</s> another mother</s>"
     assert found.inputs == int(np.flatnonzero(found.labels != IGNORED)[-1])
     assert found.count == len(said)
@@ -156,10 +156,10 @@ def test_labels_where_a_tokenizer_trims_spaces(text: ChatText) -> None:
     """A token of spaces alone has no characters then; what was said is the same."""
     two = dialogue("the  cat", "sat  on  the mat")
     expected = example(two, text)
-    backend = text.tokenizer.backend_tokenizer
+    backend = text.tokenizer
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
     try:
-        _, offsets = text.encode_with_offsets(text.render(two.turns))
+        offsets = backend.encode(text.render(two.turns), add_special_tokens=False).offsets
         assert any(begin == end for begin, end in offsets)
         np.testing.assert_array_equal(example(two, text).labels, expected.labels)
     finally:
@@ -170,9 +170,10 @@ def test_too_long_is_cut_at_a_turn_or_refused(text: ChatText) -> None:
     short, long = dialogue("the cat", "sat", id="a"), dialogue("the", "cat " * 99, id="c")
     middle = dialogue("the cat", "sat", "that", "hat " * 50, id="b")
     fitted = fit([short, middle, long], text, 40)
-    assert [e.id for e in fitted.examples] == ["a", "b"]
+    assert [[e.id for e in some] for some in fitted.sets] == [["a"], ["b"]]
     assert (fitted.cut, fitted.left_out) == (("b",), ("c",))
-    np.testing.assert_array_equal(fitted.examples[0].tokens, fitted.examples[1].tokens)
+    (first,), (second,) = fitted.sets
+    np.testing.assert_array_equal(first.tokens, second.tokens)
     with pytest.raises(TrainingError, match=r"2 dialogues are longer .* b, c"):
         fit([short, middle, long], text, 40, refuse_long=True)
 
@@ -183,7 +184,7 @@ def test_the_last_reply_alone(text: ChatText) -> None:
     every, last = example(two, text), example(two, text, last_only=True)
     np.testing.assert_array_equal(last.tokens, every.tokens)
     said = [t for t, label in zip(last.tokens, last.labels, strict=True) if label != IGNORED]
-    assert text.tokenizer.decode(said) == " another mother</s>"
+    assert text.tokenizer.decode(said, skip_special_tokens=False) == " another mother</s>"
     assert last.inputs == every.inputs
     one = dialogue("the cat", "sat on the mat")
     np.testing.assert_array_equal(
@@ -192,7 +193,7 @@ def test_the_last_reply_alone(text: ChatText) -> None:
 
 
 def test_nothing_to_learn(text: ChatText) -> None:
-    with pytest.raises(TrainingError, match="dialogue d has no assistant turn"):
+    with pytest.raises(TrainingError, match="dialogue d has no token that the assistant said"):
         example(dialogue("the cat"), text)
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from runtime_py.bundle.adapter_forms import read_values
 from runtime_py.bundle.chat_text import ChatText
-from runtime_py.engine.examples import IGNORED, example
+from runtime_py.engine.examples import IGNORED, Example, example, fit, sequences
 from runtime_py.engine.run_state import FILE
 from runtime_py.engine.streamed_tuner import TrainingCall
 from runtime_py.engine.tuning import lessons
-from runtime_py.loop.errors import BundleError, TrainingError
+from runtime_py.loop.errors import TrainingError
 from runtime_py.loop.protocols import FineTuneJob
 from tests.runtime_py.engine.toy import chat_text, dialogue
 from tests.runtime_py.engine.toy_tuner import (
@@ -52,32 +52,41 @@ def test_what_it_says_of_a_dialogue(text: ChatText, parent: Path) -> None:
     tuner = ToyTuner(text, parent)
     assert tuner.lengths == (48, 96)
     one, more = dialogue("the cat", "sat"), dialogue("the cat", "sat", "that", "hat")
-    read = text.encode(text.render(one.turns))
+    read = text.tokens(one.turns).ids
     # All but the last token of the reply, which ends its turn, is read; a new line follows it.
     end = max(i for i, token in enumerate(read) if token == 2)
     assert tuner.tokens(one) == end
     assert tuner.tokens(more) > tuner.tokens(one)
 
 
-def test_a_template_that_rewrites_earlier_turns(tmp_path: Path) -> None:
-    """As those do that leave the thoughts of earlier replies out: the last reply is what is
-    learned, so nothing of a longer dialogue stands in the way of observing it."""
+def test_a_reply_that_is_written_otherwise_in_history(tmp_path: Path) -> None:
+    """As where the thoughts of earlier replies are left out: a dialogue is as many sequences as it
+    has exchanges, each of which teaches its last reply, what comes before its words included."""
     text = chat_text(tmp_path)
-    text.template = text.template.replace(
-        "{{ m['content'] }}", "{{ m['content'] if loop.last or m['role'] == 'user' else 'old' }}"
-    )
+    chat = text.facts.chat.model_copy(update={"last_answer": (2, "\n", 1, "assistant: (so)")})
+    text.facts = text.facts.model_copy(update={"chat": chat})
     more = dialogue("the cat", "sat on the mat", "that", "hat")
-    read = example(more, text, last_only=True)
-    assert text.tokenizer.decode(read.tokens[read.labels != IGNORED]) == " hat</s>"
-    with pytest.raises(BundleError, match="another --chat-template"):
+
+    def said(one: Example) -> str:
+        return str(text.tokenizer.decode(one.tokens[one.labels != IGNORED], False))
+
+    assert not text.written_alike
+    assert said(example(more, text, last_only=True)) == "(so)hat</s>"
+    with pytest.raises(TrainingError, match="learn each in a sequence of its own"):
         example(more, text)
+    first, second = sequences(more, text)
+    assert (said(first), said(second)) == ("(so)sat on the mat</s>", "(so)hat</s>")
+    whole = text.tokenizer.decode(second.tokens, skip_special_tokens=False)
+    assert whole == text.render(more.turns)
+    assert "assistant: sat on the mat</s>" in whole
+    assert [len(some) for some in fit([more], text, 512).sets] == [2]  # one dialogue
 
 
 def test_lessons(text: ChatText, job: FineTuneJob) -> None:
     two = dialogue("the cat", "sat on the mat", "that", "hat", id="two")
     taught = lessons(replace(job, training=(two,)), text, 96)
     said = [t for t in taught.training[0].labels if t != IGNORED]
-    assert text.tokenizer.decode(said) == " hat</s>"
+    assert text.tokenizer.decode(said, skip_special_tokens=False) == " hat</s>"
     assert taught.longest == max(
         e.inputs for part in (taught.training, taught.stopping, taught.guard) for e in part
     )

@@ -65,16 +65,9 @@ def toy_state() -> AdapterState:
 
 def chat_text(folder: Path) -> ChatText:
     tiny.bpe(320).save(str(folder / "tokenizer.json"))
-    (folder / "t.jinja").write_text(
-        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
-        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
-    )
-    own = m.Tokenizer(
-        file="tokenizer.json", chat_template="t.jinja", bos_id=1, eos_ids=(2,), pad_id=0
-    )
-
+    own = m.Tokenizer(file="tokenizer.json", bos_id=1, eos_ids=(2,), pad_id=0, chat=tiny.CHAT)
     manifest = SimpleNamespace(tokenizer=own, model=SimpleNamespace(context=512))
-    return ChatText(Bundle(folder, cast(m.Manifest, manifest)))
+    return ChatText.of(Bundle(folder, cast(m.Manifest, manifest)))
 
 
 def dialogue(*contents: str, id: str = "d") -> Dialogue:

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from exporters.coreml.multifunction import read_signatures
 from exporters.model.spec import read_spec
 from runtime_py.bundle.bundle import open_bundle
+from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.manifest import CHECKSUM, MANIFEST, Manifest
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.lm import ExecutorchLm
@@ -80,7 +81,6 @@ def test_the_bundle_is_whole(both: Exported) -> None:
         "adapter/adapter_model.safetensors",
         "android/adapter.ptd",
         "android/lm.pte",
-        "chat_template.jinja",
         "ios/model.mlpackage/Manifest.json",
         "tokenizer.json",
     }
@@ -162,8 +162,12 @@ def test_the_tokenizer_is_the_models(both: Exported, tokenizer) -> None:
     for text in ("The cat's 12 hats, naïve — 2024!\n\n 🐈", "<|user|>x<|end|>"):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert mine.encode(text, add_special_tokens=False).ids == ids
-    template = (both.bundle / "chat_template.jinja").read_text(encoding="utf-8")
-    assert template == tokenizer.chat_template
+    facts = open_bundle(both.bundle).manifest.tokenizer
+    assert (facts.rewritten, facts.normalize, facts.eos_ids[0]) == (
+        (),
+        None,
+        tokenizer.eos_token_id,
+    )
 
 
 @torch.no_grad()
@@ -289,7 +293,7 @@ def runner(fp32: Exported) -> StockRunner:
 def test_the_stock_runner_says_what_transformers_says(
     prompt: str, runner: StockRunner, reference: PreTrainedModel, tokenizer
 ) -> None:
-    rendered = runner.text.render([Turn("user", prompt)], reply=True)
+    rendered = runner.text.for_runner([Turn("user", prompt)])
     turn = [{"role": "user", "content": prompt}]
     assert rendered == tokenizer.apply_chat_template(
         turn, tokenize=False, add_generation_prompt=True
@@ -311,7 +315,7 @@ def test_a_reply_ends_where_the_model_ends_it(
             break
     else:
         pytest.skip("this model never ends")
-    rendered = runner.text.render([Turn("user", prompt)], reply=True)
+    rendered = runner.text.for_runner([Turn("user", prompt)])
     assert runner.generate(rendered, 120, 0.0)[0] == expected
 
 
@@ -333,7 +337,7 @@ def test_the_longest_prompt(runner: StockRunner, reference: PreTrainedModel, tok
     """Room for one token is enough; without it, the runner is not asked."""
     context = runner.context
     text = " the" * (context - 1)
-    assert len(runner.text.encode(text)) == context - 1
+    assert len(runner.text.read_by_runner(text)) == context - 1
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     following = reference(ids).logits[0, -1].argmax()
     assert runner.generate(text, 5, 0.0)[0] == tokenizer.decode(following)
@@ -413,13 +417,20 @@ def test_export_with_an_adapter_a_context_and_a_template(attune: Attune, tmp_pat
     assert manifest.model.context == 40
     assert manifest.adapter.rank == 5
     assert set(manifest.adapter.targets) == {"v_proj", "down_proj"}
-    assert (out / "chat_template.jinja").read_text() == template.read_text()
+    assert manifest.tokenizer.chat.begin == ("[",)
+    assert manifest.tokenizer.chat.answer == ("][",)
     first, second = (
         load_file(f / "adapter_model.safetensors") for f in (tmp_path / "lora", out / "adapter")
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     lm = ExecutorchLm(out / "android/lm.pte", out / "android/adapter.ptd")
+    # A random model says bytes that are no characters, and half ones: they are shown as such.
+    text = ChatText.of(open_bundle(out))
+    written = list(lm.greedy(text.tokens([Turn("user", "the cat")], True).ids, 20, (2,)))
+    chat = ("chat", out, "--prompt", "the cat", "--max-new-tokens", 20)
+    assert attune(*chat, "--json").json()["reply"] == text.decode(written)
+    assert attune(*chat).out == text.decode(written) + "\n"
     assert lm.context == 40
     tokens = tiny.tokens_of(40, vocab=320)
     with torch.no_grad():

@@ -32,8 +32,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = paper_bundle(tmp_path_factory.mktemp("general"), spec, ["q_proj"], 2)
     model = builtin_folder()
     (folder / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
-    template = (model / "chat_template.jinja").read_text(encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     general, replay = shipped_general.write_general(folder)
     manifest = Manifest.model_validate_json((folder / "manifest.json").read_bytes())
     policy = manifest.policy.model_copy(update={"general": general, "replay": replay})
@@ -42,7 +40,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def test_enough_of_both_kinds_from_the_first_tokens_on(bundle: Bundle) -> None:
-    texts, text = read_general(bundle), ChatText(bundle)
+    texts, text = read_general(bundle), ChatText.of(bundle)
     kind = {one.id: bool(one.turns) for one in texts}
     every = general_examples(texts, text, 256, 1 << 30)
     assert sum(one.count for one in every) >= 20_000

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from runtime_py.bundle.chat_text import Tokens
 from runtime_py.engine.phone_engine import LmCall
 from runtime_py.engine.streamed_tuner import TrainingCall
 from runtime_py.loop.dialogue import Dialogue, Turn
@@ -42,8 +44,9 @@ class Recorder:
 class WordText:
     """A token a word, and one more to begin a turn or a reply."""
 
-    def render(self, turns: list[Turn] | tuple[Turn, ...], reply: bool = False) -> str:
-        return " ".join(["turn " + turn.content for turn in turns] + ["reply"] * reply)
+    def tokens(self, turns: Sequence[Turn], reply: bool = False) -> Tokens:
+        text = " ".join(["turn " + turn.content for turn in turns] + ["reply"] * reply)
+        return Tokens(self.encode(text), [])
 
     def encode(self, text: str) -> list[int]:
         return [0] * len(text.split())

@@ -21,10 +21,6 @@ from toolchain.compile.training_part import training_spec, write_training
 TARGETS, RANK = ("q_proj", "k_proj", "v_proj"), 4
 SIZE = {"vocab_size": 320, "max_position_embeddings": 512}
 CONTEXT, LENGTHS = 512, (64, 192)
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
-)
 LOOP: dict[str, bool | int | float | str] = {
     "bins": 8, "bin_bytes": 4096, "paraphrases": 0, "selection": "random", "forgetting_tokens": 48,
     "fewest_steps": 2, "most_steps": 4, "batch": 2,
@@ -38,7 +34,6 @@ def tiny_bundle(folder: Path) -> Path:
     tiny.paper_bundle(folder, spec, TARGETS, RANK)
     theirs.config.save_pretrained(folder)
     tiny.bpe(320).save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
     known = m.Manifest.model_validate_json((folder / m.MANIFEST).read_bytes())
     config = fresh_config(RANK, 8.0, TARGETS, "tiny")
     adapter = fresh(spec, config, TARGETS, RANK)

@@ -13,7 +13,7 @@ from runtime_py.bundle.bundle import Bundle
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.manifest import Manifest
 from runtime_py.bundle.peft_adapter import read_peft
-from runtime_py.engine.examples import IGNORED, Example, example
+from runtime_py.engine.examples import IGNORED, Example, sequences
 from runtime_py.loop.dialogue import Dialogue
 from runtime_py.loop.errors import TrainingError
 from toolchain.compile.proofs import with_effect
@@ -58,7 +58,7 @@ def cases(manifest: Manifest, text: ChatText, quick: bool = False) -> list[Case]
     chosen: list[Case] = []
     for dialogue in dialogues(1 if quick else 3):
         rendered = text.render(dialogue.turns)
-        ids = np.array(text.encode(rendered), np.int64)
+        ids = np.array(text.tokens(dialogue.turns).ids, np.int64)
         prompt = min(PROMPT, max(1, len(ids) - decoded), max(1, context - decoded))
         ids = ids[: prompt + decoded]
         chosen.append(Case(dialogue.id, ids, prompt, _short(rendered)))
@@ -109,7 +109,7 @@ def examples(bundle: Bundle, text: ChatText, quick: bool = False) -> list[Exampl
     fitting: list[Example] = []
     for dialogue in dialogues(20):
         try:
-            fitting.append(example(dialogue, text))
+            fitting += sequences(dialogue, text)
         except TrainingError:
             continue
     fitting.sort(key=lambda e: len(e.tokens))

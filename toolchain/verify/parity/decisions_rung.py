@@ -131,7 +131,7 @@ def decisions(context: Context) -> Rung:
 def phone_life(context: Context, name: str, stream: Sequence[Dialogue]) -> LoopOutcome:
     """The loop as a phone runs it."""
     engine = PhoneEngine(context.bundle)
-    text = ChatText(context.bundle)
+    text = ChatText.of(context.bundle)
     tuner = StreamedFineTuner(context.bundle, text)
     return live(context, name, engine, tuner, stream)
 

@@ -94,7 +94,7 @@ def open_context(
     cpu: str = CPU,
 ) -> Context:
     """What all rungs share; ``scratch``: a folder for files that they make."""
-    text = ChatText(bundle)
+    text = ChatText.of(bundle)
     values = adapters(bundle)
     return Context(
         bundle=bundle,

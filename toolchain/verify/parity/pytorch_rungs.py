@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
 
+from exporters.model.checkpoint import Checkpoint
 from exporters.model.lora_tensors import set_adapter
 from runtime_py.bundle.adapter_forms import to_runtime
+from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.streaming import StreamingEngine
+from toolchain.compile.phone_text import compiled, text_of
+from toolchain.compile.tokenizer_proof import SEVENTH, HuggingFaceReading
 from toolchain.compile.tolerances import TABLE, of_block
 from toolchain.compile.wide import Wide
 from toolchain.verify.parity import probes, training_checks, weights_checks
@@ -33,18 +38,8 @@ from toolchain.verify.reference_engines import TransformerEngine
 
 def eager(context: Context) -> Rung:
     """Hugging Face and PEFT themselves: that the bundle's text, tokens and adapter are theirs."""
-    manifest, models = context.bundle.manifest, context.source
-    checkpoint = models.source.checkpoint
-    tokenizer = manifest.tokenizer
-    checks = [
-        _same("end tokens", list(tokenizer.eos_ids), list(checkpoint.eos_ids)),
-        _same("chat template", context.text.template, checkpoint.chat_template),
-    ]
-    for case in context.cases[:3]:
-        decoded = str(context.text.tokenizer.decode(case.tokens.tolist()))
-        encoded = context.text.encode(decoded)
-        expected = checkpoint.tokenizer(decoded, add_special_tokens=False)["input_ids"]
-        checks.append(_same(f"tokens of '{case.name}'", encoded, expected))
+    models = context.source
+    checks = _text(context, models.source.checkpoint)
     adapter, first = _adapter(context)
     checks += adapter
     outputs = _eager_outputs(context)
@@ -53,6 +48,28 @@ def eager(context: Context) -> Rung:
         note = "" if np.isfinite(largest) else "NaN or infinite"
         checks.append(stated("lm", f"{on}, {name}", "logits are finite", not note, note))
     return rung("eager", "the source", checks, first)
+
+
+def _text(context: Context, checkpoint: Checkpoint) -> list[Check]:
+    """The bundle's tokenizer and pieces are what an export would write now, and all hosts read by
+    them what Hugging Face's library reads by the model's own."""
+    bundle = context.bundle
+    facts = bundle.manifest.tokenizer
+    file = (bundle.path / facts.file).read_text(encoding="utf-8")
+    expected = text_of(checkpoint, bundle.manifest.model.name)
+    checks = [_same("tokenizer.json", json.loads(file), json.loads(expected.tokenizer))]
+    wanted = expected.facts.model_dump(mode="json")
+    for name, value in facts.model_dump(mode="json").items():
+        if name != "file":
+            checks.append(_same(f"tokenizer: {name}", value, wanted[name]))
+    reading = HuggingFaceReading(
+        checkpoint.tokenizer.backend_tokenizer,
+        compiled(checkpoint, bundle.manifest.model.name),
+        every=SEVENTH if context.quick else 1,
+    )
+    misread = reading.misread(file, ChatText.of(bundle))
+    checks.append(stated("text", "bundle", "tokens", misread is None, misread or ""))
+    return checks
 
 
 def _same(output: str, measured: object, expected: object) -> Check:

@@ -33,7 +33,7 @@ class TorchPhone:
 
     def embed(self, dialogue: Dialogue) -> Embedding:
         text, manifest = self._context.text, self._context.bundle.manifest
-        ids = text.encode(text.render(dialogue.turns))[: manifest.policy.embed_length]
+        ids = text.tokens(dialogue.turns).ids[: manifest.policy.embed_length]
         pooled, entropy = embedding_of(self._model, np.array(ids, np.int64))
         return Embedding(pooled.astype(np.float32), float(entropy[0]))
 
@@ -56,7 +56,7 @@ class TorchPhone:
         """The reply, its tokens, and by how much of the logits' range each was the likeliest."""
         text, manifest = self._context.text, self._context.bundle.manifest
         set_adapter(self._model, read_values(self._adapter, manifest.adapter.tensors))
-        ids = text.encode(text.render(messages, reply=True) + prefix)
+        ids = text.tokens(messages, True, prefix).ids
         written: list[int] = []
         margins: list[float] = []
         while len(written) < most and len(ids) + len(written) < manifest.model.context:
@@ -67,7 +67,7 @@ class TorchPhone:
             if token in manifest.tokenizer.eos_ids:
                 break
             written.append(token)
-        reply = text.tokenizer.decode(written, skip_special_tokens=True)
+        reply = text.decode(written)
         return str(reply).strip(), written, margins
 
 

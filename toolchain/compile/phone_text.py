@@ -1,0 +1,98 @@
+"""The tokenizer.json and chat pieces that every host reads alike, proven.
+
+Hugging Face's library, which the model was trained with, and the C++ tokenizer of ExecuTorch's
+runner do not read every tokenizer.json alike. Where they differ another file is written that both
+read as Hugging Face reads the model's own; where there is none, the export is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerFast
+
+from exporters.errors import ExportError
+from exporters.model.checkpoint import Checkpoint
+from runtime_py.bundle import manifest as m
+from runtime_py.bundle.chat_text import ChatText
+from toolchain.compile.chat_template import Template, TemplateText, compile_template
+from toolchain.compile.tokenizer_pieces import chat_pieces
+from toolchain.compile.tokenizer_proof import HuggingFaceReading
+from toolchain.compile.tokenizer_rewriting import candidates, controls
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class PhoneText:
+    """``tokenizer``: the file's text; ``facts``: its section of the manifest, with the pieces."""
+
+    tokenizer: str
+    facts: m.Tokenizer
+
+    def chat_text(self, context: int) -> ChatText:
+        """As that of a bundle for ``context`` tokens."""
+        return ChatText(Backend.from_str(self.tokenizer), self.facts, context)
+
+
+def text_of(checkpoint: Checkpoint, where: str) -> PhoneText:
+    """A checkpoint's; ``where``: what it is called. Raises ``ExportError``."""
+    template = compiled(checkpoint, where)
+    vocab = checkpoint.config.vocab_size
+    return phone_text(checkpoint.tokenizer, template, checkpoint.eos_ids, vocab, where)
+
+
+def compiled(checkpoint: Checkpoint, where: str) -> TemplateText:
+    """Its chat template. Raises ``ExportError``."""
+    origin = f"the chat template of {where}"
+    render = Template(checkpoint.tokenizer, checkpoint.chat_template, origin)
+    return compile_template(render, origin)
+
+
+def phone_text(
+    source: PreTrainedTokenizerFast,
+    template: TemplateText,
+    eos_ids: Sequence[int],
+    vocab: int,
+    where: str,
+) -> PhoneText:
+    """The first rewriting of ``source``'s tokenizer that is proven; the file itself where it is.
+
+    ``vocab``: rows of the model's embedding. Raises ``ExportError`` with what is wrong with the
+    last one that was tried.
+    """
+    backend = source.backend_tokenizer
+    raw = json.loads(backend.to_str())
+    expected = HuggingFaceReading(backend, template)
+    known = controls(raw, template)
+    written = "\n".join(template.texts)
+    if strange := [token for token in known if known[token]["id"] >= vocab and token in written]:
+        raise ExportError(
+            f"the chat template of {where} writes {', '.join(strange)}, which the model's "
+            f"vocabulary of {vocab} tokens does not have: they are not of one model."
+        )
+    special = {content: token for content, token in known.items() if token["id"] < vocab}
+    failed: str | None = None
+    for candidate in candidates(raw, template, vocab):
+        found = PhoneText(
+            json.dumps(candidate.json, ensure_ascii=False, indent=2),
+            m.Tokenizer(
+                file=TOKENIZER,
+                bos_id=source.bos_token_id,
+                eos_ids=tuple(eos_ids),
+                pad_id=source.pad_token_id,
+                normalize=candidate.normalize,
+                rewritten=candidate.rewritten,
+                chat=chat_pieces(template, special, candidate.spaced),
+            ),
+        )
+        failed = expected.misread(found.tokenizer, found.chat_text(context=0))
+        if failed is None:
+            return found
+    raise ExportError(
+        f"the tokenizer of {where} cannot go on a phone: {failed}. Give a checkpoint whose "
+        f"tokenizer.json is byte-level BPE, or SentencePiece's as BPE."
+    )

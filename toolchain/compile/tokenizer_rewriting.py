@@ -1,0 +1,144 @@
+"""What a tokenizer.json may be rewritten as, so that ExecuTorch's runner reads it too."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from toolchain.compile.chat_template import TemplateText
+
+Normalize = Literal["NFC"] | None
+Spaced = Literal["first", "each"] | None
+AddedToken = dict[str, Any]  # as tokenizer.json has it
+_SPACE, _BAR = " ", "\u2581"
+_WORDS_OF_BARS = f"{_BAR}[^{_BAR}]*|[^{_BAR}]+"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tokenizer.json to try: ``rewritten`` says how it was made. ``normalize``: what is left to
+    the host. ``spaced``: before which texts the pieces have a space, the first of all or also each
+    that follows a special token."""
+
+    json: dict[str, Any]
+    rewritten: tuple[str, ...]
+    normalize: Normalize
+    spaced: Spaced
+
+
+def candidates(raw: dict[str, Any], template: TemplateText, vocab: int) -> Iterator[Candidate]:
+    """From the least to the most that is rewritten."""
+    cleaned, changes = _cleaned(raw, template, vocab)
+    for normalized, also, normalize in _normalizers(cleaned):
+        for split, how, spaced in _metaspaces(normalized):
+            yield Candidate(split, (*changes, *also, *how), normalize, spaced)
+
+
+def _cleaned(
+    raw: dict[str, Any], template: TemplateText, vocab: int
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Without padding, truncation, and added tokens that have no embedding; what the template
+    writes as a token of its own is special, and eats no space around it (the pieces do)."""
+    made, changes = copy.deepcopy(raw), []
+    if made.get("padding") or made.get("truncation"):
+        made["padding"] = made["truncation"] = None
+        changes.append("padding and truncation dropped")
+    lost = [token["content"] for token in made["added_tokens"] if token["id"] >= vocab]
+    if lost:
+        made["added_tokens"] = [t for t in made["added_tokens"] if t["id"] < vocab]
+        changes.append(f"added tokens without an embedding dropped: {', '.join(lost)}")
+    written = set(controls(made, template))
+    promoted = [t for t in made["added_tokens"] if t["content"] in written and not t["special"]]
+    for token in promoted:
+        token["special"] = True
+    if promoted:
+        changes.append(f"special: {', '.join(token['content'] for token in promoted)}")
+    eager = [t for t in made["added_tokens"] if t["special"] and (t["lstrip"] or t["rstrip"])]
+    for token in eager:
+        token["lstrip"] = token["rstrip"] = False
+    if eager:
+        changes.append(
+            f"spaces around special tokens are the pieces' matter: "
+            f"{', '.join(token['content'] for token in eager)}"
+        )
+    return made, tuple(changes)
+
+
+def controls(raw: dict[str, Any], template: TemplateText) -> dict[str, AddedToken]:
+    """The added tokens that are special, or that the template writes (white space apart, which is
+    text), by their contents."""
+    text = "\n".join(template.texts)
+    return {
+        token["content"]: token
+        for token in raw["added_tokens"]
+        if token["special"] or (token["content"] in text and not token["content"].isspace())
+    }
+
+
+def _normalizers(
+    raw: dict[str, Any],
+) -> Iterator[tuple[dict[str, Any], tuple[str, ...], Normalize]]:
+    """As it is; and without NFC, which changes nothing once a host has done it."""
+    yield raw, (), None
+    normalizer = raw.get("normalizer")
+    steps = _steps(normalizer, "normalizers")
+    if any(step["type"] == "NFC" for step in steps):
+        rest = [step for step in steps if step["type"] != "NFC"]
+        made = raw | {"normalizer": _sequence(rest, "normalizers")}
+        yield made, ("NFC left to the host",), "NFC"
+
+
+def _metaspaces(
+    raw: dict[str, Any],
+) -> Iterator[tuple[dict[str, Any], tuple[str, ...], Spaced]]:
+    """As it is, if it has no Metaspace; else with a normalizer that writes the bars, and the first
+    one by the normalizer, by the pieces, or not at all."""
+    steps = _steps(raw.get("pre_tokenizer"), "pretokenizers")
+    places = [i for i, step in enumerate(steps) if step["type"] == "Metaspace"]
+    if not places:
+        yield raw, (), None
+        return
+    place = places[0]
+    bar = steps[place].get("replacement", _BAR)
+    replace = {"type": "Replace", "pattern": {"String": _SPACE}, "content": bar}
+    prepend = {"type": "Prepend", "prepend": bar}
+    before = _steps(raw.get("normalizer"), "normalizers")
+    pieces = {
+        "type": "Split",
+        "pattern": {"Regex": _WORDS_OF_BARS.replace(_BAR, bar)},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    split = [pieces] if steps[place].get("split", True) else []
+    rest = [*steps[:place], *split, *steps[place + 1 :]]
+    ways: tuple[tuple[str, list[dict[str, Any]], Spaced], ...] = (
+        ("Metaspace as Replace", [], None),
+        ("Metaspace as Replace, its first space in the pieces", [], "first"),
+        ("Metaspace as Replace, its spaces after special tokens in the pieces", [], "each"),
+        ("Metaspace as Prepend and Replace", [prepend], None),
+    )
+    for how, first, spaced in ways:
+        yield (
+            raw
+            | {
+                "normalizer": _sequence([*before, *first, replace], "normalizers"),
+                "pre_tokenizer": _sequence(rest, "pretokenizers"),
+            },
+            (how,),
+            spaced,
+        )
+
+
+def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The members of a sequence, which may be none or the one itself."""
+    if part is None:
+        return []
+    return list(part[key]) if part["type"] == "Sequence" else [part]
+
+
+def _sequence(steps: list[dict[str, Any]], key: str) -> dict[str, Any] | None:
+    if len(steps) < 2:
+        return steps[0] if steps else None
+    return {"type": "Sequence", key: steps}
