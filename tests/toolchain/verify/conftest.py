@@ -71,7 +71,7 @@ def faulty(both: Exported, models: Models, tmp_path: Path) -> Faulty:  # noqa: F
 def own_models(clean: Models) -> Models:
     """A copy whose parts may be replaced."""
     copy = Models(clean.bundle, clean.source, clean.initial, clean.eager, clean.as_read)
-    for name in ("captured", "android", "ios", "training_spec", "stored"):
+    for name in ("text", "captured", "android", "ios", "training_spec", "stored"):
         if name in clean.__dict__:
             copy.__dict__[name] = clean.__dict__[name]
     return copy

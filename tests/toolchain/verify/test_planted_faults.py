@@ -8,6 +8,7 @@ what is allowed, and the clean bundle clearly below it in the same run: between 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -173,8 +174,43 @@ def test_the_wrong_end_of_text_token(faulty: Faulty, clean: Clean) -> None:
         tokenizer = manifest.tokenizer.model_copy(update={"eos_ids": (7,)})
         return no_training(manifest).model_copy(update={"tokenizer": tokenizer})
 
-    caught(clean, faulty.climb("eager", change=change), "end tokens", "[7]")
+    caught(clean, faulty.climb("eager", change=change), "tokenizer: eos_ids", "[7]")
     caught(clean, faulty.climb("executorch", change=change), "get_eos_ids")
+
+
+def _without_a_merge(raw: dict) -> None:
+    raw["model"]["merges"].pop()
+
+
+def _two_ids_exchanged(raw: dict) -> None:
+    vocab = raw["model"]["vocab"]
+    first, second = sorted(vocab, key=lambda token: -vocab[token])[:2]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+
+
+def _normalized(raw: dict) -> None:
+    raw["normalizer"] = {"type": "NFC"}
+
+
+@pytest.mark.parametrize("change", [_without_a_merge, _two_ids_exchanged, _normalized])
+def test_another_tokenizer(faulty: Faulty, clean: Clean, change: Callable[[dict], None]) -> None:
+    path = faulty.bundle / "tokenizer.json"
+    raw = json.loads(path.read_bytes())
+    change(raw)
+    path.write_text(json.dumps(raw))
+    caught(clean, faulty.climb("eager"), "tokenizer.json")
+
+
+def test_another_chat_piece(faulty: Faulty, clean: Clean) -> None:
+    def change(manifest: m.Manifest) -> m.Manifest:
+        chat = manifest.tokenizer.chat
+        shorter = chat.model_copy(update={"ask": chat.ask[:-1]})
+        tokenizer = manifest.tokenizer.model_copy(update={"chat": shorter})
+        return manifest.model_copy(update={"tokenizer": tokenizer})
+
+    rung = faulty.climb("eager", change=change)
+    caught(clean, rung, "tokenizer: chat")
+    assert any("as other tokens than Hugging Face's" in check.note for check in rung.checks)
 
 
 # What the transformer computes that programs are captured from

@@ -19,6 +19,7 @@ from exporters.model.transformer import Transformer
 from exporters.training.programs import TrainingSpec
 from exporters.training.weights_file import as_stored
 from runtime_py.bundle.bundle import Bundle
+from toolchain.compile.phone_text import PhoneText, text_of
 from toolchain.compile.precision import rounded_for_coreml
 from toolchain.compile.source import CheckpointSource, as_in_bundle, float_model
 from toolchain.compile.training_part import training_spec
@@ -39,6 +40,11 @@ class Models:
     initial: Values
     eager: PeftModel
     as_read: Values
+
+    @cached_property
+    def text(self) -> PhoneText:
+        """Tokenizer and chat pieces as an export of the source writes them."""
+        return text_of(self.source.checkpoint, self.bundle.manifest.model.name)
 
     @cached_property
     def captured(self) -> Transformer:

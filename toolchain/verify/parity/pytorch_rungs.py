@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from exporters.model.checkpoint import Checkpoint
 from exporters.model.lora_tensors import set_adapter
 from runtime_py.bundle.adapter_forms import to_runtime
 from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.streaming import StreamingEngine
-from toolchain.compile.phone_text import compiled, text_of
+from toolchain.compile.phone_text import compiled
 from toolchain.compile.tokenizer_proof import SEVENTH, HuggingFaceReading
 from toolchain.compile.tolerances import TABLE, of_block
 from toolchain.compile.wide import Wide
@@ -38,8 +37,7 @@ from toolchain.verify.reference_engines import TransformerEngine
 
 def eager(context: Context) -> Rung:
     """Hugging Face and PEFT themselves: that the bundle's text, tokens and adapter are theirs."""
-    models = context.source
-    checks = _text(context, models.source.checkpoint)
+    checks = _text(context)
     adapter, first = _adapter(context)
     checks += adapter
     outputs = _eager_outputs(context)
@@ -50,13 +48,13 @@ def eager(context: Context) -> Rung:
     return rung("eager", "the source", checks, first)
 
 
-def _text(context: Context, checkpoint: Checkpoint) -> list[Check]:
+def _text(context: Context) -> list[Check]:
     """The bundle's tokenizer and pieces are what an export would write now, and all hosts read by
     them what Hugging Face's library reads by the model's own."""
-    bundle = context.bundle
+    bundle, expected = context.bundle, context.source.text
+    checkpoint = context.source.source.checkpoint
     facts = bundle.manifest.tokenizer
     file = (bundle.path / facts.file).read_text(encoding="utf-8")
-    expected = text_of(checkpoint, bundle.manifest.model.name)
     checks = [_same("tokenizer.json", json.loads(file), json.loads(expected.tokenizer))]
     wanted = expected.facts.model_dump(mode="json")
     for name, value in facts.model_dump(mode="json").items():
