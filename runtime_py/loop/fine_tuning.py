@@ -15,6 +15,7 @@ from runtime_py.loop.fine_tune_report import FineTuneReport, State
 from runtime_py.loop.guard import judge
 from runtime_py.loop.jobs import Jobs, answered_sources, fitted, is_whole, two_sided
 from runtime_py.loop.lesson import Capacity, lesson
+from runtime_py.loop.log import Event
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import Engine, FineTuneJob, FineTuner, FineTuneResult
 from runtime_py.loop.records import annotated_sets, write_pair
@@ -148,7 +149,7 @@ class FineTuning:
                     if pair:
                         data["question_rouge1"] = pair.question.rouge1
                         data["answer_rouge1"] = pair.answer.rouge1
-                    event = "synthesized" if pair else "not_synthesized"
+                    event: Event = "synthesized" if pair else "not_synthesized"
                     self._store.append(self._clock(), event, id, data)
                 self._synthesized += pair is not None
 
@@ -181,7 +182,7 @@ class FineTuning:
         return job
 
     def _log_job(
-        self, event: str, job: FineTuneJob, left_out: Sequence[str], more: dict[str, Any]
+        self, event: Event, job: FineTuneJob, left_out: Sequence[str], more: dict[str, Any]
     ) -> None:
         data = {
             "job": job.number,
@@ -241,7 +242,7 @@ class FineTuning:
             data |= {"steps": len(result.losses), "kept_step": result.kept_step}
             data |= {"scale": result.scale, "perplexity": result.perplexity}
             data |= {"base_perplexity": result.base_perplexity}
-            event = "adapter_accepted" if kept else "adapter_rejected"
+            event: Event = "adapter_accepted" if kept else "adapter_rejected"
             self._store.append(self._clock(), event, None, data)
         for source in sources:
             self._buffer.set_waiting(source.id, False)

@@ -7,11 +7,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from runtime_py.loop.buffer import Scores
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.exchanges import NotAsked
+
+Event = Literal[
+    "store_made",
+    "policy_changed",
+    "streams_restarted",
+    "tallies_restarted",
+    "kept",
+    "refused",
+    "asked",
+    "lapsed",
+    "answered",
+    "synthesized",
+    "not_synthesized",
+    "job_begun",
+    "job_shortened",
+    "job_abandoned",
+    "adapter_accepted",
+    "adapter_rejected",
+    "adapter_damaged",
+    "rolled_back",
+    "forgotten",
+    "recovered",
+]
+"""What a line can tell; docs/semantics.md has the data of each."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Engine(Protocol):
         ...
 
     def use_adapter(self, file: Path) -> None:
-        """Switches the adapter of ``generate``. ``embed`` always runs with the bundle's own."""
+        """Switches the adapter of ``generate``; ``embed`` is the base model's, without one."""
         ...
 
 

@@ -12,7 +12,7 @@ from runtime_py.loop.dialogue import Dialogue, check, cut
 from runtime_py.loop.errors import DuplicateDialogue, LoopError
 from runtime_py.loop.exchanges import Exchanges, NotAsked
 from runtime_py.loop.lexicons import Lexicons
-from runtime_py.loop.log import Decision
+from runtime_py.loop.log import Decision, Event
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import Embedding, Engine
 from runtime_py.loop.questions import Questions
@@ -148,7 +148,7 @@ class Selection:
         )
 
     def _count_and_log(self, decision: Decision, now: Moment) -> None:
-        event = "kept" if decision.kept else "refused"
+        event: Event = "kept" if decision.kept else "refused"
         self._store.set_count("observed", decision.number)
         self._store.add(event)
         self._store.append(now, event, decision.id, decision.data())

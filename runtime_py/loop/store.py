@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime_py.loop.errors import DiskFull, LoopError, StoreBusy, StoreDamaged
-from runtime_py.loop.log import LogLine
+from runtime_py.loop.log import Event, LogLine
 from runtime_py.loop.random_stream import SplitMix64
 from runtime_py.loop.schedule import Moment
 from runtime_py.loop.store_schema import APPLICATION_ID, MIGRATIONS
@@ -89,7 +89,7 @@ class Store:
     def save_stream(self, name: str, stream: SplitMix64) -> None:
         self.execute("INSERT OR REPLACE INTO streams VALUES (?, ?)", name, f"{stream.state:016x}")
 
-    def append(self, now: Moment, event: str, id: str | None, data: dict[str, Any]) -> None:
+    def append(self, now: Moment, event: Event, id: str | None, data: dict[str, Any]) -> None:
         """One line of the log."""
         text = json.dumps(data, ensure_ascii=False, sort_keys=True)
         self.execute(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from runtime_py.loop.errors import LoopError
+from runtime_py.loop.log import Event
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.random_stream import STREAMS, SplitMix64
 from runtime_py.loop.schedule import Moment
@@ -37,6 +38,6 @@ def enter_policy(store: Store, policy: LoopPolicy, hidden: int, now: Moment) -> 
                 seed = (policy.seed + offset) % (1 << 64)
                 store.save_stream(name, SplitMix64(seed))
         store.execute("INSERT OR IGNORE INTO adapters (number, state) VALUES (0, 'kept')")
-        changed = "streams_restarted" if known == text else "policy_changed"
-        event = "store_made" if known is None else changed
+        changed: Event = "streams_restarted" if known == text else "policy_changed"
+        event: Event = "store_made" if known is None else changed
         store.append(now, event, None, {"policy": json.loads(text)})
