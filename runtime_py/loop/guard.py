@@ -1,7 +1,8 @@
 """Whether a fine-tuned adapter may take the place of the one that it started from.
 
-Judged pairwise: each held-out dialogue has a loss before and after, and for most of them it must
-have fallen. How many are most follows from the chance that coins would do as well.
+Judged pairwise: each held-out dialogue has a loss before and after, and the falls must outweigh the
+rises. By how much follows from the chance that coins would do as well: Wilcoxon's signed-rank test
+(1945), exact, with the ranks that are there.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ _ROUNDING = 1 + 2.0**-40  # so that the last bits of a long sum do not decide
 @dataclass(frozen=True)
 class Verdict:
     """``before``, ``after``: means over the guard's dialogues, None where a loss is no number; the
-    rest is then of no dialogue. ``changed`` dialogues have another loss than before, for ``fell``
-    it is lower, and ``needed`` must be. ``false_acceptance``: the chance that so many fall where
-    each is a coin."""
+    rest is then of no dialogue. ``changed`` dialogues have another loss than before, and for
+    ``fell`` it is lower. Of the ranks of the changes by size, ``rank_sum`` is those of the falls,
+    and ``needed`` is what it must be. ``false_acceptance``: the chance that it is so much where
+    each change is a coin."""
 
     accepted: bool
     before: float | None
     after: float | None
     changed: int
     fell: int
-    needed: int
+    rank_sum: float
+    needed: float
     false_acceptance: float
 
     def data(self) -> dict[str, float | int | None]:
@@ -38,6 +41,8 @@ class Verdict:
             "heldout_loss_after": self.after,
             "changed": self.changed,
             "fell": self.fell,
+            "rank_sum": self.rank_sum,
+            "needed": self.needed,
             "false_acceptance": self.false_acceptance,
         }
 
@@ -54,58 +59,77 @@ class Verdict:
             return f"{went} and {fell}: the new adapter takes over."
         if self.after > self.before:
             return f"{went}: it got worse, so the old adapter stays."
-        if self.fell < self.needed:
-            return f"{went} but {fell}, not in {self.needed}: the old adapter stays."
+        if self.rank_sum < self.needed:
+            whole = self.changed * (self.changed + 1) / 2
+            return (
+                f"{went} but {fell}, and these falls have {self.rank_sum:g} of the {whole:g} ranks "
+                f"by size, not {self.needed:g}: chance may do as well, and the old adapter stays."
+            )
         return f"{went}, but a step's loss is not a number: the old adapter stays."
 
 
-def tails(n: int) -> list[float]:
-    """[n + 1]: the chance of at least k heads among ``n`` coins, for k from 0.
+def doubled_ranks(sizes: Sequence[float]) -> list[int]:
+    """Of each size 2 · its rank from 1, the least first; equal ones share the mean of theirs."""
+    return [sum(2 * int(b < a) + int(b == a) for b in sizes) + 1 for a in sizes]
 
-    A row of Pascal's triangle, halved at every step so that nothing overflows, and added up from
-    its end: additions of float64 and halvings in a stated order, so that every language has the
-    same bits. Exact up to n = 53.
+
+def tails(ranks: Sequence[int]) -> list[float]:
+    """[sum + 1]: the chance that those of ``ranks`` whose coin shows heads add up to at least s,
+    for s from 0.
+
+    Each coin halves what was there and adds it to itself, moved by its rank; the least rank comes
+    first, and at last the row is added up from its end: additions of float64 and halvings in a
+    stated order, so that every language has the same bits. Exact up to 53 ranks.
     """
     row = [1.0]
-    for _ in range(n):
-        row = [(left + right) / 2 for left, right in zip([0.0, *row], [*row, 0.0], strict=True)]
-    chances, total = [0.0] * (n + 1), 0.0
-    for k in range(n, 0, -1):
-        total += row[k]
-        chances[k] = total
+    for rank in sorted(ranks):
+        still, moved = [*row, *[0.0] * rank], [*[0.0] * rank, *row]
+        row = [(one + other) / 2 for one, other in zip(still, moved, strict=True)]
+    chances, total = [0.0] * len(row), 0.0
+    for place in range(len(row) - 1, 0, -1):
+        total += row[place]
+        chances[place] = total
     chances[0] = 1.0
     return chances
 
 
-def sign_test(n: int, false_acceptance: float) -> tuple[int, float]:
-    """How many of ``n`` losses must have fallen, and the chance that coins do as well.
+def signed_rank_test(ranks: Sequence[int], false_acceptance: float) -> tuple[int, float]:
+    """What the ranks of the falls must add up to at least, a sum that they can have, and the chance
+    that coins do as well.
 
     The chance is at most ``false_acceptance``, or 2^-n where even n of n are likelier than that.
     """
-    chances = tails(n)
-    limit = max(false_acceptance, chances[n]) * _ROUNDING
-    needed = next(k for k, chance in enumerate(chances) if chance <= limit)
+    chances = tails(ranks)
+    limit = max(false_acceptance, chances[-1]) * _ROUNDING
+    sums = 1  # the bit of each sum that ranks can have
+    for rank in ranks:
+        sums |= sums << rank
+    needed = next(
+        total for total, chance in enumerate(chances) if chance <= limit and sums >> total & 1
+    )
     return needed, chances[needed]
 
 
 def judge(result: FineTuneResult, false_acceptance: float) -> Verdict:
     """Taken where every loss is a number, one changed, their mean is not above what it was, and the
-    losses of enough dialogues fell."""
+    falls weigh enough."""
     before, after = _mean(result.guard_before), _mean(result.guard_after)
     finite = all(map(math.isfinite, result.losses))
     if before is None or after is None:
-        return Verdict(False, before, after, 0, 0, *sign_test(0, false_acceptance))
+        return Verdict(False, before, after, 0, 0, 0.0, 0.0, 1.0)
     if len(result.guard_before) != len(result.guard_after):
         raise LoopError(
             f"the fine-tuner gave the losses of {len(result.guard_before)} guard sets before and "
             f"of {len(result.guard_after)} after; expected the same sets. It does not fit the loop."
         )
-    pairs = list(zip(result.guard_before, result.guard_after, strict=True))
-    changed = sum(new != old for old, new in pairs)
-    fell = sum(new < old for old, new in pairs)
-    needed, chance = sign_test(changed, false_acceptance)
-    accepted = finite and changed > 0 and after <= before and fell >= needed
-    return Verdict(accepted, before, after, changed, fell, needed, chance)
+    pairs = zip(result.guard_before, result.guard_after, strict=True)
+    falls = [old - new for old, new in pairs if old != new]
+    ranks = doubled_ranks([abs(fall) for fall in falls])
+    weight = sum(rank for rank, fall in zip(ranks, falls, strict=True) if fall > 0)
+    needed, chance = signed_rank_test(ranks, false_acceptance)
+    accepted = finite and bool(falls) and after <= before and weight >= needed
+    fell = sum(fall > 0 for fall in falls)
+    return Verdict(accepted, before, after, len(falls), fell, weight / 2, needed / 2, chance)
 
 
 def _mean(losses: Sequence[float]) -> float | None:

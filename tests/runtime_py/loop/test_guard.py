@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, binomtest
+from scipy.stats import rankdata, wilcoxon
 
 from runtime_py.loop.errors import LoopError
-from runtime_py.loop.guard import judge, sign_test, tails
+from runtime_py.loop.guard import doubled_ranks, judge, signed_rank_test, tails
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.protocols import FineTuneResult
 
@@ -27,34 +27,67 @@ def result(
     return FineTuneResult(Path("a"), before, after, losses, (), len(losses), 1.0)
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 8, 29, 53, 56, 64, 127, 128, 400])
-def test_chances_are_the_binomials(n: int) -> None:
-    found = tails(n)
-    np.testing.assert_allclose(found, binom.sf(np.arange(n + 1) - 1, n, 0.5), rtol=1e-12)
-    if n <= 53:  # exact
-        sums = [sum(math.comb(n, i) for i in range(k, n + 1)) for k in range(n + 1)]
-        assert [Fraction(chance) for chance in found] == [Fraction(s, 2**n) for s in sums]
+def distribution(ranks: list[int]) -> dict[int, int]:
+    """How many of the 2^n ways that the coins fall give each sum of doubled ranks, by integers."""
+    ways = {0: 1}
+    for rank in ranks:
+        moved = {total + rank: count for total, count in ways.items()}
+        ways = {t: ways.get(t, 0) + moved.get(t, 0) for t in {*ways, *moved}}
+    return ways
+
+
+@given(st.lists(st.integers(0, 6), min_size=0, max_size=40))
+def test_ranks_are_scipys(sizes: list[int]) -> None:
+    assert [rank / 2 for rank in doubled_ranks(sizes)] == list(rankdata(sizes))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=0, max_size=53))
+def test_chances_are_counted(sizes: list[int]) -> None:
+    """Exactly, up to 53 of them."""
+    ranks = doubled_ranks(sizes)
+    ways, found = distribution(ranks), tails(ranks)
+    assert len(found) == sum(ranks) + 1
+    count = 0
+    for total in range(sum(ranks), -1, -1):
+        count += ways.get(total, 0)
+        assert Fraction(found[total]) == Fraction(count, 2 ** len(ranks))
+
+
+@pytest.mark.parametrize("n", [54, 64, 127, 128, 200])
+def test_chances_of_many(n: int) -> None:
+    ranks = doubled_ranks([float(i) for i in range(n)])
+    ways, found = distribution(ranks), tails(ranks)
+    count = 0
+    for total in range(sum(ranks), -1, -1):
+        count += ways.get(total, 0)
+        assert found[total] == pytest.approx(float(Fraction(count, 2**n)), rel=1e-12)
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.05, 0.3125, 0.35, 0.5, 1.0])
 def test_the_rule_in_floats_decides_as_integers_do(limit: float) -> None:
-    for n in range(129):
-        most = max(Fraction(limit), Fraction(1, 2**n))
-        sums = [sum(math.comb(n, i) for i in range(k, n + 1)) for k in range(n + 1)]
-        expected = next(k for k, s in enumerate(sums) if Fraction(s, 2**n) <= most)
-        needed, chance = sign_test(n, limit)
-        assert needed == expected
-        assert chance == pytest.approx(sums[needed] / 2**n, rel=1e-12)
+    draw = np.random.default_rng(1)
+    for n in range(65):
+        ranks = doubled_ranks(draw.integers(0, max(1, n), n).tolist())
+        ways, most = distribution(ranks), max(Fraction(limit), Fraction(1, 2**n))
+        sums = sorted(ways)
+        over = {s: Fraction(sum(ways[t] for t in sums if t >= s), 2**n) for s in sums}
+        expected = next(s for s in sums if over[s] <= most)
+        assert signed_rank_test(ranks, limit) == (
+            expected, pytest.approx(float(over[expected]), rel=1e-12)
+        )  # fmt: skip
 
 
 def test_the_documents_table_is_what_the_rule_gives() -> None:
     text = SEMANTICS.read_text(encoding="utf-8").split("(`guard.py`)")[1].split("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    table = {int(n): (int(k), float(chance)) for n, k, chance in rows[1:]}
+    table = {int(n): (float(w), float(whole), float(chance)) for n, w, whole, chance in rows[1:]}
     assert len(table) >= 8
-    for n, (needed, chance) in table.items():
-        found = sign_test(n, LoopPolicy().guard_false_acceptance)
-        assert found == (needed, pytest.approx(chance, abs=5e-4))
+    for n, (needed, whole, chance) in table.items():
+        ranks = doubled_ranks([float(i) for i in range(n)])
+        found = signed_rank_test(ranks, LoopPolicy().guard_false_acceptance)
+        assert found == (2 * needed, pytest.approx(chance, abs=5e-5))
+        assert sum(ranks) == 2 * whole
 
 
 @pytest.mark.parametrize(
@@ -64,7 +97,9 @@ def test_the_documents_table_is_what_the_rule_gives() -> None:
         ((2.0,), (2.0,), (), False),  # nothing changed
         ((2.0, 1.0), (2.0, 1.0), (1.0,), False),
         ((2.0,), (2.0001,), (), False),
-        ((2.0, 2.0, 2.0), (1.9, 1.9, 2.1), (), False),  # the mean fell, but 2 of 3 are coins
+        ((2.0, 2.0, 2.0), (1.9, 1.8, 2.3), (), False),  # two fell, by less than one rose
+        ((3.0, 2.0, 2.0), (1.0, 1.9, 2.2), (), False),  # 4 of 6 ranks: coins do it too often
+        ((3.0, 3.0, 2.0), (1.0, 1.9, 2.2), (), True),  # 5 of 6: one in four times
         ((2.0, 2.0, 2.0, 2.0), (1.9, 1.9, 1.9, 2.1), (), True),
         ((2.0, 2.0, 2.0, 2.0), (1.9, 1.9, 1.9, 3.0), (), False),  # three fell, the mean rose
         ((2.0, 2.0, 2.0, 2.0), (1.9, 2.0, 2.0, 2.0), (), True),  # the only one that changed
@@ -89,34 +124,38 @@ def test_guard(
 
 
 def test_what_it_says() -> None:
-    verdict = judge(result((2.0, 3.0, 2.0, 1.0), (1.0, 2.5, 2.5, 1.0)), 0.35)
-    assert (verdict.changed, verdict.fell, verdict.needed) == (3, 2, 3)
-    assert (verdict.before, verdict.after) == (2.0, 1.75)
-    assert verdict.false_acceptance == 0.125
+    verdict = judge(result((2.0, 3.0, 2.0, 1.0), (1.0, 2.75, 2.5, 1.0)), 0.35)
+    assert (verdict.changed, verdict.fell) == (3, 2)
+    assert (verdict.rank_sum, verdict.needed) == (4.0, 5.0)
+    assert (verdict.before, verdict.after) == (2.0, 1.8125)
+    assert verdict.false_acceptance == 0.25
     assert verdict.reason == (
-        "the held-out loss went from 2.0000 to 1.7500 but fell in 2 of the 3 sets where it "
-        "changed, not in 3: the old adapter stays."
+        "the held-out loss went from 2.0000 to 1.8125 but fell in 2 of the 3 sets where it "
+        "changed, and these falls have 4 of the 6 ranks by size, not 5: chance may do as well, "
+        "and the old adapter stays."
     )
     with pytest.raises(LoopError, match="losses of 2 guard sets before and of 1 after"):
         judge(result((2.0, 2.0), (1.0,)), 0.35)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9)), min_size=1, max_size=60),
+    st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 2000)), min_size=1, max_size=50),
     st.floats(0, 1),
 )
-def test_it_is_a_sign_test_and_a_mean(pairs: list[tuple[float, float]], limit: float) -> None:
+def test_it_is_wilcoxons_test_and_a_mean(pairs: list[tuple[int, int]], limit: float) -> None:
+    """SciPy's exact chances, which it has where no two changes are of one size."""
+    sizes = [abs(old - new) for old, new in pairs if old != new]
+    assume(sizes and len(set(sizes)) == len(sizes))
     before, after = zip(*pairs, strict=True)
-    verdict = judge(result(before, after), limit)
-    changed = [new < old for old, new in pairs if new != old]
-    assert (verdict.changed, verdict.fell) == (len(changed), sum(changed))
-    chance = 1.0
-    if changed:
-        chance = binomtest(sum(changed), len(changed), 0.5, alternative="greater").pvalue
-    bound = max(limit, 0.5 ** len(changed))
-    if abs(chance - bound) > 1e-9 and abs(np.mean(before) - np.mean(after)) > 1e-9:
-        assert verdict.accepted == (chance <= bound and np.mean(after) <= np.mean(before))
+    verdict = judge(result(tuple(map(float, before)), tuple(map(float, after))), limit)
+    falls = [old - new for old, new in pairs if old != new]
+    test = wilcoxon(falls, alternative="greater", method="exact")
+    assert verdict.rank_sum == test.statistic
+    bound = max(limit, 0.5 ** len(falls))
+    if abs(test.pvalue - bound) > 1e-9:
+        better = sum(after) <= sum(before)
+        assert verdict.accepted == (test.pvalue <= bound and better)
 
 
 def test_coins_pass_as_often_as_it_says() -> None:
@@ -127,5 +166,5 @@ def test_coins_pass_as_often_as_it_says() -> None:
         for _ in range(2000):
             after = 2.0 + draw.standard_normal(n)
             passed += judge(result((2.0,) * n, tuple(after)), 0.35).accepted
-        said = sign_test(n, 0.35)[1]
+        said = signed_rank_test(doubled_ranks([float(i) for i in range(n)]), 0.35)[1]
         assert passed / 2000 <= said + 3 * math.sqrt(said * (1 - said) / 2000)
