@@ -197,6 +197,22 @@ def test_nothing_to_learn(text: ChatText) -> None:
         example(dialogue("the cat"), text)
 
 
+def test_a_dialogue_of_several_sequences_counts_once(tmp_path: Path) -> None:
+    """In a batch, in the budget of steps, and in what tells a run from another."""
+    examples, steps = sequences(5), []
+    own = replace(SETTINGS, steps=None, epochs=1, batch=1)
+    found = train(
+        *(Toy(), toy_state(), examples, own, OPTIMIZER, tmp_path),
+        sets=[2, 1, 2],
+        on_step=lambda step: steps.append(step.tokens),
+    )
+    assert found is not None
+    read = [one.inputs for one in examples]
+    assert sorted(steps) == sorted([read[0] + read[1], read[2], read[3] + read[4]])
+    with pytest.raises(TrainingError, match="another run"):
+        train(Toy(), toy_state(), examples, own, OPTIMIZER, tmp_path, sets=[1, 2, 2])
+
+
 # Saving and going on
 
 
