@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime_py.loop.errors import LoopError
-from runtime_py.loop.files import replacing, sha256
+from runtime_py.loop.files import remove, replacing, sha256
 from runtime_py.loop.protocols import AdapterBundle, FineTuneResult
 from runtime_py.loop.schedule import Moment
 from runtime_py.loop.store import Store
@@ -136,7 +136,7 @@ class Versions:
         named = {row[0] for row in self._store.rows("SELECT file FROM adapters")}
         for path in self._folder.glob("*") if self._folder.is_dir() else ():
             if path.name not in named:
-                path.unlink(missing_ok=True)
+                remove(path)
 
     def heal(self, now: Moment) -> int:
         """Where the active version's file is not sound, goes back to one that is, and logs it."""

@@ -4,23 +4,32 @@ Everything that attune keeps is written through ``replacing``, so there is one r
 it (an exception, a kill, a loss of power), the path has what it had before, or all of the new. Only
 a folder that is replaced can be missing after a kill; it lies beside, and the next writer of that
 path puts it back.
+
+What is being written lies in a folder beside the path that nothing had the name of, and whose lock
+the writer holds. The system lets go of the lock when the writer ends, however it ends: so what was
+left behind is told from what is being written without the number of a process, which containers
+give to every process alike.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from runtime_py.loop.errors import DiskFull, WriteError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)  # some file systems sync no folder
+_UNLOCKED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # and some lock no file
+_NEW, _OLD, _LOCK = "new", "old", "lock"  # in a folder beside a path
 
 
 def sha256(path: Path) -> str:
@@ -36,24 +45,69 @@ def replacing(path: Path) -> Iterator[Path]:
     When the block ends, what it wrote is synced to the disk and takes the place of ``path``: a file
     that of a file, a folder that of a folder, neither that of anything else; a link is followed.
     When the block raises, what it wrote is removed and ``path`` is as it was. What an earlier
-    process left behind when it was killed is removed first; a folder that stood aside then comes
-    back. At most one at a time for a path and process. Raises ``DiskFull`` and ``WriteError`` for a
-    disk that is full or cannot be written; any other exception is the block's own.
+    writer left behind when it was killed is removed first; a folder that stood aside then comes
+    back. Where the file system knows no locks, it stays. Raises ``DiskFull`` and ``WriteError`` for
+    a disk that is full or cannot be written; any other exception is the block's own.
     """
     with writing(path):
         path = Path(os.path.realpath(path)) if path.is_symlink() else path
         _check(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear(path)
+        with _beside(path) as folder:
+            new = folder / _NEW
+            yield new
+            if not os.path.lexists(new):
+                raise ValueError(f"nothing was written at {new}, so {path} stays as it is.")
+            _sync(new)
+            _put(new, path, folder / _OLD)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` that is this writer's alone, and gone afterwards."""
+    lock = None
+    while lock is None:  # else another writer's ``_clear`` met it before it was locked
+        folder = Path(tempfile.mkdtemp(".part", f".{path.name}.", path.parent))
         try:
-            yield beside
-            if not os.path.lexists(beside):
-                raise ValueError(f"nothing was written at {beside}, so {path} stays as it is.")
-            _sync(beside)
-            _put(beside, path)
-        finally:
-            _remove(beside)
+            lock = _lock(folder)
+        except BaseException:
+            remove(folder)
+            raise
+    try:
+        yield folder
+    finally:
+        remove(folder)
+        os.close(lock)
+
+
+def _lock(folder: Path, required: bool = False) -> int | None:
+    """The descriptor that holds the lock of ``folder``; None where another holds it, or has removed
+    the folder, or, if it is ``required``, where the file system knows no locks."""
+    try:
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    except FileNotFoundError:
+        return None
+    try:
+        if _locked(descriptor, required) and (folder / _LOCK).exists():
+            return descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def _locked(descriptor: int, required: bool) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _UNLOCKED:
+            raise
+        return not required
+    return True
 
 
 @contextmanager
@@ -117,52 +171,46 @@ def _check_kind(path: Path, folder: bool) -> None:
         )
 
 
-def _put(beside: Path, path: Path) -> None:
+def _put(new: Path, path: Path, aside: Path) -> None:
     """Renames. A folder cannot be replaced in one step: it stands aside for that moment."""
-    _check_kind(path, beside.is_dir())
-    aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+    _check_kind(path, new.is_dir())
     try:
         if path.is_dir():
             path.rename(aside)
-        beside.rename(path)
+        new.rename(path)
     except BaseException:
         if aside.exists() and not path.exists():
             aside.rename(path)
         raise
     _sync_folder(path.parent)
-    _remove(aside)
 
 
 def _clear(path: Path) -> None:
-    """What processes that are gone left beside ``path``: a folder that stood aside comes back.
-    What has this process's number is an earlier one's: this one has not begun yet."""
-    left = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.(part|old)")
+    """What writers that are gone left beside ``path``: a folder that stood aside comes back."""
+    left = re.compile(re.escape(f".{path.name}.") + r"[a-z0-9_]{8}\.part")
     try:
         names = sorted(path.parent.iterdir())
     except PermissionError:  # a folder may be written that may not be listed
         return
-    for other in names:
-        match = left.fullmatch(other.name)
-        if match is None or (int(match[1]) != os.getpid() and _alive(int(match[1]))):
+    for folder in names:
+        if left.fullmatch(folder.name) is None or not folder.is_dir():
             continue
-        if match[2] == "old" and not os.path.lexists(path):
-            with suppress(FileNotFoundError):  # another process was faster
-                other.rename(path)
-        else:
-            _remove(other)
+        try:
+            lock = _lock(folder, required=True)
+        except PermissionError:  # another user's
+            continue
+        if lock is None:
+            continue
+        try:
+            if (folder / _OLD).exists() and not os.path.lexists(path):
+                (folder / _OLD).rename(path)
+            remove(folder)
+        finally:
+            os.close(lock)
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):  # the second: no system has such a number
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A file, a link or a folder with all that is in it; nothing where there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -47,14 +47,6 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture(scope="module")
-def gone() -> int:
-    """The number of a process that has ended."""
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    return child.pid
-
-
 both = pytest.mark.parametrize("write", [write_file, write_folder])
 
 
@@ -181,7 +173,7 @@ def test_an_interrupt_between_two_renames_leaves_the_old(
     write_folder(path, "old")
 
     def interrupted(self: Path, target: Path) -> Path:
-        if self.name.endswith(".part"):
+        if self.name == "new":
             raise KeyboardInterrupt
         return rename(self, target)
 
@@ -199,7 +191,7 @@ def test_a_folder_that_stood_aside_in_vain_comes_back(
     write_folder(path, "old")
 
     def refuses(self: Path, target: Path) -> Path:
-        if self.name.endswith(".part"):
+        if self.name == "new":
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         return rename(self, target)
 
@@ -210,53 +202,106 @@ def test_a_folder_that_stood_aside_in_vain_comes_back(
     assert names(tmp_path) == ["x"]
 
 
+_NUMBERED = """
+import os, sys
+from pathlib import Path
+os.getpid = lambda: 7
+from tests.runtime_py.loop.test_files import write_file, write_folder
+from runtime_py.loop.files import replacing
+kind, path, end = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+with replacing(path) as beside:
+    {"write_file": write_file, "write_folder": write_folder}[kind](beside, "half")
+    print("there", flush=True)
+    os._exit(9) if end == "now" else sys.stdin.read()
+"""
+
+
+def writer(write: Write, path: Path, end: str) -> subprocess.Popen[str]:
+    """A process with the number 7 that has begun to write ``path``. ``end``: ``now`` as if it were
+    killed, ``later`` when its input ends."""
+    arguments = [sys.executable, "-c", _NUMBERED, write.__name__, str(path), end]
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(arguments, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "there\n"
+    return child
+
+
 @both
-@pytest.mark.parametrize("own", [False, True], ids=["another", "same number"])
 def test_what_a_killed_process_left_is_removed(
-    write: Write, own: bool, gone: int, tmp_path: Path
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the system has given its number to this process since."""
-    pid = os.getpid() if own else gone
+    """Also where all processes have one number, as in containers."""
+    monkeypatch.setattr("os.getpid", lambda: 7)
     write(tmp_path / "x", "old")
-    (tmp_path / f".x.{pid}.part").mkdir()
-    (tmp_path / f".x.{pid}.part" / "a").write_text("half")
-    (tmp_path / f".x.{pid}.old").write_text("replaced")
-    (tmp_path / f".x.{10**30}.part").write_text("half")
+    with writer(write, tmp_path / "x", "now") as child:
+        assert child.wait() == 9
+    assert len(names(tmp_path)) == 2
     write(tmp_path / "x", "new")
     assert content_of(tmp_path / "x") == "new"
     assert names(tmp_path) == ["x"]
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["another", "same number"])
-def test_a_folder_that_stood_aside_for_a_killed_process_comes_back(
-    own: bool, gone: int, tmp_path: Path
+@both
+def test_two_processes_of_one_number_do_not_meet(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_folder(tmp_path / "x", "old")
-    (tmp_path / "x").rename(tmp_path / f".x.{os.getpid() if own else gone}.old")
+    """In two containers that share a disk: who ends last has the path."""
+    monkeypatch.setattr("os.getpid", lambda: 7)
+    with writer(write, tmp_path / "x", "later") as child:
+        write(tmp_path / "x", "new")
+        assert content_of(tmp_path / "x") == "new"
+        assert len(names(tmp_path)) == 2
+        child.communicate("")
+        assert child.returncode == 0
+    assert content_of(tmp_path / "x") == "half"
+    assert names(tmp_path) == ["x"]
+
+
+def test_a_path_within_a_path_and_twice_in_a_process(tmp_path: Path) -> None:
+    with replacing(tmp_path / "x") as one, replacing(tmp_path / "x") as other:
+        write_folder(one, "one")
+        write_folder(other, "other")
+    assert content_of(tmp_path / "x") == "one"
+    assert names(tmp_path) == ["x"]
+
+
+def test_a_folder_that_stood_aside_for_a_killed_process_comes_back(tmp_path: Path) -> None:
+    left = tmp_path / ".x.ab_cd012.part"
+    write_folder(left / "old", "old")
     with pytest.raises(ZeroDivisionError), replacing(tmp_path / "x"):
         raise ZeroDivisionError
     assert content_of(tmp_path / "x") == "old"
     assert names(tmp_path) == ["x"]
 
 
-def test_what_belongs_to_others_is_not_touched(tmp_path: Path) -> None:
-    """To a process that is still writing, or to another path."""
-    others = [
-        f".x.{os.getppid()}.part",
-        f".x.{os.getppid()}.old",
-        ".y.1.part",
-        ".x.part",
-        "x.1.old",
-    ]
-    for name in others:
-        (tmp_path / name).write_text(name)
+def test_without_locks_nothing_is_taken_for_a_remain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems have none."""
+
+    def unknown(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    (tmp_path / ".x.abcdefgh.part").mkdir()
     write_file(tmp_path / "x", "new")
-    assert names(tmp_path) == sorted([*others, "x"])
-    assert all((tmp_path / name).read_text() == name for name in others)
+    assert content_of(tmp_path / "x") == "new"
+    assert names(tmp_path) == [".x.abcdefgh.part", "x"]
+
+
+def test_what_belongs_to_others_is_not_touched(tmp_path: Path) -> None:
+    """To another path, or to nobody here."""
+    others = [".x.1.part", ".y.abcdefgh.part", ".x.1.abcdefgh.part", ".x.part", "x.1.old"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".x.abcdefgh.part").write_text("a file")
+    write_file(tmp_path / "x", "new")
+    assert names(tmp_path) == sorted([*others, ".x.abcdefgh.part", "x"])
 
 
 _KILLED = """
-import os, shutil, sys
+import fcntl, os, shutil, sys, tempfile
 from pathlib import Path
 from tests.runtime_py.loop.test_files import write_file, write_folder
 
@@ -273,6 +318,7 @@ def counted(function):
 
 for name in ("rename", "unlink", "mkdir", "write_text"):
     setattr(Path, name, counted(getattr(Path, name)))
+tempfile.mkdtemp, fcntl.flock = counted(tempfile.mkdtemp), counted(fcntl.flock)
 os.fsync, shutil.rmtree = counted(os.fsync), counted(shutil.rmtree)
 {"write_file": write_file, "write_folder": write_folder}[sys.argv[1]](Path(sys.argv[2]), "new")
 """
