@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from rich.markup import escape
-
 from toolchain.bench import machine
 from toolchain.bench.profile import ProfileRow
 from toolchain.bench.rounds import Timing, ratio
-from toolchain.report.console import megabytes, output
+from toolchain.report.console import bold, dim, line, megabytes, output, styled
 from toolchain.report.tables import plain_table
 
 BUNDLE, TORCH, LLAMA, WITHOUT = "bundle", "torch", "llama_cpp", "without_adapter"
@@ -121,9 +119,12 @@ def show(report: GenerationReport) -> None:
     setting = report.setting
     about = machine.describe()
     output.print(
-        f"[bold]{setting.what}[/] of {escape(setting.bundle)} ({setting.quantize}): "
-        f"{setting.tokens} tokens{_after(setting)}, {setting.rounds} interleaved rounds\n"
-        f"{about['processor']}, {about['cores']} cores, {about['system']}"
+        line(
+            bold(setting.what),
+            f" of {setting.bundle} ({setting.quantize}): {setting.tokens} tokens"
+            f"{_after(setting)}, {setting.rounds} interleaved rounds\n"
+            f"{about['processor']}, {about['cores']} cores, {about['system']}",
+        )
     )
     heads = ("threads", "engine", "median tokens/s", "slowest … fastest", "bundle is")
     table = plain_table(heads, texts=["engine"])
@@ -140,7 +141,7 @@ def show(report: GenerationReport) -> None:
             )
     output.print(table)
     for key, reason in setting.reasons.items():
-        output.print(f"[dim]no {key}: {escape(reason)}[/]")
+        output.print(dim(f"no {key}: {reason}"))
     for run in report.runs:
         _show_limits(setting, run)
 
@@ -161,8 +162,11 @@ def _show_limits(setting: Setting, run: GenerationRun) -> None:
         )
     if run.neighbours is not None and run.neighbours > DISTURBING:
         output.print(
-            f"[yellow]{run.threads} threads: other processes took {run.neighbours:.1f} cores "
-            f"meanwhile; trust the ratios more than the figures[/]"
+            styled(
+                "yellow",
+                f"{run.threads} threads: other processes took {run.neighbours:.1f} cores "
+                f"meanwhile; trust the ratios more than the figures",
+            )
         )
     if run.profile:
         _show_profile(run)

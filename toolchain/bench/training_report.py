@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rich.markup import escape
-
 from runtime_py.bundle.bundle import Bundle
 from runtime_py.engine.examples import Example
 from toolchain.bench import machine
 from toolchain.bench.peak_memory import PeakMemory
 from toolchain.bench.rounds import Timing, ratio
-from toolchain.report.console import megabytes, output
+from toolchain.report.console import bold, dim, line, megabytes, output
 from toolchain.report.tables import plain_table
 
 LOW, HIGH, TORCH, CHECKPOINTING = "low", "high", "torch", "torch_checkpointing"
@@ -125,9 +123,12 @@ def show(report: TrainingReport) -> None:
     """Prints a table for each number of threads: tokens a second, the share of the processor's
     peak in FLOPs a second, peak memory in megabytes."""
     output.print(
-        f"[bold]{escape(str(report.bundle.path))}[/]  a step of {len(report.sequence.tokens)} "
-        f"tokens, {report.sequence.count} of them labels, base weights "
-        f"{report.bundle.training.precision}; {report.rounds} interleaved rounds"
+        line(
+            bold(report.bundle.path),
+            f"  a step of {len(report.sequence.tokens)} tokens, {report.sequence.count} of them "
+            f"labels, base weights {report.bundle.training.precision}; {report.rounds} "
+            f"interleaved rounds",
+        )
     )
     for run in report.runs:
         threads = f"{run.threads} threads"
@@ -155,9 +156,10 @@ def show(report: TrainingReport) -> None:
         output.print(table)
         busy = run.neighbours
         output.print(
-            f"[dim]product peak {run.peak / 1e9:.0f} GFLOP/s"
-            + ("" if busy is None else f"; other processes took {busy:.1f} cores")
-            + "[/]"
+            dim(
+                f"product peak {run.peak / 1e9:.0f} GFLOP/s"
+                + ("" if busy is None else f"; other processes took {busy:.1f} cores")
+            )
         )
     cpu = report.lowering_seconds
     output.print(
@@ -165,4 +167,4 @@ def show(report: TrainingReport) -> None:
         + ("" if cpu is None else f", lowered in {cpu:.0f} s of CPU time")
     )
     for reason in report.reasons.values():
-        output.print(f"[dim]not measured: {escape(reason)}[/]")
+        output.print(dim(f"not measured: {reason}"))

@@ -14,7 +14,7 @@ from runtime_py.bundle.bundle import open_bundle
 from runtime_py.bundle.peft_adapter import write_peft
 from runtime_py.loop.errors import AdapterError
 from toolchain.cli.options import AdapterPath, Json
-from toolchain.report.console import megabytes, output, print_json
+from toolchain.report.console import bold, line, megabytes, output, print_json
 
 app = typer.Typer(help="Show and convert LoRA adapters.", no_args_is_help=True)
 
@@ -58,9 +58,12 @@ def show(
         )
         return
     output.print(
-        f"[bold]{path}[/]  LoRA r {adapter.rank}, α {adapter.alpha:g}, {adapter.dtype}, "
-        f"{parameters:,} parameters ({megabytes(4 * parameters)} as float32), "
-        f"base {adapter.config.get('base_model_name_or_path') or 'not named'}"
+        line(
+            bold(path),
+            f"  LoRA r {adapter.rank}, α {adapter.alpha:g}, {adapter.dtype}, "
+            f"{parameters:,} parameters ({megabytes(4 * parameters)} as float32), "
+            f"base {adapter.config.get('base_model_name_or_path') or 'not named'}",
+        )
     )
     table = Table("module", "in", "out", "r", "scaling", "‖update‖", box=None, pad_edge=False)
     for row in rows if len(rows) <= 24 else rows[:24]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 import typer
-from rich.markup import escape
 
 import toolchain.report.quiet  # noqa: F401  (before the heavy imports)
 from exporters.errors import ExportError
@@ -28,7 +27,7 @@ from toolchain.cli import (
     train,
     tune,
 )
-from toolchain.report.console import console
+from toolchain.report.console import print_error
 
 MISTAKES = (ExportError, AdapterError, BundleError, LoopError, TrainingError)
 
@@ -63,7 +62,7 @@ def run(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except MISTAKES as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        print_error(error)
         sys.exit(2)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.bundle.manifest import Manifest
@@ -17,7 +16,7 @@ from runtime_py.engine.stock_runner import StockRunner
 from runtime_py.loop.dialogue import Turn
 from runtime_py.loop.errors import BundleError
 from toolchain.cli.options import AndroidBundle, Json
-from toolchain.report.console import console, print_json
+from toolchain.report.console import bold, console, dim, line, print_error, print_json
 
 
 def chat(
@@ -73,26 +72,29 @@ def _once(runner: StockRunner, prompt: str, count: int, temperature: float, as_j
 
 def _converse(runner: StockRunner, manifest: Manifest, count: int, temperature: float) -> None:
     console.print(
-        f"[bold]{manifest.model.name}[/] in ExecuTorch's stock runner. Ctrl-D ends, /new forgets."
+        line(
+            bold(manifest.model.name),
+            " in ExecuTorch's stock runner. Ctrl-D ends, /new forgets.",
+        )
     )
     turns: list[Turn] = []
-    while (line := _ask()) is not None:
-        if line == "/new":
+    while (typed := _ask()) is not None:
+        if typed == "/new":
             turns = []
-        if line in ("", "/new"):
+        if typed in ("", "/new"):
             continue
-        turns = _fitting(runner, [*turns, Turn("user", line)], count)
+        turns = _fitting(runner, [*turns, Turn("user", typed)], count)
         try:
             prompt = runner.text.for_runner(turns)
             reply, statistics = runner.generate(prompt, count, temperature, stream=True)
         except BundleError as error:  # this message cannot be answered: the conversation goes on
-            console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+            print_error(error)
             turns.pop()
             continue
         print(flush=True)
         turns.append(Turn("assistant", reply))
         if rate := _rate(statistics):
-            console.print(f"[dim]{rate:.0f} tokens/s[/]")
+            console.print(dim(f"{rate:.0f} tokens/s"))
 
 
 def _ask() -> str | None:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.loop.dialogue import Turn
 from toolchain.cli.options import Json
 from toolchain.defaults import BUILTIN, TRAIN_LENGTHS
-from toolchain.report.console import Stages, console, print_json
+from toolchain.report.console import Stages, bold, console, dim, line, print_json
 
 if TYPE_CHECKING:
     from toolchain.simulate.short_life import ShortLoop
@@ -74,34 +73,37 @@ def demo(
             )
             return
         summary(opened.manifest, bundle, exported, peak_memory())
-        console.print(
-            f"\n[bold]user[/]       {PROMPT}\n[bold]assistant[/]  {escape(reply.strip())}"
-        )
-        console.print("[dim]— lm.pte in ExecuTorch's stock LLM runner, greedy[/]")
+        said = ("\n", bold("user"), f"       {PROMPT}\n", bold("assistant"), f"  {reply.strip()}")
+        console.print(line(*said))
+        console.print(dim("— lm.pte in ExecuTorch's stock LLM runner, greedy"))
         _show_proof(proof)
         _show_loop(loop)
     _show_next(out)
 
 
 def _show_proof(proof: Report) -> None:
-    console.print("\n[bold]parity[/], each rung against the one before it:")
+    console.print(line("\n", bold("parity"), ", each rung against the one before it:"))
     for rung in proof.rungs:
-        reason = f"  [dim]{escape(rung.reason)}[/]" if rung.reason else ""
-        console.print(f"  {rung.rung:<11} {rung.status}{reason}", soft_wrap=True)
+        reason = dim(f"  {rung.reason}" if rung.reason else "")
+        console.print(line(f"  {rung.rung:<11} {rung.status}", reason), soft_wrap=True)
 
 
 def _show_loop(loop: ShortLoop) -> None:
     console.print(
-        f"\n[bold]the loop[/] on {loop.observed} dialogues that ship with attune: {loop.kept} "
-        f"kept, {loop.answered} answered, {loop.steps} steps of fine-tuning with the phone's "
-        f"programs"
+        line(
+            "\n",
+            bold("the loop"),
+            f" on {loop.observed} dialogues that ship with attune: {loop.kept} kept, "
+            f"{loop.answered} answered, {loop.steps} steps of fine-tuning with the phone's "
+            f"programs",
+        )
     )
     before, after = loop.heldout_loss_before, loop.heldout_loss_after
     if before is not None and after is not None:
         console.print(f"loss on answers that were held out: {before:.3f} → {after:.3f}")
     table = Table("prompt", "before", "after", box=None, pad_edge=False)
     for row in loop.replies:
-        table.add_row(*map(escape, (row.prompt, row.before.strip(), row.after.strip())))
+        table.add_row(row.prompt, row.before.strip(), row.after.strip())
     console.print(table)
 
 
@@ -115,6 +117,6 @@ def _show_next(out: Path | None) -> None:
         (f"attune parity {kept} --html parity.html", "the whole proof, with pictures"),
         ("attune export YOUR-MODEL --out out/mine", "a hub id, a folder or a .gguf file"),
     ]
-    for line in lines:
-        if line:
-            console.print(f"  [bold]{line[0]}[/]  [dim]{line[1]}[/]")
+    for each in lines:
+        if each:
+            console.print(line("  ", bold(each[0]), "  ", dim(each[1])))

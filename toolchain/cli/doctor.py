@@ -10,7 +10,7 @@ from rich.table import Table
 
 from toolchain.cli.options import Json
 from toolchain.compile.tested_versions import installed_version, tested_versions
-from toolchain.report.console import output, print_json
+from toolchain.report.console import output, print_json, styled
 
 PINNED = ("torch", "executorch", "coremltools", "transformers", "peft", "torchao", "optimum")
 
@@ -46,13 +46,12 @@ def doctor(
             }
         )
     else:
+        wrong = styled("red", "!")
         table = Table("package", "tested", "installed", "", box=None, pad_edge=False)
-        table.add_row(
-            "python", "3.11", platform.python_version(), "ok" if python_ok else "[red]![/]"
-        )
+        table.add_row("python", "3.11", platform.python_version(), "ok" if python_ok else wrong)
         for row in rows:
             installed = row["installed"] or "not installed"
-            ok = "ok" if row["ok"] else "[red]![/]"
+            ok = "ok" if row["ok"] else wrong
             table.add_row(row["package"], row["tested"], installed, ok)
         output.print(table)
         output.print(

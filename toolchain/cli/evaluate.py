@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from runtime_py.bundle.bundle import open_bundle
 from runtime_py.loop.errors import BundleError
 from runtime_py.loop.stream import read_dialogues
 from toolchain.cli.options import AndroidBundle, Dialogues, Json, SourceModel
-from toolchain.report.console import counted_progress, output, print_json
+from toolchain.report.console import bold, counted_progress, line, output, print_json, styled
 
 if TYPE_CHECKING:  # PyTorch is loaded only once the command runs
     from toolchain.verify.evaluation import Evaluation
@@ -71,8 +70,11 @@ def evaluate(
 
 def _show(bundle: Path, result: Evaluation) -> None:
     output.print(
-        f"[bold]{escape(str(bundle))}[/] ({result.quantize}) on {result.dialogues} dialogues, "
-        f"{result.tokens:,} predicted tokens"
+        line(
+            bold(bundle),
+            f" ({result.quantize}) on {result.dialogues} dialogues, {result.tokens:,} predicted "
+            f"tokens",
+        )
     )
     table = Table("", "perplexity", "", box=None, pad_edge=False)
     table.add_row(
@@ -92,5 +94,5 @@ def _show(bundle: Path, result: Evaluation) -> None:
     ):
         table.add_row(name, f"{row.largest:.2e}", f"{row.rms:.2e}", f"{row.same_token:.1%}")
     output.print(table)
-    verdict = "[green]within 1 %[/]" if result.passed else "[bold red]more than 1 % apart[/]"
-    output.print(f"perplexity of program and PyTorch: {verdict}")
+    near, far = styled("green", "within 1 %"), styled("bold red", "more than 1 % apart")
+    output.print(line("perplexity of program and PyTorch: ", near if result.passed else far))

@@ -16,7 +16,7 @@ from runtime_py.bundle.manifest import Manifest, Policy
 from toolchain.cli.inspect import describe, paraphrases
 from toolchain.cli.options import Json
 from toolchain.defaults import BUILTIN, PRECISIONS, TARGETS, TRAIN_LENGTHS, TRAIN_WEIGHTS
-from toolchain.report.console import Stages, console, megabytes, print_json
+from toolchain.report.console import Stages, bold, console, line, megabytes, print_json
 
 _FRESH = Policy()
 _LENGTHS = ",".join(map(str, TRAIN_LENGTHS))
@@ -152,8 +152,8 @@ def export(
         print_json(describe(manifest) | {"bundle": str(out)} | extra)
     else:
         summary(manifest, out, seconds, peak)
-        talk = f", [bold]attune chat {out}[/]" if manifest.android else ""
-        console.print(f"next: [bold]attune inspect {out}[/]{talk}")
+        talk = (", ", bold(f"attune chat {out}")) if manifest.android else ()
+        console.print(line("next: ", bold(f"attune inspect {out}"), *talk))
 
 
 def peak_memory() -> int:
@@ -179,6 +179,9 @@ def summary(manifest: Manifest, out: Path, seconds: float, peak: int) -> None:
     console.print(table)
     console.print(f"paraphrases: {paraphrases(manifest)}")
     console.print(
-        f"[bold]{out}[/]  {megabytes(sum(f.bytes for f in manifest.files))} in "
-        f"{len(manifest.files)} files, {seconds:.0f} s, peak memory {megabytes(peak)}"
+        line(
+            bold(out),
+            f"  {megabytes(sum(f.bytes for f in manifest.files))} in "
+            f"{len(manifest.files)} files, {seconds:.0f} s, peak memory {megabytes(peak)}",
+        )
     )

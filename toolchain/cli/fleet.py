@@ -20,7 +20,15 @@ from toolchain.cli.options import (
     RayAddress,
     WorkerThreads,
 )
-from toolchain.report.console import console, counted_progress, output, print_json
+from toolchain.report.console import (
+    bold,
+    console,
+    counted_progress,
+    line,
+    output,
+    print_json,
+    styled,
+)
 
 if TYPE_CHECKING:
     from toolchain.fleet.fleet_outcome import FleetOutcome
@@ -158,11 +166,14 @@ def _show(outcome: FleetOutcome, out: Path, model: str, as_json: bool) -> None:
         print_json(told)
     else:
         print_table(output, outcome)
-        output.print(f"next: open [bold]{out / f'{REPORT}.html'}[/]", soft_wrap=True)
+        output.print(line("next: open ", bold(out / f"{REPORT}.html")), soft_wrap=True)
     if outcome.failures:
         console.print(
-            f"[bold red]{len(outcome.failures)} users failed[/]: run the command again to try them "
-            f"once more; what went wrong is in {out / 'failed'}.",
+            line(
+                styled("bold red", f"{len(outcome.failures)} users failed"),
+                f": run the command again to try them once more; what went wrong is in "
+                f"{out / 'failed'}.",
+            ),
             soft_wrap=True,
         )
         raise typer.Exit(1)

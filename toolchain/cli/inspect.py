@@ -10,7 +10,7 @@ from runtime_py.bundle.bundle import open_bundle
 from runtime_py.bundle.manifest import Manifest, PlatformTarget, Tensor
 from toolchain.cli.options import AnyBundle, Json
 from toolchain.defaults import LOWEST_YIELD
-from toolchain.report.console import megabytes, output, print_json
+from toolchain.report.console import bold, dim, line, megabytes, output, print_json
 
 
 def inspect(
@@ -69,8 +69,11 @@ def _tensors(tensors: tuple[Tensor, ...]) -> str:
 def _show(bundle: Path, manifest: Manifest) -> None:
     model = manifest.model
     output.print(
-        f"[bold]{bundle}[/]  {model.name}: {model.architecture}, {model.layers} layers, "
-        f"{model.parameters / 1e6:.1f} M parameters, context {model.context}"
+        line(
+            bold(bundle),
+            f"  {model.name}: {model.architecture}, {model.layers} layers, "
+            f"{model.parameters / 1e6:.1f} M parameters, context {model.context}",
+        )
     )
     output.print(f"source   {model.source}", soft_wrap=True)
     adapter = manifest.adapter
@@ -92,7 +95,7 @@ def _show(bundle: Path, manifest: Manifest) -> None:
 
 def _show_target(name: str, target: PlatformTarget) -> None:
     chosen = "chosen by perplexity" if target.chosen_by == "perplexity" else "as asked"
-    output.print(f"\n[bold]{name}[/]  {target.quantize} ({chosen})")
+    output.print(line("\n", bold(name), f"  {target.quantize} ({chosen})"))
     if target.measured:
         table = Table("precision", "perplexity", "× fp32", box=None, pad_edge=False)
         for row in target.measured:
@@ -104,7 +107,7 @@ def _show_target(name: str, target: PlatformTarget) -> None:
         share = "" if fraction is None else f"{fraction:.1%} of FLOPs\n{program.delegates} parts"
         rest = "".join(f"\nnot: {op}" for op in program.not_delegated)
         table.add_row(
-            f"{program.name}\n[dim]{program.file}[/]",
+            line(f"{program.name}\n", dim(program.file)),
             _tensors(program.inputs) + (f"\n+ {len(program.states)} states" * bool(program.states)),
             _tensors(program.outputs),
             share + rest,

@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from runtime_py.loop.files import write_bytes
 from toolchain.cli.options import AndroidBundle, Dialogues, Json
-from toolchain.report.console import console, counted_progress, output, print_json
+from toolchain.report.console import (
+    bold,
+    console,
+    counted_progress,
+    line,
+    output,
+    print_json,
+    styled,
+)
 
 if TYPE_CHECKING:
     from toolchain.simulate.events import PhoneEvent
@@ -129,9 +136,9 @@ def _live(simulation: Simulation, out: Path | None, as_json: bool) -> None:
     else:
         print_table(output, outcome)
         if out is not None:
-            output.print(f"next: open [bold]{out / 'report.html'}[/]")
+            output.print(line("next: open ", bold(out / "report.html")))
     if ended := outcome.record.ended:
-        console.print(f"[bold red]the run ended early:[/] {escape(ended)}", soft_wrap=True)
+        console.print(line(styled("bold red", "the run ended early:"), f" {ended}"), soft_wrap=True)
         raise typer.Exit(1)
 
 
@@ -189,6 +196,6 @@ def _announce(simulation: Simulation) -> None:
     )
     if bad:
         console.print(
-            f"{len(bad)} lines of the stream are left out; the first: {escape(bad[0])}",
+            f"{len(bad)} lines of the stream are left out; the first: {bad[0]}",
             soft_wrap=True,
         )

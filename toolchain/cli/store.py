@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from toolchain.cli.options import Json
-from toolchain.report.console import output, print_json
+from toolchain.report.console import bold, line, output, print_json
 
 app = typer.Typer(help="Look after the loop's store.", no_args_is_help=True)
 
@@ -41,5 +40,5 @@ def recover(
     rows = ", ".join(f"{count} {table}" for table, count in recovered.rows.items() if count)
     output.print(f"saved: {rows or 'nothing'}")
     for problem in recovered.problems:
-        output.print(f"  {escape(problem)}")
-    output.print(f"next: put [bold]{out}[/] where {path} was, beside its adapters")
+        output.print(f"  {problem}")
+    output.print(line("next: put ", bold(out), f" where {path} was, beside its adapters"))

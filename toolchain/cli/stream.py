@@ -11,7 +11,7 @@ import typer
 
 from runtime_py.loop.errors import LoopError
 from toolchain.cli.options import Json
-from toolchain.report.console import console, output, print_json
+from toolchain.report.console import bold, console, line, output, print_json
 from toolchain.report.tables import plain_table
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def stream(
         print_json({"title": chosen.title, "seed": used, "out": str(out), **parts})
         return
     _print(chosen.title, used, made.stream, made.tests)
-    console.print(f"next: [bold]attune simulate BUNDLE --stream {out}[/]", soft_wrap=True)
+    console.print(line("next: ", bold(f"attune simulate BUNDLE --stream {out}")), soft_wrap=True)
 
 
 def _check_outputs(out: Path, test: Path | None) -> None:

@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.markup import escape
 
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.files import write_bytes
 from toolchain.cli.options import AndroidBundle, Json
-from toolchain.report.console import console, counted_progress, output, print_json
+from toolchain.report.console import (
+    bold,
+    console,
+    counted_progress,
+    line,
+    output,
+    print_json,
+    styled,
+)
 from toolchain.report.tables import plain_table
 
 if TYPE_CHECKING:
@@ -104,11 +111,13 @@ def study(
 def _announce(opened: Study, count: int) -> None:
     there = len(opened.cells) - len(opened.missing)
     console.print(
-        f"[bold]{escape(opened.plan.name)}[/]: {len(opened.cells):,} cells, {there:,} there, "
-        f"{count:,} to be measured now"
+        line(
+            bold(opened.plan.name),
+            f": {len(opened.cells):,} cells, {there:,} there, {count:,} to be measured now",
+        )
     )
     for path in opened.damaged:
-        console.print(f"[yellow]damaged, measured anew:[/] {escape(str(path))}", soft_wrap=True)
+        console.print(line(styled("yellow", "damaged, measured anew:"), f" {path}"), soft_wrap=True)
 
 
 def _measure(
@@ -120,11 +129,11 @@ def _measure(
 
     with counted_progress(quiet) as bar:
         task = bar.add_task(opened.plan.name, total=len(cells))
-        line = _lines(opened, len(cells), quiet or console.is_terminal)
+        show = _lines(opened, len(cells), quiet or console.is_terminal)
 
         def told(outcome: CellResult | Failure) -> None:
             bar.advance(task)
-            line(outcome)
+            show(outcome)
 
         return run(opened, cells, crew, place, open_world, run_cell, told)
 
@@ -136,18 +145,18 @@ def _lines(opened: Study, total: int, quiet: bool) -> Callable[[CellResult | Fai
     names = {one.cell: name_of(one) for one in opened.planned}
     began, done = time.monotonic(), 0
 
-    def line(outcome: CellResult | Failure) -> None:
+    def show(outcome: CellResult | Failure) -> None:
         nonlocal done
         done += 1
         if quiet:
             return
         left = (time.monotonic() - began) / done * (total - done)
         console.print(
-            f"{done}/{total}  {escape(names[outcome.cell])}  {left / 60:.0f} min left",
+            f"{done}/{total}  {names[outcome.cell]}  {left / 60:.0f} min left",
             soft_wrap=True,
         )
 
-    return line
+    return show
 
 
 def _report(opened: Study, out: Path, as_json: bool, markdown: Path | None) -> None:
@@ -164,7 +173,7 @@ def _report(opened: Study, out: Path, as_json: bool, markdown: Path | None) -> N
         print_json(summary.as_json())
         return
     _show(summary)
-    output.print(f"next: open [bold]{escape(str(out / 'report.html'))}[/]", soft_wrap=True)
+    output.print(line("next: open ", bold(out / "report.html")), soft_wrap=True)
 
 
 def _show(summary: Summary) -> None:
@@ -172,7 +181,7 @@ def _show(summary: Summary) -> None:
 
     for one in (*tables(summary), contrast_table(summary)):
         if one.rows:
-            output.print(f"\n[bold]{escape(one.title)}[/]")
+            output.print(line("\n", bold(one.title)))
             _print_table(one)
     minutes = summary.study.folder.seconds(summary.study.done) / 60
     output.print(f"\n{len(summary.study.done):,} cells in {minutes:,.1f} minutes of all workers")
@@ -190,7 +199,7 @@ def _print_table(one: StudyTable) -> None:
     heads = [one.heads[place] for place in shown]
     table = plain_table(heads, texts=(heads[0], "streams", "score"), whole=("orderings", heads[0]))
     for row in one.rows:
-        table.add_row(*(escape(str(row[place].content)) for place in shown))
+        table.add_row(*(str(row[place].content) for place in shown))
     output.print(table)
 
 
@@ -200,11 +209,11 @@ def _tell_failures(opened: Study, failures: list[Failure]) -> None:
     names = {one.cell: name_of(one) for one in opened.planned}
     for failure in failures:
         console.print(
-            f"[bold red]failed:[/] {escape(names[failure.cell])}: {escape(failure.sentence)}",
+            line(styled("bold red", "failed:"), f" {names[failure.cell]}: {failure.sentence}"),
             soft_wrap=True,
         )
     console.print(
-        f"{len(failures)} of the cells failed; why stands in {escape(str(opened.folder.path))}"
+        f"{len(failures)} of the cells failed; why stands in {opened.folder.path}"
         f"/failed. Run the command again to try them again.",
         soft_wrap=True,
     )

@@ -13,7 +13,7 @@ from runtime_py.engine.trainer import StepReport
 from runtime_py.engine.training_plan import Settings
 from toolchain.cli.options import AndroidBundle, Dialogues, Json, KeepMb, Threads
 from toolchain.defaults import HELD_OUT, KEEP_MB, MEMORY, SETTINGS, STOPPING_FROM, MemoryMode
-from toolchain.report.console import console, counted_progress, output, print_json
+from toolchain.report.console import bold, console, counted_progress, line, output, print_json
 
 if TYPE_CHECKING:
     from toolchain.adapter_training import TrainedAdapter
@@ -173,4 +173,4 @@ def _summary(trained: TrainedAdapter, bundle: Path, out: Path) -> None:
             f"held-out loss {before:.4f} → {after:.4f}, of {trained.judged} other dialogues"
         )
     output.print(f"{trained.tokens_per_second:.0f} tokens/s, {trained.seconds:.0f} s")
-    output.print(f"next: [bold]attune chat {bundle} --adapter {out / 'adapter.ptd'}[/]")
+    output.print(line("next: ", bold(f"attune chat {bundle} --adapter {out / 'adapter.ptd'}")))

@@ -21,7 +21,7 @@ from toolchain.cli.options import (
     RayAddress,
     WorkerThreads,
 )
-from toolchain.report.console import console, counted_progress, output, print_json
+from toolchain.report.console import bold, console, counted_progress, line, output, print_json
 
 if TYPE_CHECKING:
     from toolchain.study.cells import Cell, CellResult, StudyPlace
@@ -216,4 +216,5 @@ def _show(outcome: TuneOutcome, out: Path, model: str, as_json: bool) -> None:
         print_json(told)
         return
     print_table(output, outcome)
-    output.print(f"next: [bold]attune export MODEL --policy {out / POLICY}[/]", soft_wrap=True)
+    next_step = bold(f"attune export MODEL --policy {out / POLICY}")
+    output.print(line("next: ", next_step), soft_wrap=True)

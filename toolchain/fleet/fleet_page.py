@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.text import Text
 
 from toolchain.fleet.fleet_outcome import AcrossUsers, FleetOutcome, summary
@@ -69,7 +68,7 @@ def print_table(output: Console, outcome: FleetOutcome) -> None:
     output.print(manners)
     for failure in outcome.failures:
         text = f"user {failure.number}, {failure.phase}: {failure.sentence}"
-        output.print(escape(text), soft_wrap=True)
+        output.print(text, soft_wrap=True)
 
 
 _HEADS = ("manner", "users", "gain", "personal", "complies before", "after")

@@ -1,13 +1,19 @@
-"""What a person sees while a command runs: stages with a spinner, times, tables; on stderr."""
+"""What a person sees while a command runs: stages with a spinner, times, tables; on stderr.
+
+No text is ever read as markup, an emoji's name or a control sequence: a path, a name or a dialogue
+is shown letter by letter, whatever it holds. What is to stand out says so (``styled``, ``bold``).
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
@@ -16,9 +22,61 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
+from rich.text import Text
 
-console = Console(stderr=True, highlight=False)
-output = Console(highlight=False)
+
+class PlainConsole(Console):
+    """Shows text as it is. What a terminal would take for a command, or cannot encode, is written
+    out: ESC as ``\\x1b``."""
+
+    def __init__(self, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=self._shown(segment.text))
+
+    def _shown(self, text: str) -> str:
+        if text.isascii() and text.isprintable():
+            return text
+        plain = "".join(
+            c if c == "\n" or unicodedata.category(c) != "Cc" else _named(c) for c in text
+        )
+        return plain.encode(self.encoding, "backslashreplace").decode(self.encoding)
+
+
+def _named(control: str) -> str:
+    return f"\\x{ord(control):02x}"
+
+
+console = PlainConsole(stderr=True)
+output = PlainConsole()
+
+
+def styled(style: str, content: object) -> Text:
+    """``content`` in one of Rich's styles, such as ``bold red``."""
+    return Text(str(content), style)
+
+
+def bold(content: object) -> Text:
+    return styled("bold", content)
+
+
+def dim(content: object) -> Text:
+    return styled("dim", content)
+
+
+def line(*parts: str | Text) -> Text:
+    """``parts``, one after the other."""
+    return Text.assemble(*parts)
+
+
+def print_error(error: object) -> None:
+    """A sentence on stderr."""
+    console.print(line(styled("bold red", "error:"), f" {error}"), soft_wrap=True)
 
 
 class Stages:
@@ -31,7 +89,7 @@ class Stages:
         self._title = title
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
             console=console,
             transient=True,
@@ -54,7 +112,7 @@ class Stages:
             taken = time.monotonic() - self._since
             self.seconds[self._current] = self.seconds.get(self._current, 0.0) + taken
             if not self._quiet:
-                self._progress.console.print(f"  [dim]{taken:6.1f} s[/]  {self._current}")
+                self._progress.console.print(line(dim(f"  {taken:6.1f} s"), f"  {self._current}"))
         self._current = None
 
     def __call__(self, stage: str) -> None:
@@ -67,7 +125,7 @@ class Stages:
 def counted_progress(quiet: bool) -> Progress:
     """A bar with done and total, time taken and time left; nothing where nobody looks."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TimeElapsedColumn(),
@@ -80,7 +138,12 @@ def counted_progress(quiet: bool) -> Progress:
 
 def print_json(value: Any) -> None:
     """Exactly one JSON object on standard output."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # a file name that is not UTF-8, or a terminal that is not
+        text = json.dumps(value, indent=1)
+    sys.stdout.write(text + "\n")
 
 
 def megabytes(count: float) -> str:

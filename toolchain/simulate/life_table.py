@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.markup import escape
 from rich.text import Text
 
+from toolchain.report.console import dim, line
 from toolchain.report.fact import Fact
 from toolchain.report.tables import plain_table
 from toolchain.simulate.outcome import SimulationOutcome
@@ -87,7 +87,7 @@ def print_table(output: Console, outcome: SimulationOutcome) -> None:
     output.print(blocks)
     for fault in outcome.record.faults:
         place = f"{fault_name(fault)} after dialogue {fault.place}:"
-        output.print(f"[dim]{place}[/] {escape(fault.how or 'not got over')}")
+        output.print(line(dim(place), f" {fault.how or 'not got over'}"))
 
 
 def fault_name(fault: FaultRecord) -> str:

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rich.markup import escape
+from rich.text import Text
 
 from toolchain.compile.tolerances import TABLE
-from toolchain.report.console import output
+from toolchain.report.console import bold, line, output, styled
 from toolchain.report.tables import plain_table
 from toolchain.verify.parity.verdict import NOT_ASKED, Check, Report, Rung
 
-MARKS = {
-    "passed": "[green]passed[/]",
-    "failed": "[bold red]failed[/]",
-    "not run": "[yellow]not run[/]",
-}
+MARKS = {"passed": "green", "failed": "bold red", "not run": "yellow"}
 
 
 def as_json(report: Report) -> dict:
@@ -81,21 +77,21 @@ def _numbers(check: Check, every: bool) -> list[str]:
 def show(report: Report, every: bool = False) -> None:
     """``every``: all checks with all their numbers, for a wide terminal."""
     precision = ", ".join(f"{name} {value}" for name, value in report.precisions.items())
-    output.print(f"[bold]{escape(report.bundle)}[/] ({escape(report.model)}; {precision})")
+    output.print(line(bold(report.bundle), f" ({report.model}; {precision})"))
     _show_checks(report, every)
     for rung in report.rungs:
         if rung.status == "failed":
-            output.print(f"[bold red]{rung.rung}[/]: {escape(rung.reason)}", soft_wrap=True)
+            output.print(line(styled("bold red", rung.rung), f": {rung.reason}"), soft_wrap=True)
         elif rung.status == "not run" and rung.reason != NOT_ASKED:
-            output.print(
-                f"[yellow]{rung.rung} was not run[/]: {escape(rung.reason)}", soft_wrap=True
-            )
+            told = styled("yellow", f"{rung.rung} was not run")
+            output.print(line(told, f": {rung.reason}"), soft_wrap=True)
     failed = [rung.rung for rung in report.rungs if rung.status == "failed"]
     passed = sum(rung.status == "passed" for rung in report.rungs)
     if failed:
-        output.print(f"[bold red]{', '.join(failed)} failed[/] in {report.seconds:.0f} s")
+        verdict = styled("bold red", f"{', '.join(failed)} failed")
     else:
-        output.print(f"[green]{passed} rungs passed[/] in {report.seconds:.0f} s")
+        verdict = styled("green", f"{passed} rungs passed")
+    output.print(line(verdict, f" in {report.seconds:.0f} s"))
 
 
 def _show_checks(report: Report, every: bool) -> None:
@@ -108,13 +104,13 @@ def _show_checks(report: Report, every: bool) -> None:
     table = plain_table(heads, texts, whole=[head for head in heads if head not in names])
     for rung in report.rungs:
         checks = rung.checks if every else worst_of(rung.checks)
-        first = [rung.rung, MARKS[rung.status], str(len(rung.checks) or "")]
+        first: list[str | Text] = [rung.rung, styled(MARKS[rung.status], rung.status)]
+        first.append(str(len(rung.checks) or ""))
         if not checks:
             table.add_row(*first)
         for check in checks:
-            color = "" if check.passed else "[red]"
-            named = f"{color}{escape(check.program)}: {escape(check.output)}"
-            cells = [named, escape(check.case)] if every else [named]
+            named = styled("" if check.passed else "red", f"{check.program}: {check.output}")
+            cells = [named, check.case] if every else [named]
             table.add_row(*first, *cells, *_numbers(check, every), _bound(check), _margin(check))
             first = ["", "", ""]
     output.print(table)
