@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from runtime_py.loop.files import write_bytes
+from runtime_py.loop.stream import in_one
 from toolchain.cli.options import AndroidBundle, Dialogues, Json
 from toolchain.report.console import (
     bold,
@@ -195,7 +196,5 @@ def _announce(simulation: Simulation) -> None:
         f"{device.storage.app_mb:,.0f} stored"
     )
     if bad:
-        console.print(
-            f"{len(bad)} lines of the stream are left out; the first: {bad[0]}",
-            soft_wrap=True,
-        )
+        told = in_one(simulation.plan.stream, bad)
+        console.print(f"left out of the stream: {told}", soft_wrap=True)

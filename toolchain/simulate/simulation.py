@@ -14,7 +14,7 @@ from runtime_py.engine.memory import training_bytes
 from runtime_py.loop.errors import LoopError
 from runtime_py.loop.policy import LoopPolicy
 from runtime_py.loop.presets import PRESETS, preset
-from runtime_py.loop.stream import read_stream
+from runtime_py.loop.stream import CONVERT, in_one, read_stream
 from toolchain.compile.policy_file import check_names
 from toolchain.simulate.device import Device, find_device, host_cores
 from toolchain.simulate.estimate import Estimate, check_fits, estimate
@@ -163,6 +163,6 @@ def scan(path: Path, limit: int | None) -> StreamScan:
         block = record.extra.get("block", record.extra.get("dataset", ""))
         blocks.append(str(block))
     if not blocks:
-        first = f": {bad[0]}" if bad else "."
-        raise LoopError(f"{path} has no dialogue that can be used{first}")
+        why = f": {in_one(path, bad)}" if bad else f".{CONVERT}"
+        raise LoopError(f"{path} has no dialogue that can be used{why}")
     return StreamScan(path, tuple(blocks), tuple(bad))

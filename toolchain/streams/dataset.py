@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from runtime_py.loop.dialogue import Dialogue, Turn, check
 from runtime_py.loop.errors import LoopError
-from runtime_py.loop.stream import read_rows
+from runtime_py.loop.stream import CONVERT, in_one, read_rows
 from toolchain.compile.general_ids import general_ids
 
 Rows = Literal["all", "development", "judging"]
@@ -89,9 +89,9 @@ def _read(path: Path) -> Dataset:
         found[dialogue.id] = dialogue
     if not rows:
         raise LoopError(
-            bad[0]
+            in_one(path, bad)
             if bad
-            else f"{path} has no dialogue: give one JSON object with id and turns a line."
+            else f"{path} has no dialogue: give one JSON object with id and turns a line.{CONVERT}"
         )
     sound = tuple(found.values())
     return Dataset(path, rows, sound, general, without, len(bad), bad[0] if bad else "")
