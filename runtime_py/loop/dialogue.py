@@ -13,7 +13,7 @@ Role = Literal["user", "assistant"]
 
 LONGEST_ID = 256  # characters
 _TURN_BYTES = 5  # a role and a length beside each content
-_ALLOWED_CONTROLS = "\t\n\r\x85"
+ALLOWED_CONTROLS = "\t\n\r\x85"
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def check_text(text: object, where: str) -> str:
         raise LoopError(f"{where} has the content {text!r:.80}; expected a string.")
     if not text.strip():
         raise LoopError(f"{where} is empty; expected text. Leave the turn out.")
-    _check_characters(text, where, _ALLOWED_CONTROLS)
+    _check_characters(text, where, ALLOWED_CONTROLS)
     return text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from runtime_py.loop.errors import LoopError
@@ -12,8 +12,9 @@ from runtime_py.loop.errors import LoopError
 _GZIP = b"\x1f\x8b"
 
 
-def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number, from 1 on, and bytes of each line, its end included.
+def raw_lines(path: Path, told: Callable[[int], None] | None = None) -> Iterator[tuple[int, bytes]]:
+    """Number, from 1 on, and bytes of each line, its end included. ``told`` gets how many bytes of
+    the file are read.
 
     Raises ``LoopError`` where there is no such file, it cannot be read, or its gzip is damaged.
     """
@@ -24,6 +25,8 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             for line in gzip.GzipFile(fileobj=file) if packed else file:
                 number += 1
                 yield number, line
+                if told is not None:
+                    told(file.tell())
     except FileNotFoundError:
         raise LoopError(f"there is no stream at {path}; expected a JSONL file.") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -13,6 +13,7 @@ from toolchain.cli import (
     adapter,
     bench,
     chat,
+    data,
     demo,
     doctor,
     evaluate,
@@ -54,6 +55,7 @@ app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(bench.app, name="bench")
+app.add_typer(data.app, name="data")
 app.add_typer(store.app, name="store")
 
 
