@@ -35,7 +35,8 @@ from runtime_py.loop.replacement import choose
 from runtime_py.loop.words import words
 
 FOLDER, JSON, TENSORS = "golden", "golden.json", "golden.safetensors"
-FORMAT = 1
+FORMAT = 2
+_SCORES = ("EOE", "DSS", "IDD")
 _ODD, _RANGE = 2654435761, 1 << 32  # Knuth's multiplier: it spreads the numbers from 0 on
 Values = Mapping[str, np.ndarray]
 
@@ -186,10 +187,13 @@ def _decided(
         (a["bin"], a["replaced"]) != (b["bin"], b["replaced"])
         for a, b in zip(decisions, expected, strict=True)
     )
-    bound = {"most": stream["most"], "least": None}
-    scored = judged("decisions: scores", case, scores[0].ravel(), scores[1].ravel(), bound)
+    scored = []
+    for column, name in enumerate(_SCORES):
+        pair = scores[0][:, column], scores[1][:, column]
+        bound = {"most": stream["most"][column], "least": None}
+        scored.append(judged(f"decisions: {name}", case, *pair, bound, 1.0))  # as they are
     choices = SelfCheck("decisions: kept and replaced", case, differ, differ, 1.0, 0.0, None)
-    return [scored, choices]
+    return [*scored, choices]
 
 
 def _trained(

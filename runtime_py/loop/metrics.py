@@ -13,17 +13,17 @@ from collections.abc import Sequence
 import numpy as np
 
 UNIT = 1 << 24  # a direction's length in fixed point; products of two fit float64 exactly
-_GRID = 1 << 20
+GRID = 1 << 20
 
 
 def on_grid(value: float) -> float:
     """The nearest multiple of 2^-20, halves upwards."""
-    return math.floor(value * _GRID + 0.5) / _GRID
+    return math.floor(value * GRID + 0.5) / GRID
 
 
 def on_the_grid(values: np.ndarray) -> np.ndarray:
     """``on_grid`` of each, float64."""
-    return np.floor(values * _GRID + 0.5) / _GRID
+    return np.floor(values * GRID + 0.5) / GRID
 
 
 def entropy_of_norms(norms: np.ndarray) -> float:

@@ -8,17 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from exporters.model.transformer import Transformer
-from toolchain.compile.spread import between, float_activations, largest, of_scores
+from toolchain.compile.spread import between, float_activations, largest
 from toolchain.compile.spread import of_float16 as measured_float16
 from toolchain.compile.tolerances import (
-    HALF,
     INT8_ABOVE,
     Tolerance,
-    model_terms,
     of_float16,
     of_int8,
     of_model,
-    rounding,
 )
 
 Tokens = Sequence[int]
@@ -57,27 +54,3 @@ def tolerances(
 
 def bound(tolerance: Tolerance) -> dict:
     return {"most": tolerance.max_rel, "least": tolerance.likeness}
-
-
-def close_scores(
-    target: str,
-    model: Transformer,
-    read: Reading,
-    dialogues: Sequence[Tokens],
-    known: Sequence[tuple[np.ndarray, float]],
-) -> tuple[float, float]:
-    """Entropies and dissimilarities that the precision cannot tell apart. The second are
-    differences of cosines. Of the first, what all norms of a dialogue have in common cancels: left
-    are the sums over channels and tokens. ``known``: what ``model`` gives for ``dialogues``."""
-    longest = max(map(len, dialogues), default=1)
-    entropy = rounding(model.spec.hidden + longest)
-    plain = 4 * rounding(model_terms(model.spec, longest))
-    if target == "ios":
-        return entropy, 4 * 8 * HALF
-    if model.is_float or not dialogues:
-        return entropy, plain
-    other = float_activations(model)
-    rows = [[read.embedding(other, ids) for ids in dialogues], list(known)]
-    gap = max(abs(a[1] - b[1]) for a, b in zip(*rows, strict=True))
-    vectors = [[pooled for pooled, _ in row] for row in rows]
-    return entropy + INT8_ABOVE * gap, plain + INT8_ABOVE * of_scores(*vectors)

@@ -35,7 +35,8 @@ from runtime_py.loop.lexicons import read_lexicons
 from runtime_py.loop.protocols import Embedding
 from runtime_py.loop.words import words
 from toolchain.compile.autograd import WholeGradient, autograd_gradient
-from toolchain.compile.golden_bounds import Reading, close_scores, tolerances
+from toolchain.compile.golden_bounds import Reading, tolerances
+from toolchain.compile.golden_scores import remembered, score_spread
 from toolchain.compile.mean_vector import embedding
 from toolchain.compile.tolerances import of_gradient, of_loss
 
@@ -201,29 +202,39 @@ def _decisions(
     stream: Mapping[str, tuple[str, list[int]]],
     embed_length: int,
 ) -> dict:
-    """What selection does with a stream of real dialogues. Those whose scores are too close to a
-    stored set's for the precision to tell are left out, so every choice is one to agree on."""
+    """What selection does with a stream of real dialogues, so that every choice is one to agree on.
+    A dialogue is left out where its scores are too close to a stored set's for the precision to
+    tell, and where its own rounding would make them, or those of a choice before it, too close."""
     policy = {"selection": "paper", "bins": _BINS, "seed": 0}
     loop = StorelessSelection(policy_of(policy), read_lexicons(), reference.model.spec.hidden)
-    few = [ids[:embed_length] for _, ids in list(stream.values())[:_STREAM]]
-    known = [embedding(reference.model, ids) for ids in few]
-    close = close_scores(target, reference.model, _READING, few, known)
+    cut = {name: ids[:embed_length] for name, (_, ids) in stream.items()}
+    longest = max(map(len, cut.values()), default=1)
+    embed = remembered(reference.model, embedding)
+    spread = score_spread(target, reference.model, embed, embedding, longest)
+    first = list(cut)[:_STREAM]
+    for name in first:
+        spread = spread.adding(cut[name])
+    choices: list[np.ndarray] = []
     dialogues, expected = [], []
-    for number, (name, (text, ids)) in enumerate(stream.items()):
-        tokens = ids[:embed_length]
-        first = number < len(known)
-        pooled, entropy = known[number] if first else embedding(reference.model, tokens)
-        measured = Embedding(pooled.astype(np.float32), entropy)
+    for name, (text, _) in stream.items():
+        tokens = cut[name]
+        measured = Embedding(*embed(tokens))
         if len(loop.buffer) == _BINS:
-            new = loop.buffer.measure(name, 0, words(text), measured, read_lexicons())
-            gaps = np.abs(loop.buffer.scores - [new.scores.eoe, 0.0, new.scores.idd])
-            if (gaps[:, 0] < close[0]).any() or (gaps[:, 2] < close[1]).any():
+            new = loop.buffer.measure(name, 0, words(text), measured, read_lexicons()).scores
+            gaps = np.array([new.eoe, new.dss, new.idd]) - loop.buffer.scores
+            if not spread.bounds.tell(gaps):
                 continue
+            wider = spread if name in first else spread.adding(tokens)
+            if not all(map(wider.bounds.tell, (*choices, gaps))):
+                continue
+            spread = wider
+            choices.append(gaps)
         expected.append(loop.observe(name, text, measured))
         dialogues.append({"id": name, "text": text, "tokens": tokens})
         if len(dialogues) == _STREAM:
             break
-    return {**policy, "most": close[1], "dialogues": dialogues, "expected": expected}
+    most = spread.bounds.each
+    return {**policy, "most": most, "dialogues": dialogues, "expected": expected}
 
 
 def _training(

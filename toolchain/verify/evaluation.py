@@ -2,7 +2,7 @@
 
 Every single operator of the two agrees to float32's last bits. Where activations are rounded to
 int8 the two drift apart nevertheless, as far as PyTorch drifts from itself when its token
-embeddings change in the last bit (``toolchain.verify.noise``): that is the *noise floor*, and what
+embeddings change in the last bit (``toolchain.compile.noise``): that is the *noise floor*, and what
 is left of ExecuTorch's difference beside it would be an error.
 """
 
@@ -23,9 +23,9 @@ from runtime_py.engine.lm import ExecutorchLm
 from runtime_py.engine.native import silenced
 from runtime_py.loop.dialogue import Dialogue
 from runtime_py.loop.errors import BundleError
+from toolchain.compile.noise import PERTURBATION, perturbed
 from toolchain.compile.shipped_text import perplexity, shared_prefix, tokenize
 from toolchain.compile.source import CheckpointSource, as_in_bundle, float_model
-from toolchain.verify.noise import PERTURBATION, perturbed
 
 TRIALS = 3  # perturbed models
 WORST_RATIO = 0.01  # of perplexity, between the program and PyTorch

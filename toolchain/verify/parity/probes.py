@@ -18,7 +18,7 @@ from exporters.model.plain_attention import Attend, plain_attention
 from exporters.model.spec import ModelSpec
 from exporters.model.transformer import Transformer
 from exporters.training.block import MATRICES
-from toolchain.verify.noise import perturbed
+from toolchain.compile.noise import perturbed
 from toolchain.verify.parity.native_child import Instruction
 from toolchain.verify.parity.place_recorder import PlaceRecorder
 from toolchain.verify.parity.verdict import FirstDifference
