@@ -45,6 +45,7 @@ TOP, SAMPLED = 16, 48  # logits of each position: the largest, and others evenly
 GRADIENTS = 512  # numbers of the flat gradient, evenly over it
 _DIALOGUES = 3
 _STREAM, _BINS = 10, 4
+_REFUSED = 4  # dialogues that no bin takes at most: others replace
 _PLACES = 256  # tokens of the training case at most
 
 
@@ -215,6 +216,7 @@ def _decisions(
     for name in first:
         spread = spread.adding(cut[name])
     choices: list[np.ndarray] = []
+    refused = 0
     dialogues, expected = [], []
     for name, (text, _) in stream.items():
         tokens = cut[name]
@@ -222,12 +224,13 @@ def _decisions(
         if len(loop.buffer) == _BINS:
             new = loop.buffer.measure(name, 0, words(text), measured, read_lexicons()).scores
             gaps = np.array([new.eoe, new.dss, new.idd]) - loop.buffer.scores
-            if not spread.bounds.tell(gaps):
+            refusal = not (gaps > 0).all(axis=1).any()
+            if not spread.bounds.tell(gaps) or (refusal and refused == _REFUSED):
                 continue
             wider = spread if name in first else spread.adding(tokens)
             if not all(map(wider.bounds.tell, (*choices, gaps))):
                 continue
-            spread = wider
+            spread, refused = wider, refused + refusal
             choices.append(gaps)
         expected.append(loop.observe(name, text, measured))
         dialogues.append({"id": name, "text": text, "tokens": tokens})

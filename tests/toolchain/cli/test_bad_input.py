@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import random
@@ -448,6 +449,41 @@ def test_one_flipped_bit_is_refused_by_every_command(
     for arguments in commands(paper, tmp_path):
         is_a_sentence(attune(*arguments), name)
     assert inventory(tmp_path) == before
+
+
+# Dialogues
+
+GOOD = b'{"id": "a", "turns": [{"role": "user", "content": "hi"}, '
+GOOD += b'{"role": "assistant", "content": "ho"}]}\n'
+PACKED = gzip.compress(GOOD * 30, mtime=0)
+
+
+@pytest.mark.parametrize("name", [("evaluate",), ("bench", "synthesis")])
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (PACKED[:25] + bytes([PACKED[25] ^ 1]) + PACKED[26:], ("d[1].jsonl.gz is damaged",)),
+        (PACKED[:-9], ("d[1].jsonl.gz is damaged", "Copy it again")),
+        (gzip.compress(GOOD.replace(b"hi", b"\\ud800")), ("line 1 of", "lone surrogate")),
+        (gzip.compress(GOOD.replace(b"user", b"system")), ("line 1 of", "attune data convert")),
+        (gzip.compress(GOOD.replace(b"hi", b"")), ("line 1 of", "is empty")),
+        (gzip.compress(GOOD.decode().encode("utf-16")), ("d[1].jsonl.gz is UTF-16", "UTF-8")),
+        (gzip.compress(GOOD + b"\n{\n" + GOOD), ("2 lines of", "line 3 of", "line 4 of")),
+    ],
+    ids=["flipped", "cut", "surrogate", "system", "empty", "utf-16", "several"],
+)
+def test_dialogues_that_cannot_be_used(
+    name: tuple[str, ...],
+    data: bytes,
+    words: tuple[str, ...],
+    paper: Path,
+    attune: Attune,
+    tmp_path: Path,
+) -> None:
+    """Whichever command reads them."""
+    path = tmp_path / "d[1].jsonl.gz"
+    path.write_bytes(data)
+    is_a_sentence(attune(*name, paper, "--data", path), *words)
 
 
 def test_missing_and_unlisted_files_are_named(paper: Path, attune: Attune) -> None:
