@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import unicodedata
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,7 @@ Role = Literal["user", "assistant"]
 LONGEST_ID = 256  # characters
 _TURN_BYTES = 5  # a role and a length beside each content
 ALLOWED_CONTROLS = "\t\n\r\x85"
+_ODD = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # Unicode's categories Cc and Cs
 
 
 @dataclass(frozen=True)
@@ -138,16 +139,22 @@ def turns_from_json(text: str) -> tuple[Turn, ...]:
     return tuple(Turn(role, content) for role, content in json.loads(text))
 
 
+def unusable_character(text: str, allowed: str = ALLOWED_CONTROLS) -> re.Match[str] | None:
+    """The first lone surrogate or control character that is not ``allowed``."""
+    return next((found for found in _ODD.finditer(text) if found[0] not in allowed), None)
+
+
 def _check_characters(text: str, where: str, allowed: str) -> None:
-    for position, character in enumerate(text):
-        category = unicodedata.category(character)
-        if category == "Cs":
-            raise LoopError(
-                f"{where} has a lone surrogate (U+{ord(character):04X}) at character "
-                f"{position + 1}, which is not valid UTF-8; expected Unicode text."
-            )
-        if category == "Cc" and character not in allowed:
-            raise LoopError(
-                f"{where} has the control character U+{ord(character):04X} at character "
-                f"{position + 1}; expected only tabs and line breaks. Remove it."
-            )
+    found = unusable_character(text, allowed)
+    if found is None:
+        return
+    number, place = f"U+{ord(found[0]):04X}", f"at character {found.start() + 1}"
+    if found[0] >= "\ud800":
+        raise LoopError(
+            f"{where} has a lone surrogate ({number}) {place}, which is not valid UTF-8; expected "
+            f"Unicode text."
+        )
+    raise LoopError(
+        f"{where} has the control character {number} {place}; expected only tabs and line breaks. "
+        f"Remove it."
+    )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runtime_py.loop.dialogue import ALLOWED_CONTROLS, Turn
+from runtime_py.loop.dialogue import Turn, unusable_character
 from toolchain.streams.convert_formats import Message, Unusable
 
 SYSTEM, EMPTY = "system texts", "empty turns"
@@ -70,10 +69,9 @@ def _runs(messages: Sequence[Message], changed: Counter[str]) -> list[_Run]:
 
 def _turn(run: _Run) -> Turn:
     text = "\n\n".join(run.texts)
-    for character in text:
-        category = unicodedata.category(character)
-        if category == "Cs":
-            raise Unusable("a lone surrogate, which is not Unicode text")
-        if category == "Cc" and character not in ALLOWED_CONTROLS:
-            raise Unusable(f"the control character U+{ord(character):04X}")
+    found = unusable_character(text)
+    if found is not None and found[0] >= "\ud800":
+        raise Unusable("a lone surrogate, which is not Unicode text")
+    if found is not None:
+        raise Unusable(f"the control character U+{ord(found[0]):04X}")
     return Turn("user" if run.role == "user" else "assistant", text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 
 from runtime_py.loop.dialogue import (
@@ -11,6 +13,7 @@ from runtime_py.loop.dialogue import (
     cut,
     turns_from_json,
     turns_to_json,
+    unusable_character,
 )
 from runtime_py.loop.errors import LoopError
 
@@ -64,3 +67,12 @@ def test_cut_keeps_whole_exchanges() -> None:
 def test_turns_survive_json() -> None:
     turns = made('a"\\\n', "👍 ź").turns
     assert turns_from_json(turns_to_json(turns)) == turns
+
+
+def test_what_counts_as_a_control_character_or_a_surrogate() -> None:
+    """By Unicode's own categories, over all characters."""
+    odd = {chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) in ("Cc", "Cs")}
+    found = {c for c in map(chr, range(0x110000)) if unusable_character(c, "") is not None}
+    assert found == odd
+    assert unusable_character("a\tb\nc\r\x85") is None
+    assert unusable_character("a\n\x00").start() == 2

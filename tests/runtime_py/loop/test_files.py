@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from runtime_py.loop.adapter_versions import Versions
 from runtime_py.loop.errors import DiskFull, WriteError
 from runtime_py.loop.files import replacing, sha256, write_bytes
 
@@ -353,3 +355,17 @@ def test_write_bytes_and_sha256(tmp_path: Path) -> None:
     write_bytes(tmp_path / "x", data)
     assert (tmp_path / "x").read_bytes() == data
     assert sha256(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_sweep_takes_what_a_killed_writer_left_of_an_adapter(tmp_path: Path) -> None:
+    """It is a folder by then."""
+    (tmp_path / "own.ptd").write_text("")
+    folder = tmp_path / "adapters"
+    write_file(folder / "00001.ptd", "kept")
+    write_file(folder / "00002.ptd", "no row names it")
+    (folder / ".00003.ptd.abcdefgh.part").mkdir()
+    (folder / ".00003.ptd.abcdefgh.part" / "new").write_text("half")
+    store = SimpleNamespace(rows=lambda query: [("00001.ptd",)])
+    bundle = SimpleNamespace(adapter_file=tmp_path / "own.ptd")
+    Versions(store, folder, bundle).sweep()  # type: ignore[arg-type]
+    assert names(folder) == ["00001.ptd"]
