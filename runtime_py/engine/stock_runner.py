@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,11 +38,15 @@ class StockRunner:
             )
 
     def generate(
-        self, prompt: str, count: int, temperature: float, stream: bool = False
+        self,
+        prompt: str,
+        count: int,
+        temperature: float,
+        stream: Callable[[str], str] | None = None,
     ) -> tuple[str, dict]:
         """At most ``count`` tokens of text after ``prompt`` (``ChatText.for_runner``'s), and the
-        runner's own statistics. ``temperature``: 0 is greedy. ``stream`` prints every character as
-        soon as all its bytes are there.
+        runner's own statistics. ``temperature``: 0 is greedy. Every character is printed as soon as
+        all its bytes are there, as ``stream`` gives it; None: nothing is.
 
         Raises ``BundleError`` for a prompt that leaves no room.
         """
@@ -59,7 +64,8 @@ class StockRunner:
 
         def show(text: str) -> None:
             nonlocal shown
-            terminal.write(text[shown:])
+            if stream is not None:
+                terminal.write(stream(text[shown:]))
             terminal.flush()
             shown = len(text)
 
@@ -68,7 +74,7 @@ class StockRunner:
             if index is None or token in self.text.stops:
                 return
             ids.append(index)
-            if stream and not (text := self.text.decode(ids)).endswith(_UNFINISHED):
+            if not (text := self.text.decode(ids)).endswith(_UNFINISHED):
                 show(text)
 
         def on_stats(values: Any) -> None:
@@ -78,8 +84,7 @@ class StockRunner:
         with silenced() as terminal:
             self._runner.generate(prompt, config, on_token, on_stats)
             text = self.text.decode(ids)
-            if stream:
-                show(text)
+            show(text)
         return text, statistics
 
 

@@ -16,7 +16,7 @@ from runtime_py.engine.stock_runner import StockRunner
 from runtime_py.loop.dialogue import Turn
 from runtime_py.loop.errors import BundleError
 from toolchain.cli.options import AndroidBundle, Json
-from toolchain.report.console import bold, console, dim, line, print_error, print_json
+from toolchain.report.console import bold, console, dim, line, output, print_error, print_json
 
 
 def chat(
@@ -63,7 +63,9 @@ def _runtime_adapter(manifest: Manifest, adapter: Path | None) -> Iterator[Path 
 
 def _once(runner: StockRunner, prompt: str, count: int, temperature: float, as_json: bool) -> None:
     rendered = runner.text.for_runner([Turn("user", prompt)])
-    reply, statistics = runner.generate(rendered, count, temperature, stream=not as_json)
+    reply, statistics = runner.generate(
+        rendered, count, temperature, None if as_json else output.shown
+    )
     if as_json:
         print_json({"prompt": prompt, "rendered": rendered, "reply": reply, "stats": statistics})
     else:
@@ -86,7 +88,7 @@ def _converse(runner: StockRunner, manifest: Manifest, count: int, temperature: 
         turns = _fitting(runner, [*turns, Turn("user", typed)], count)
         try:
             prompt = runner.text.for_runner(turns)
-            reply, statistics = runner.generate(prompt, count, temperature, stream=True)
+            reply, statistics = runner.generate(prompt, count, temperature, output.shown)
         except BundleError as error:  # this message cannot be answered: the conversation goes on
             print_error(error)
             turns.pop()

@@ -37,9 +37,10 @@ class PlainConsole(Console):
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
-            yield segment if segment.control else segment._replace(text=self._shown(segment.text))
+            yield segment if segment.control else segment._replace(text=self.shown(segment.text))
 
-    def _shown(self, text: str) -> str:
+    def shown(self, text: str) -> str:
+        """``text`` as it is shown."""
         if text.isascii() and text.isprintable():
             return text
         plain = "".join(

@@ -40,6 +40,7 @@ from toolchain.compile.export_input import builtin_folder
 from toolchain.compile.export_job import Progress
 from toolchain.compile.precision import ANDROID, WORST_RATIO
 from toolchain.compile.tolerances import model_terms, rounding
+from toolchain.report.console import output
 from toolchain.simulate import short_life
 from toolchain.verify.parity import ladder
 
@@ -430,7 +431,7 @@ def test_export_with_an_adapter_a_context_and_a_template(attune: Attune, tmp_pat
     written = list(lm.greedy(text.tokens([Turn("user", "the cat")], True).ids, 20, (2,)))
     chat = ("chat", out, "--prompt", "the cat", "--max-new-tokens", 20)
     assert attune(*chat, "--json").json()["reply"] == text.decode(written)
-    assert attune(*chat).out == text.decode(written) + "\n"
+    assert attune(*chat).out == output.shown(text.decode(written)) + "\n"
     assert lm.context == 40
     tokens = tiny.tokens_of(40, vocab=320)
     with torch.no_grad():
