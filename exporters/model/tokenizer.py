@@ -1,4 +1,4 @@
-"""The tokenizer and chat template of a checkpoint, as the phone will use them."""
+"""The tokenizer and chat template of a checkpoint, as they were published."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from runtime_py.loop.stream import read_dialogues
 
 @dataclass(frozen=True)
 class GeneralText:
-    """A dialogue, which the chat template renders, or ``plain`` text, which it does not."""
+    """A dialogue, which the chat pieces write out, or ``plain`` text, which they do not."""
 
     id: str
     turns: tuple[Turn, ...] = ()

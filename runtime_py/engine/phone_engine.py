@@ -1,6 +1,6 @@
 """The loop's engine on a bundle's ``lm.pte``: embeds dialogues, and writes text.
 
-Text comes from a chat template, logits, and a seed: the same ones give the same text.
+Text comes from chat pieces, logits, and a seed: the same ones give the same text.
 """
 
 from __future__ import annotations

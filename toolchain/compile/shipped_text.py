@@ -42,7 +42,7 @@ def tokenize(
 
 
 def shared_prefix(texts: Sequence[Tensor]) -> int:
-    """Tokens that all texts begin with: the chat template's own."""
+    """Tokens that all texts begin with: the chat pieces' own."""
     shortest = min(text.shape[1] for text in texts)
     first = texts[0][0, :shortest]
     same = torch.stack([text[0, :shortest] == first for text in texts]).all(0).int()
