@@ -59,7 +59,8 @@ class Checkpoint:
     """A model as it was published.
 
     ``state`` has Hugging Face's names and the stored dtype (float32, float16 or bfloat16; float32
-    from GGUF) and reads a tensor at each lookup. ``eos_ids`` are all tokens that end a reply.
+    from GGUF) and reads a tensor at each lookup. ``template_origin``: what the chat template is
+    called in a sentence. ``eos_ids`` are all tokens that end a reply, the tokenizer's own first.
     ``source`` says name, kind and the SHA-256 of each weights file.
     """
 
@@ -67,6 +68,7 @@ class Checkpoint:
     state: Mapping[str, Tensor]
     tokenizer: PreTrainedTokenizerFast
     chat_template: str
+    template_origin: str
     eos_ids: tuple[int, ...]
     source: str
 
@@ -192,7 +194,9 @@ def _from_folder(folder: Path, name: str, template: Path | None) -> Checkpoint:
     named["config.json"] = config.eos_token_id
     stops = _end_ids(named, config.vocab_size, str(folder))
     chosen = settle_template(tokenizer, template, config.vocab_size, str(folder))
-    return Checkpoint(config, state, tokenizer, chosen, stops, _source(name, state.files))
+    source = _source(name, state.files)
+    origin = _template_origin(template, folder)
+    return Checkpoint(config, state, tokenizer, chosen, origin, stops, source)
 
 
 def _from_gguf(path: Path, template: Path | None) -> Checkpoint:
@@ -213,7 +217,13 @@ def _from_gguf(path: Path, template: Path | None) -> Checkpoint:
     }
     stops = _end_ids(named, config.vocab_size, str(path))
     chosen = settle_template(tokenizer, template, config.vocab_size, str(path))
-    return Checkpoint(config, state, tokenizer, chosen, stops, _source(path.name, (path,)))
+    source = _source(path.name, (path,))
+    origin = _template_origin(template, path)
+    return Checkpoint(config, state, tokenizer, chosen, origin, stops, source)
+
+
+def _template_origin(given: Path | None, where: Path) -> str:
+    return str(given) if given else f"the chat template of {where}"
 
 
 def _folder_config(folder: Path) -> dict:

@@ -40,14 +40,14 @@ class PhoneText:
 
 def text_of(checkpoint: Checkpoint, where: str) -> PhoneText:
     """A checkpoint's; ``where``: what it is called. Raises ``ExportError``."""
-    template = compiled(checkpoint, where)
+    template = compiled(checkpoint)
     vocab = checkpoint.config.vocab_size
     return phone_text(checkpoint.tokenizer, template, checkpoint.eos_ids, vocab, where)
 
 
-def compiled(checkpoint: Checkpoint, where: str) -> TemplateText:
+def compiled(checkpoint: Checkpoint) -> TemplateText:
     """Its chat template. Raises ``ExportError``."""
-    origin = f"the chat template of {where}"
+    origin = checkpoint.template_origin
     render = Template(checkpoint.tokenizer, checkpoint.chat_template, origin)
     return compile_template(render, origin)
 

@@ -62,7 +62,7 @@ def _text(context: Context) -> list[Check]:
             checks.append(_same(f"tokenizer: {name}", value, wanted[name]))
     reading = HuggingFaceReading(
         checkpoint.tokenizer.backend_tokenizer,
-        compiled(checkpoint, bundle.manifest.model.name),
+        compiled(checkpoint),
         every=SEVENTH if context.quick else 1,
     )
     misread = reading.misread(file, ChatText.of(bundle))
