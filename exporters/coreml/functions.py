@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.errors import ExportError
-from exporters.model.plain_attention import Attend, masked_attention, visible
+from exporters.model.plain_attention import UNSEEN_HALF, Attend, masked_attention, visible
 from exporters.model.projection import LoRA
 from exporters.model.spec import ModelSpec
 from exporters.model.transformer import Transformer
@@ -115,7 +115,7 @@ class Cached(nn.Module):
         def make(index: int, seen: Tensor) -> Attend:
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 keys, values = write(f"k_{index}", k), write(f"v_{index}", v)
-                return masked_attention(self.spec, q, keys, values, seen)
+                return masked_attention(self.spec, q, keys, values, seen, UNSEEN_HALF)
 
             return attend
 
@@ -213,7 +213,7 @@ class Embed(nn.Module):
 
         def make(index: int, seen: Tensor) -> Attend:
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return masked_attention(self.spec, q, k, v, seen)
+                return masked_attention(self.spec, q, k, v, seen, UNSEEN_HALF)
 
             return attend
 

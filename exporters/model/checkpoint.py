@@ -36,9 +36,11 @@ from exporters.errors import ExportError
 from exporters.model.gguf_file import read_gguf
 from exporters.model.gguf_model import GGUFState, architecture_of, read_config
 from exporters.model.safetensors_state import SafetensorsState, read_json, weight_files
-from exporters.model.spec import ARCHITECTURES
+from exporters.model.spec import ARCHITECTURES, read_spec
 from exporters.model.tokenizer import gguf_tokenizer, json_tokenizer, settle_template
 
+_FREQUENCIES = re.compile(r"model\.(?:layers\.(\d+)\.self_attn\.)?rotary_emb\.inv_freq")
+_STORED = 2.0**-7  # what bfloat16 is off, and float16 of the small ones
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "chat_template.jinja"]
 _HUB_EXCEPT = ["*/*", "consolidated*"]  # e.g. Mistral's second copy of its weights
@@ -186,6 +188,7 @@ def _from_folder(folder: Path, name: str, template: Path | None) -> Checkpoint:
     config = _config(raw, folder / "config.json")
     state = SafetensorsState(weight_files(folder), rename)
     _check_tie(config, state, folder)
+    _settle_frequencies(config, state, folder)
     tokenizer = json_tokenizer(folder)
     named = {"its tokenizer": tokenizer.eos_token_id}
     if (folder / "generation_config.json").is_file():
@@ -282,13 +285,46 @@ def _gemma3_text_name(stored: str) -> str | None:
 
 
 def _check_tie(config: PreTrainedConfig, state: SafetensorsState, folder: Path) -> None:
-    names = ("lm_head.weight", "model.embed_tokens.weight")
-    if not config.tie_word_embeddings or not all(n in state for n in names):
+    names = head, table = ("lm_head.weight", "model.embed_tokens.weight")
+    if not config.tie_word_embeddings or head not in state:
         return
-    if not torch.equal(*(state[n] for n in names)):
+    if table not in state:  # the one matrix, under its other name
+        state.rename(head, table)
+    elif not torch.equal(*(state[n] for n in names)):
         raise ExportError(
             f"{folder}: config.json says that head and embedding are one matrix "
             f"(tie_word_embeddings), but the weights have two that differ; correct config.json."
+        )
+
+
+def _settle_frequencies(config: PreTrainedConfig, state: SafetensorsState, folder: Path) -> None:
+    """Leaves out the rotary frequencies that old checkpoints store: the config gives them. Raises
+    ``ExportError`` where it gives others."""
+    stored = [name for name in state if _FREQUENCIES.fullmatch(name)]
+    if not stored:
+        return
+    layers = read_spec(config, None).layers
+    wrong = []
+    for name in stored:
+        found = _FREQUENCIES.fullmatch(name)
+        layer = (
+            layers[int(found[1])] if found and found[1] and int(found[1]) < len(layers) else None
+        )
+        ropes = [one.rope for one in ([layer] if layer else layers) if one.rope is not None]
+        value = state[name].double()
+        alike = [
+            value.shape == (len(rope.inv_freq),)
+            and torch.allclose(value, torch.tensor(rope.inv_freq).double(), rtol=_STORED, atol=0.0)
+            for rope in ropes
+        ]
+        if not any(alike):
+            wrong.append(name)
+        state.rename(name, None)
+    if wrong:
+        raise ExportError(
+            f"{folder} stores rotary frequencies that its config.json does not give "
+            f"({', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}): correct rope_theta and "
+            f"rope_scaling there, or remove these tensors."
         )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from exporters.errors import ExportError
+from exporters.model.lfs import refuse_pointer
 
 # GGUF value types: number -> (struct format, bytes). 8 is a string, 9 an array.
 _SCALARS = {
@@ -102,6 +103,7 @@ def read_gguf(path: Path) -> GGUFFile:
     Raises ``ExportError`` for a file that is not GGUF, truncated, corrupt, or of a kind that cannot
     be read.
     """
+    refuse_pointer(path)
     try:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

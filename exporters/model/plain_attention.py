@@ -12,7 +12,8 @@ from torch import Tensor
 
 from exporters.model.spec import LayerSpec, ModelSpec
 
-UNSEEN = -30000.0  # a score that no softmax sees, and float16 can hold
+UNSEEN = -1e30  # below every real score, and no softmax sees it
+UNSEEN_HALF = -65504.0  # the same in float16: the least that it holds
 # q [1, S, H, D], k and v [1, S, K, D] -> [1, S, H, D]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -34,10 +35,13 @@ def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (distance < window)
 
 
-def masked_attention(spec: ModelSpec, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+def masked_attention(
+    spec: ModelSpec, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, unseen: float = UNSEEN
+) -> Tensor:
     """Attention over what each query sees, without repeating keys and values for their groups.
 
-    q [1, S, H, D], k and v [1, T, K, D], seen bool [S, T] -> [1, S, H, D]. The H / K queries of a
+    q [1, S, H, D], k and v [1, T, K, D], seen bool [S, T] -> [1, S, H, D]. ``unseen``: the score of
+    what is not seen. The H / K queries of a
     key-value head are rows of one product, so that decoding reads the cache once and copies none.
     """
     size, total = q.shape[1], k.shape[1]
@@ -48,7 +52,7 @@ def masked_attention(spec: ModelSpec, q: Tensor, k: Tensor, v: Tensor, seen: Ten
     scores = scores.reshape(1, spec.heads, size, total)
     if (cap := spec.attention_softcap) is not None:
         scores = torch.tanh(scores / cap) * cap
-    weights = torch.softmax(scores.masked_fill(~seen, UNSEEN), dim=-1)
+    weights = torch.softmax(scores.masked_fill(~seen, unseen), dim=-1)
     weights = weights.reshape(1, spec.kv_heads, rows, total)
     mixed = torch.matmul(weights, v.permute(0, 2, 1, 3))  # [1, K, H/K·S, D]
     return mixed.reshape(1, spec.heads, size, spec.head_dim).permute(0, 2, 1, 3)

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from exporters.errors import ExportError
+from exporters.model.lfs import refuse_pointer
 
 _FLOATS = {"F32", "F16", "BF16"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -19,6 +20,7 @@ _INDEX = "model.safetensors.index.json"
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file; ``ExportError`` if it cannot be read or is something else."""
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
@@ -64,6 +66,12 @@ class SafetensorsState(Mapping[str, Tensor]):
                     )
                 self._places[name] = index, stored
 
+    def rename(self, name: str, to: str | None) -> None:
+        """Lists ``name`` as ``to``, or no more."""
+        place = self._places.pop(name)
+        if to is not None:
+            self._places[to] = place
+
     def __getitem__(self, name: str) -> Tensor:
         index, stored = self._places[name]
         return self._handles[index].get_tensor(stored)
@@ -79,6 +87,7 @@ class SafetensorsState(Mapping[str, Tensor]):
 
 
 def _open(path: Path) -> Any:  # safetensors' handle has no public type
+    refuse_pointer(path)
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:

@@ -12,6 +12,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 
 from exporters.errors import ExportError
 from exporters.model.gguf_file import GGUFFile
+from exporters.model.lfs import refuse_pointer
 from exporters.model.safetensors_state import read_json
 
 # Byte-level kinds that transformers splits like GPT-2. SmolLM's also splits digits apart, which
@@ -74,7 +75,8 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
             f"{file.path}: {len(lost)} of its {len(vocab)} tokens are lost when transformers "
             f"builds its tokenizer (such as {min(lost)!r}); use the model's safetensors checkpoint."
         )
-    return _without_strangers(cast(PreTrainedTokenizerFast, tokenizer), len(vocab))
+    prefix = file.metadata.get("tokenizer.ggml.add_space_prefix")
+    return _as_in_file(cast(PreTrainedTokenizerFast, tokenizer), len(vocab), prefix is not False)
 
 
 def _whole_tokens(file: GGUFFile, vocab: list[str]) -> list[str]:
@@ -85,14 +87,21 @@ def _whole_tokens(file: GGUFFile, vocab: list[str]) -> list[str]:
     return [token for token, kind in zip(vocab, given, strict=False) if kind in whole]
 
 
-def _without_strangers(tokenizer: PreTrainedTokenizerFast, size: int) -> PreTrainedTokenizerFast:
+def _as_in_file(
+    tokenizer: PreTrainedTokenizerFast, size: int, space_prefix: bool
+) -> PreTrainedTokenizerFast:
     """Without the added tokens that the file does not have: transformers gives every byte-level
-    vocabulary GPT-2's <|endoftext|>, with an id past the model's embedding."""
+    vocabulary GPT-2's <|endoftext|>, with an id past the model's embedding. And without the space
+    before a text, unless the file has a ``space_prefix``: transformers always writes it."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = [token for token in parts["added_tokens"] if token["id"] < size]
-    if len(kept) == len(parts["added_tokens"]):
+    changed = parts | {"added_tokens": kept}
+    if not space_prefix:
+        changed |= {name: _unprefixed(parts[name]) for name in ("normalizer", "pre_tokenizer")}
+        changed["decoder"] = _unstripped(parts["decoder"])
+    if changed == parts:
         return tokenizer
-    backend = Tokenizer.from_str(json.dumps(parts | {"added_tokens": kept}))
+    backend = Tokenizer.from_str(json.dumps(changed))
     known = backend.get_vocab()
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     special = {name: getattr(tokenizer, name) for name in names}
@@ -101,6 +110,31 @@ def _without_strangers(tokenizer: PreTrainedTokenizerFast, size: int) -> PreTrai
         chat_template=tokenizer.chat_template,
         **{name: token for name, token in special.items() if token in known},
     )
+
+
+def _unprefixed(part: dict | None) -> dict | None:
+    """A normalizer or pre-tokenizer that writes nothing before a text."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    if part["type"] == "Metaspace":
+        return part | {"prepend_scheme": "never"}
+    for key in ("normalizers", "pretokenizers"):
+        if key in part:
+            steps = [_unprefixed(step) for step in part[key]]
+            return part | {key: [step for step in steps if step is not None]}
+    return part
+
+
+def _unstripped(decoder: dict | None) -> dict | None:
+    """A decoder that takes nothing off the beginning of a text."""
+    if decoder is None or decoder["type"] == "Strip":
+        return None
+    if decoder["type"] == "Metaspace":
+        return decoder | {"prepend_scheme": "never"}
+    if "decoders" in decoder:
+        steps = [_unstripped(step) for step in decoder["decoders"]]
+        return decoder | {"decoders": [step for step in steps if step is not None]}
+    return decoder
 
 
 def _checked_vocab(file: GGUFFile) -> list[str]:
@@ -158,6 +192,7 @@ def settle_template(
 
 
 def _read_template(path: Path) -> str:
+    refuse_pointer(path)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

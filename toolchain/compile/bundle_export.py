@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -136,7 +137,13 @@ def _check_choices(
 def _check_adapter(request: AdapterRequest) -> None:
     if request.rank is not None and request.rank < 1:
         raise ExportError(f"--lora-rank {request.rank} adapts nothing: give at least 1.")
-    if request.folder and (request.rank or request.alpha or request.modules):
+    if request.alpha is not None and not 0 < request.alpha < math.inf:
+        raise ExportError(
+            f"--lora-alpha {request.alpha:g} leaves the adapter without effect: give a number above "
+            f"0."
+        )
+    own = (request.rank, request.alpha, request.modules or None)
+    if request.folder and any(value is not None for value in own):
         raise ExportError(
             "--adapter brings its own rank, alpha and targets: leave out --lora-rank, --lora-alpha "
             "and --lora-targets."

@@ -50,6 +50,16 @@ def builtin_folder() -> Path:
     return Path(__file__).parent / "builtin" / "model"
 
 
+def model_name(model: str) -> str:
+    """What a bundle calls it: the last part of a folder or hub id, whole, or of a GGUF file without
+    its suffix."""
+    path = Path(model).expanduser()
+    if model == BUILTIN or not path.exists():
+        return model.rstrip("/").rpartition("/")[2]
+    name = path.resolve().name
+    return name[: -len(path.suffix)] if path.is_file() and path.suffix else name
+
+
 def read_input(
     model: str, adapter: AdapterRequest, context: int | None, chat_template: Path | None
 ) -> ExportInput:
@@ -62,7 +72,7 @@ def read_input(
     folder = str(builtin_folder()) if model == BUILTIN else model
     checkpoint = load_checkpoint(folder, chat_template=chat_template)
     spec = read_spec(checkpoint.config, context)
-    name = model if model == BUILTIN else Path(model).stem
+    name = model_name(model)
     if adapter.folder is not None:
         peft = read_peft(adapter.folder)
         check_fits(peft, adapter_layout.module_shapes(spec))
@@ -70,9 +80,10 @@ def read_input(
         text = text_of(checkpoint, model)
         return ExportInput(name, checkpoint, spec, peft, modules, rank, text)
     policy = Policy()
-    rank = adapter.rank or policy.lora_rank
+    rank = policy.lora_rank if adapter.rank is None else adapter.rank
     modules = adapter.modules or (("qkv_proj",) if spec.fused else policy.lora_targets)
-    config = fresh_config(rank, adapter.alpha or policy.lora_alpha, modules, name)
+    alpha = policy.lora_alpha if adapter.alpha is None else adapter.alpha
+    config = fresh_config(rank, alpha, modules, name)
     peft = adapter_layout.fresh(spec, config, modules, rank)
     text = text_of(checkpoint, model)
     return ExportInput(name, checkpoint, spec, peft, modules, rank, text)

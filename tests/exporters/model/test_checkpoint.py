@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import huggingface_hub
@@ -340,6 +341,61 @@ def test_two_different_heads_are_refused(folder: Path) -> None:
     refused(folder, "tie_word_embeddings")
 
 
+def test_a_head_that_is_also_the_table_is_stored_once(folder: Path) -> None:
+    """Under either name."""
+    edit(folder / "config.json", tie_word_embeddings=True)
+    state = load_file(folder / "model.safetensors")
+    state.pop("lm_head.weight", None)
+    save_file(state, folder / "model.safetensors")
+    expected = logits(load_checkpoint(str(folder)).hf_model())
+    state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+    save_file(state, folder / "model.safetensors")
+    assert torch.equal(logits(load_checkpoint(str(folder)).hf_model()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name", ["model.rotary_emb.inv_freq", "model.layers.1.self_attn.rotary_emb.inv_freq"]
+)
+def test_stored_rotary_frequencies(folder: Path, dtype: torch.dtype, name: str) -> None:
+    """As old checkpoints have them: those of the config are left out, others are refused."""
+    expected = logits(load_checkpoint(str(folder)).hf_model())
+    config = AutoConfig.from_pretrained(folder)
+    size = config.head_dim
+    theta = config.rope_parameters["rope_theta"]
+    frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    state = load_file(folder / "model.safetensors")
+    state[name] = frequencies.to(dtype)
+    save_file(state, folder / "model.safetensors")
+    checkpoint = load_checkpoint(str(folder))
+    assert name not in checkpoint.state
+    assert torch.equal(logits(checkpoint.hf_model()), expected)
+    state[name] = (frequencies**1.1).to(dtype)
+    save_file(state, folder / "model.safetensors")
+    refused(folder, f"rotary frequencies that its config.json does not give .{name}")
+
+
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\n"
+    "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_a_git_lfs_pointer_is_called_so(folder: Path, name: str) -> None:
+    (folder / name).write_text(POINTER)
+    refused(folder, f"{name} is a Git LFS pointer.* run 'git lfs pull'")
+
+
+def test_other_git_lfs_pointers(folder: Path, tmp_path: Path) -> None:
+    for name in ("m.gguf", "chat.jinja"):
+        (tmp_path / name).write_text(POINTER)
+    refused(tmp_path / "m.gguf", "m.gguf is a Git LFS pointer")
+    refused(folder, "chat.jinja is a Git LFS pointer", tmp_path / "chat.jinja")
+
+
 def test_hf_model_lists_every_misfit(folder: Path) -> None:
     state = load_file(folder / "model.safetensors")
     del state["model.norm.weight"]
@@ -460,8 +516,11 @@ def write_gguf(
     tensors: dict[str, np.ndarray] | None = None,
     template: str | None = TEMPLATE,
     add_bos: bool = False,
+    vocab: list[str] | None = None,
+    pairs: dict[str, Any] | None = None,
 ) -> Path:
-    """A GGUF file of a Hugging Face model, as llama.cpp's converter writes it."""
+    """A GGUF file of a Hugging Face model, as llama.cpp's converter writes it. ``vocab``:
+    SentencePiece's, with ``pairs`` of metadata; else byte-level."""
     c = model.config
     name = {"gemma3_text": "gemma3"}.get(c.model_type, c.model_type)
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -488,13 +547,21 @@ def write_gguf(
     for key, value in (extra or {}).items():
         add = {int: w.add_uint32, float: w.add_float32, str: w.add_string}[type(value)]
         add(key, value)
-    parts = json.loads(backend().to_str())["model"]
-    vocab = sorted(parts["vocab"], key=parts["vocab"].get)
-    w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre("default")
-    w.add_token_list(vocab)
-    w.add_token_types([3] * 3 + [1] * (len(vocab) - 3))
-    w.add_token_merges([" ".join(pair) for pair in parts["merges"]])
+    if vocab is not None:
+        w.add_tokenizer_model("llama")
+        w.add_token_list(vocab)
+        w.add_token_types([2, 3, 3] + [6] * 256 + [1] * (len(vocab) - 259))
+        for key, value in (pairs or {}).items():
+            add_pair = w.add_array if isinstance(value, list) else w.add_bool
+            add_pair(key, value)
+    else:
+        parts = json.loads(backend().to_str())["model"]
+        known = sorted(parts["vocab"], key=parts["vocab"].get)
+        w.add_tokenizer_model("gpt2")
+        w.add_tokenizer_pre("default")
+        w.add_token_list(known)
+        w.add_token_types([3] * 3 + [1] * (len(known) - 3))
+        w.add_token_merges([" ".join(pair) for pair in parts["merges"]])
     w.add_add_bos_token(add_bos)
     w.add_pad_token_id(0)
     w.add_bos_token_id(1)
@@ -547,6 +614,29 @@ def test_gguf_tokenizer_is_the_original(tmp_path: Path) -> None:
     assert max(tokenizer.get_vocab().values()) == len(backend().get_vocab()) - 1
     path = write_gguf(tmp_path / "b.gguf", model_of("llama"), add_bos=True)
     assert load_checkpoint(str(path)).tokenizer.encode("cat")[0] == 1
+
+
+@pytest.mark.parametrize("prefix", [None, True, False])
+def test_the_space_before_a_ggufs_text(tmp_path: Path, prefix: bool | None) -> None:
+    """SentencePiece's, by llama.cpp's rule: there, unless the file says that it is not."""
+    vocab = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "h", "i"]
+    vocab += ["\u2581h", "hi", "\u2581hi"]
+    model = model_of("llama", vocab_size=len(vocab))
+    pairs: dict[str, object] = {
+        "tokenizer.ggml.scores": [0.0] * (len(vocab) - 3) + [-1.0, -2.0, -3.0]
+    }
+    if prefix is not None:
+        pairs["tokenizer.ggml.add_space_prefix"] = prefix
+    path = write_gguf(tmp_path / "m.gguf", model, vocab=vocab, pairs=pairs)
+    tokenizer = load_checkpoint(str(path)).tokenizer
+    ids = tokenizer("hi", add_special_tokens=False)["input_ids"]
+    told = [vocab[index] for index in ids]
+    assert told == (["hi"] if prefix is False else ["\u2581hi"])
+    assert tokenizer.decode(ids) == "hi"
+    if prefix is False:
+        space = tokenizer(" hi", add_special_tokens=False)["input_ids"]
+        assert [vocab[index] for index in space] == ["\u2581hi"]
+        assert tokenizer.decode(space) == " hi"
 
 
 def test_llama3_frequencies_of_a_gguf_are_kept(tmp_path: Path) -> None:

@@ -114,6 +114,21 @@ def test_head_counts_and_sizes(heads: int, kv_heads: int, head_dim: int) -> None
 
 
 @torch.no_grad()
+def test_scores_far_below_zero_are_seen() -> None:
+    """Biases of Qwen2 that push every score below −30,000: what is not seen stays below them."""
+    model = tiny.hugging_face("qwen2")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.bias.fill_(120.0)
+        layer.self_attn.k_proj.bias.fill_(-120.0)
+    tokens = tiny.tokens_of(20)
+    inner = model.model.layers[0].self_attn
+    score = -(120.0**2) * inner.head_dim * inner.scaling
+    assert score < -40_000
+    allowed = 1e-7 * abs(score)  # of float32 scores: the logits' range is about 1
+    assert tiny.relative(ours(model)(tokens), logits(model, tokens)) < 10 * allowed
+
+
+@torch.no_grad()
 def test_biases_of_qwen2_count() -> None:
     model = tiny.hugging_face("qwen2")
     tokens = tiny.tokens_of(20)
