@@ -10,14 +10,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, TensorSpec, deserialize, serialize
+from safetensors import TensorSpec, serialize
 
+from runtime_py.bundle.adapter_folder import CONFIG, WEIGHTS, find_folder, read_config, read_entries
 from runtime_py.bundle.peft_config import check_config, fresh_config, resolve
+from runtime_py.bundle.peft_selection import is_all_linear, selects
+from runtime_py.bundle.text_names import renamed_config, text_name
 from runtime_py.loop.errors import AdapterError
 from runtime_py.loop.files import replacing
 
@@ -31,8 +34,8 @@ __all__ = [
 
 Tensors = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
+_KEY = re.compile(r"base_model\.model\.(.{1,256})\.lora_(A|B)\.weight")
+_TABLES = {"embed_tokens", "lm_head"}
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -43,7 +46,8 @@ class PeftAdapter:
 
     The arrays are always float32, which holds float16 and bfloat16 exactly (NumPy has no bfloat16);
     ``dtype`` is the one in the file ("float32", "float16" or "bfloat16"), in which ``write_peft``
-    writes them again. ``config`` is adapter_config.json as it is.
+    writes them again. ``config`` is adapter_config.json as it is, except that the language layers
+    of a multi-modal model are selected by their paths in the text model.
     """
 
     config: dict
@@ -71,14 +75,31 @@ class PeftAdapter:
         return self.alpha_of(module) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
-def read_peft(folder: Path) -> PeftAdapter:
-    """Read an adapter folder. Raises ``AdapterError`` for anything but a sound, plain LoRA."""
-    config = _read_config(folder)
-    check_config(config, folder / _CONFIG)
+def read_peft(path: Path) -> PeftAdapter:
+    """Read an adapter's folder; ``path`` may also be one of its files, or the folder around it.
+
+    Raises ``AdapterError`` for anything but a sound, plain LoRA all of which PEFT would load.
+    """
+    folder = find_folder(path)
+    config = read_config(folder)
+    check_config(config, folder / CONFIG)
     tensors, dtype = _read_tensors(folder)
     adapter = PeftAdapter(config, tensors, dtype)
-    _check_tensors(adapter, str(folder / _WEIGHTS))
-    return adapter
+    _check_tensors(adapter, str(folder / WEIGHTS))
+    return _text_only(adapter, str(folder / WEIGHTS))
+
+
+def _text_only(adapter: PeftAdapter, where: str) -> PeftAdapter:
+    if all(text_name(module) == module for module in adapter.tensors):
+        return adapter
+    config = renamed_config(
+        adapter.config,
+        {module: adapter.rank_of(module) for module in adapter.tensors},
+        {module: adapter.alpha_of(module) for module in adapter.tensors},
+        where,
+    )
+    renamed = {text_name(module): pair for module, pair in adapter.tensors.items()}
+    return PeftAdapter(config, renamed, adapter.dtype)
 
 
 def write_peft(folder: Path, adapter: PeftAdapter, replace: bool = False) -> None:
@@ -90,7 +111,7 @@ def write_peft(folder: Path, adapter: PeftAdapter, replace: bool = False) -> Non
     """
     if os.path.lexists(folder) and not replace:
         raise AdapterError(f"{folder} exists already; choose another name or remove it.")
-    check_config(adapter.config, folder / _CONFIG)
+    check_config(adapter.config, folder / CONFIG)
     _check_tensors(adapter, "the adapter to write")
     stored = {
         f"base_model.model.{module}.lora_{part}.weight": _encode(array, adapter.dtype)
@@ -109,8 +130,8 @@ def write_peft(folder: Path, adapter: PeftAdapter, replace: bool = False) -> Non
     with replacing(folder) as beside:
         beside.mkdir()
         text = json.dumps(adapter.config, indent=2, ensure_ascii=False, allow_nan=False)
-        (beside / _CONFIG).write_text(text + "\n", encoding="utf-8")
-        (beside / _WEIGHTS).write_bytes(serialize(specs, metadata={"format": "pt"}))
+        (beside / CONFIG).write_text(text + "\n", encoding="utf-8")
+        (beside / WEIGHTS).write_bytes(serialize(specs, metadata={"format": "pt"}))
 
 
 def check_fits(adapter: PeftAdapter, expected: Mapping[str, tuple[int, int]]) -> None:
@@ -118,7 +139,7 @@ def check_fits(adapter: PeftAdapter, expected: Mapping[str, tuple[int, int]]) ->
 
     Raises one ``AdapterError`` that lists every misfit, with both shapes.
     """
-    misfits = []
+    misfits = _random_modules(adapter, expected)
     for module, (a, b) in sorted(adapter.tensors.items()):
         if module not in expected:
             misfits.append(f"{module} does not exist in the base model")
@@ -136,54 +157,35 @@ def check_fits(adapter: PeftAdapter, expected: Mapping[str, tuple[int, int]]) ->
         )
 
 
-def _read_config(folder: Path) -> dict:
-    path = folder / _CONFIG
-    if not folder.is_dir():
-        raise AdapterError(f"no such adapter folder: {folder}.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{folder} has no {_CONFIG}; expected a PEFT adapter folder.") from None
-    except UnicodeDecodeError:
-        raise AdapterError(f"{path} is not UTF-8 text; expected a JSON object.") from None
-    except json.JSONDecodeError as error:
-        raise AdapterError(
-            f"{path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})."
-        ) from None
-    except OSError as error:
-        raise AdapterError(f"{path} cannot be read: {error.strerror}.") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path} holds a {type(config).__name__}; expected a JSON object.")
-    return config
-
-
-def _read_entries(folder: Path) -> list[tuple[str, dict]]:
-    path = folder / _WEIGHTS
-    try:
-        return deserialize(path.read_bytes())
-    except FileNotFoundError:
-        if (folder / "adapter_model.bin").exists():
-            raise AdapterError(
-                f"{folder} has its weights only as a pickle (adapter_model.bin), which can run "
-                f"code when read and never is; save the adapter again as safetensors."
-            ) from None
-        raise AdapterError(f"{folder} has no {_WEIGHTS}.") from None
-    except SafetensorError as error:
-        raise AdapterError(f"{path} is truncated or corrupt ({error}); copy it again.") from None
-    except OSError as error:
-        raise AdapterError(f"{path} cannot be read: {error.strerror}.") from None
+def _random_modules(adapter: PeftAdapter, expected: Iterable[str]) -> list[str]:
+    """What PEFT would fill with random numbers: it makes B zero only where told to initialize."""
+    if adapter.config.get("init_lora_weights", True):
+        return []
+    return [
+        f"{module} is selected and has no tensors, and init_lora_weights leaves them random"
+        for module in sorted(set(expected) - set(adapter.tensors))
+        if selects(adapter.config, module)
+    ]
 
 
 def _read_tensors(folder: Path) -> tuple[Tensors, str]:
-    path = folder / _WEIGHTS
+    path = folder / WEIGHTS
     modules: dict[str, dict[str, np.ndarray]] = {}
-    odd, dtypes = [], set()
-    for name, entry in _read_entries(folder):
-        if match := _KEY.fullmatch(name):
+    odd, tables, dtypes = [], [], set()
+    for name, entry in read_entries(folder):
+        if _TABLES & set(name.split(".")):
+            tables.append(name)
+        elif match := _KEY.fullmatch(name):
             dtypes.add(entry["dtype"])
             modules.setdefault(match[1], {})[match[2]] = _decode(entry)
         else:
             odd.append(name)
+    if tables:
+        raise AdapterError(
+            f"{path} has {len(tables)} tensors of the embedding table or the output head "
+            f"({', '.join(sorted(tables)[:5])}), which are part of the base model here; train "
+            f"again without {' and '.join(sorted(_TABLES))}, or merge the adapter into its model."
+        )
     if odd:
         raise AdapterError(
             f"{path} has {len(odd)} tensors that are not a linear layer's lora_A or lora_B "
@@ -246,15 +248,19 @@ def _check_tensors(adapter: PeftAdapter, where: str) -> None:
             )
         elif not (np.isfinite(a).all() and np.isfinite(b).all()):
             wrong.append(f"{module} has values that are not finite")
-        if not _targeted(adapter.config.get("target_modules"), module):
-            wrong.append(f"{module} is not among target_modules, so PEFT would ignore it")
+        if not selects(adapter.config, module):
+            wrong.append(
+                f"{module} is not among target_modules, or is left out by exclude_modules, "
+                f"layers_to_transform or layers_pattern, so PEFT would ignore it"
+            )
+    for parent in () if is_all_linear(adapter.config) else _parents(adapter.tensors):
+        if selects(adapter.config, parent):
+            wrong.append(f"{parent} is selected too, and is no linear layer: PEFT does not load it")
     if wrong:
         raise AdapterError(f"{where} is unsound ({len(wrong)}): {'; '.join(wrong)}.")
 
 
-def _targeted(targets: object, module: str) -> bool:
-    if isinstance(targets, list):
-        return any(module == t or module.endswith(f".{t}") for t in targets)
-    if isinstance(targets, str) and targets != "all-linear":
-        return re.fullmatch(targets, module) is not None
-    return True
+def _parents(modules: Iterable[str]) -> list[str]:
+    """The paths of all modules that hold one of ``modules``."""
+    parts = (module.split(".") for module in modules)
+    return sorted({".".join(part[:count]) for part in parts for count in range(1, len(part))})

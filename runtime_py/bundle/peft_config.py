@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from runtime_py.bundle.module_patterns import check_pattern, tail_match
+from runtime_py.bundle.peft_selection import check_selection
 from runtime_py.loop.errors import AdapterError
 
 Number = TypeVar("Number", int, float)
@@ -72,7 +73,7 @@ def resolve(pattern: Mapping[str, Number] | None, module: str, default: Number) 
     """A module's own rank or alpha: that of the first pattern (a regular expression) matching the
     end of its path from a dot on, as PEFT 0.21.2 does; else the default."""
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if tail_match(key, module):
             return value
     return default
 
@@ -112,25 +113,17 @@ def check_config(config: dict, where: Path) -> None:
     _check_rank(config.get("r", 8), f"{where}: r")
     _check_alpha(config.get("lora_alpha", 8), f"{where}: lora_alpha")
     for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
-        pattern = config.get(name) or {}
+        pattern = config.get(name, {})
         if not isinstance(pattern, dict):
             raise AdapterError(f"{where}: {name} is {pattern!r}; expected names and numbers.")
         for key, value in pattern.items():
-            _check_regex(key, f"{where}: {name}")
+            check_pattern(key, f"{where}: {name}", tail=True)
             check(value, f"{where}: {name}[{key!r}]")
-    _check_targets(config.get("target_modules"), where)
-
-
-def _check_targets(targets: object, where: Path) -> None:
-    if isinstance(targets, str):
-        _check_regex(targets, f"{where}: target_modules")
-    elif targets is not None and not (
-        isinstance(targets, list) and all(isinstance(t, str) for t in targets)
-    ):
+    if not isinstance(config.get("use_rslora", False), bool):
         raise AdapterError(
-            f"{where}: target_modules is {targets!r}; expected a list of module names or a regular "
-            f"expression."
+            f"{where}: use_rslora is {config['use_rslora']!r}; expected true or false."
         )
+    check_selection(config, where)
 
 
 def _is_used(value: object) -> bool:
@@ -146,10 +139,3 @@ def _check_rank(value: object, field: str) -> None:
 def _check_alpha(value: object, field: str) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise AdapterError(f"{field} is {value!r}; expected a finite number.")
-
-
-def _check_regex(text: str, field: str) -> None:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise AdapterError(f"{field} has {text!r}, no regular expression: {error}.") from None
