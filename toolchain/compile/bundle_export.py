@@ -139,8 +139,7 @@ def _check_adapter(request: AdapterRequest) -> None:
         raise ExportError(f"--lora-rank {request.rank} adapts nothing: give at least 1.")
     if request.alpha is not None and not 0 < request.alpha < math.inf:
         raise ExportError(
-            f"--lora-alpha {request.alpha:g} leaves the adapter without effect: give a number above "
-            f"0."
+            f"--lora-alpha {request.alpha:g} leaves the adapter no effect: give a number above 0."
         )
     own = (request.rank, request.alpha, request.modules or None)
     if request.folder and any(value is not None for value in own):
