@@ -272,6 +272,11 @@ def test_a_rank_of_nothing(rank: int, checkpoint: Path, refused) -> None:
     refused(checkpoint, f"--lora-rank {rank}", "--lora-rank", rank)
 
 
+@pytest.mark.parametrize("alpha", [0, -1, "nan", "inf"])
+def test_an_alpha_without_effect(alpha: float | str, checkpoint: Path, refused) -> None:
+    refused(checkpoint, f"--lora-alpha {alpha} leaves", "--lora-alpha", alpha)
+
+
 def test_a_target_module_that_does_not_exist(checkpoint: Path, refused) -> None:
     refused(checkpoint, ("nose", "q_proj", "down_proj"), "--lora-targets", "q_proj,nose")
 
