@@ -35,6 +35,7 @@ from transformers.utils import logging
 from exporters.errors import ExportError
 from exporters.model.gguf_file import read_gguf
 from exporters.model.gguf_model import GGUFState, architecture_of, read_config
+from exporters.model.names import model_name
 from exporters.model.safetensors_state import SafetensorsState, read_json, weight_files
 from exporters.model.spec import ARCHITECTURES, read_spec
 from exporters.model.tokenizer import gguf_tokenizer, json_tokenizer, settle_template
@@ -63,9 +64,11 @@ class Checkpoint:
     ``state`` has Hugging Face's names and the stored dtype (float32, float16 or bfloat16; float32
     from GGUF) and reads a tensor at each lookup. ``template_origin``: what the chat template is
     called in a sentence. ``eos_ids`` are all tokens that end a reply, the tokenizer's own first.
-    ``source`` says name, kind and the SHA-256 of each weights file.
+    ``name`` is the last part of where it was found; ``source`` says name, kind and the SHA-256 of
+    each weights file.
     """
 
+    name: str
     config: PreTrainedConfig
     state: Mapping[str, Tensor]
     tokenizer: PreTrainedTokenizerFast
@@ -127,7 +130,8 @@ def load_checkpoint(model: str, *, chat_template: Path | None = None) -> Checkpo
     """
     path = Path(model).expanduser()
     if model and path.is_dir():
-        return _from_folder(path, path.resolve().name, chat_template)
+        name = model_name(path)
+        return _from_folder(path, name, name, chat_template)
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return _from_gguf(path, chat_template)
@@ -147,7 +151,8 @@ def load_checkpoint(model: str, *, chat_template: Path | None = None) -> Checkpo
             f".gguf file, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct."
         )
     folder = _download(model)
-    return _from_folder(folder, f"{model}@{folder.name}", chat_template)
+    name = model_name(Path(model))
+    return _from_folder(folder, name, f"{model}@{folder.name}", chat_template)
 
 
 def _download(model: str) -> Path:
@@ -173,7 +178,7 @@ def _download(model: str) -> Path:
     return Path(folder)
 
 
-def _from_folder(folder: Path, name: str, template: Path | None) -> Checkpoint:
+def _from_folder(folder: Path, name: str, found: str, template: Path | None) -> Checkpoint:
     raw = _folder_config(folder)
     rename: Callable[[str], str | None] = str
     if raw.get("model_type") == "gemma3" and isinstance(raw.get("text_config"), dict):
@@ -197,9 +202,9 @@ def _from_folder(folder: Path, name: str, template: Path | None) -> Checkpoint:
     named["config.json"] = config.eos_token_id
     stops = _end_ids(named, config.vocab_size, str(folder))
     chosen = settle_template(tokenizer, template, config.vocab_size, str(folder))
-    source = _source(name, state.files)
+    source = _source(found, state.files)
     origin = _template_origin(template, folder)
-    return Checkpoint(config, state, tokenizer, chosen, origin, stops, source)
+    return Checkpoint(name, config, state, tokenizer, chosen, origin, stops, source)
 
 
 def _from_gguf(path: Path, template: Path | None) -> Checkpoint:
@@ -222,7 +227,7 @@ def _from_gguf(path: Path, template: Path | None) -> Checkpoint:
     chosen = settle_template(tokenizer, template, config.vocab_size, str(path))
     source = _source(path.name, (path,))
     origin = _template_origin(template, path)
-    return Checkpoint(config, state, tokenizer, chosen, origin, stops, source)
+    return Checkpoint(model_name(path), config, state, tokenizer, chosen, origin, stops, source)
 
 
 def _template_origin(given: Path | None, where: Path) -> str:

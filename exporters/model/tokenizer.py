@@ -1,4 +1,4 @@
-"""The tokenizer and chat template of a checkpoint, as they were published."""
+"""The tokenizer and chat template of a checkpoint, as the phone will use them."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def json_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             read_json(folder / name)
+    refuse_pointer(folder / "chat_template.jinja")
     try:
         Tokenizer.from_file(str(path))
     except Exception as error:
@@ -75,8 +76,7 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
             f"{file.path}: {len(lost)} of its {len(vocab)} tokens are lost when transformers "
             f"builds its tokenizer (such as {min(lost)!r}); use the model's safetensors checkpoint."
         )
-    prefix = file.metadata.get("tokenizer.ggml.add_space_prefix")
-    return _as_in_file(cast(PreTrainedTokenizerFast, tokenizer), len(vocab), prefix is not False)
+    return _as_the_file_says(file, cast(PreTrainedTokenizerFast, tokenizer), len(vocab))
 
 
 def _whole_tokens(file: GGUFFile, vocab: list[str]) -> list[str]:
@@ -87,21 +87,28 @@ def _whole_tokens(file: GGUFFile, vocab: list[str]) -> list[str]:
     return [token for token, kind in zip(vocab, given, strict=False) if kind in whole]
 
 
-def _as_in_file(
-    tokenizer: PreTrainedTokenizerFast, size: int, space_prefix: bool
+def _as_the_file_says(
+    file: GGUFFile, tokenizer: PreTrainedTokenizerFast, size: int
 ) -> PreTrainedTokenizerFast:
-    """Without the added tokens that the file does not have: transformers gives every byte-level
-    vocabulary GPT-2's <|endoftext|>, with an id past the model's embedding. And without the space
-    before a text, unless the file has a ``space_prefix``: transformers always writes it."""
+    """Without what transformers adds of its own: GPT-2's <|endoftext|> to every byte-level
+    vocabulary, with an id past the model's embedding; and a space before the first word where the
+    file says that there is none. Raises ``ExportError`` where it says that there is one, and
+    transformers knows none."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = [token for token in parts["added_tokens"] if token["id"] < size]
-    changed = parts | {"added_tokens": kept}
-    if not space_prefix:
-        changed |= {name: _unprefixed(parts[name]) for name in ("normalizer", "pre_tokenizer")}
-        changed["decoder"] = _unstripped(parts["decoder"])
-    if changed == parts:
+    made = parts | {"added_tokens": [t for t in parts["added_tokens"] if t["id"] < size]}
+    if file.metadata["tokenizer.ggml.model"] == "llama":  # llama.cpp asks it of no other kind
+        prefixed = file.metadata.get("tokenizer.ggml.add_space_prefix")
+        plain = _without_prefix(made)
+        if prefixed is False:
+            made = plain
+        elif prefixed and plain == made:
+            raise ExportError(
+                f"{file.path}: tokenizer.ggml.add_space_prefix is true, but transformers builds "
+                f"this kind of tokenizer without; use the model's safetensors checkpoint."
+            )
+    if made == parts:
         return tokenizer
-    backend = Tokenizer.from_str(json.dumps(changed))
+    backend = Tokenizer.from_str(json.dumps(made))
     known = backend.get_vocab()
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     special = {name: getattr(tokenizer, name) for name in names}
@@ -112,29 +119,26 @@ def _as_in_file(
     )
 
 
-def _unprefixed(part: dict | None) -> dict | None:
-    """A normalizer or pre-tokenizer that writes nothing before a text."""
-    if part is None or part["type"] == "Prepend":
-        return None
-    if part["type"] == "Metaspace":
-        return part | {"prepend_scheme": "never"}
-    for key in ("normalizers", "pretokenizers"):
-        if key in part:
-            steps = [_unprefixed(step) for step in part[key]]
-            return part | {key: [step for step in steps if step is not None]}
-    return part
+def _without_prefix(parts: dict) -> dict:
+    """The parts of a tokenizer.json of SentencePiece's kind, without the space that is put before
+    a text and taken away again when it is decoded."""
+
+    def plain(part: dict | None) -> dict | None:
+        if part is None or part["type"] == "Prepend" or _strips_first(part):
+            return None
+        if part["type"] == "Metaspace":
+            return part | {"prepend_scheme": "never"}
+        if part["type"] != "Sequence":
+            return part
+        (key,) = part.keys() - {"type"}
+        return part | {key: [step for step in map(plain, part[key]) if step is not None]}
+
+    names = ("normalizer", "pre_tokenizer", "decoder")
+    return parts | {name: plain(parts[name]) for name in names}
 
 
-def _unstripped(decoder: dict | None) -> dict | None:
-    """A decoder that takes nothing off the beginning of a text."""
-    if decoder is None or decoder["type"] == "Strip":
-        return None
-    if decoder["type"] == "Metaspace":
-        return decoder | {"prepend_scheme": "never"}
-    if "decoders" in decoder:
-        steps = [_unstripped(step) for step in decoder["decoders"]]
-        return decoder | {"decoders": [step for step in steps if step is not None]}
-    return decoder
+def _strips_first(part: dict) -> bool:
+    return part["type"] == "Strip" and part.get("content") == " " and part.get("start") == 1
 
 
 def _checked_vocab(file: GGUFFile) -> list[str]:
@@ -150,6 +154,11 @@ def _checked_vocab(file: GGUFFile) -> list[str]:
         raise ExportError(
             f"{file.path}: transformers does not know how a '{pre}' tokenizer splits text; use the "
             f"model's safetensors checkpoint."
+        )
+    prefixed = meta.get("tokenizer.ggml.add_space_prefix", True)
+    if not isinstance(prefixed, bool):
+        raise ExportError(
+            f"{file.path}: tokenizer.ggml.add_space_prefix is {prefixed!r}, expected true or false."
         )
     needed = "merges" if kind == "gpt2" else "scores"
     if not isinstance(meta.get(f"tokenizer.ggml.{needed}"), list):

@@ -29,6 +29,7 @@ from runtime_py.bundle.peft_adapter import PeftAdapter, read_peft
 from runtime_py.bundle.peft_config import check_config
 from runtime_py.loop.errors import AdapterError
 from runtime_py.loop.files import replacing
+from runtime_py.loop.lfs import refuse_pointers
 
 META = "adapter_config.json"  # in a .ptd: UTF-8 JSON as uint8, beside the tensors
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -191,6 +192,7 @@ def load_adapter(path: Path) -> PeftAdapter:
     if path.suffix == ".ptd":
         if not path.is_file():
             raise AdapterError(f"there is no adapter file {path}.")
+        refuse_pointers([path], AdapterError)
         from runtime_py.bundle.flat_tensor import read_ptd  # ExecuTorch's, and heavy
 
         return from_runtime(read_ptd(path), str(path))

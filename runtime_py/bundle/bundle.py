@@ -23,6 +23,7 @@ from runtime_py.bundle.manifest import (
 from runtime_py.bundle.peft_adapter import write_peft
 from runtime_py.loop.errors import BundleError
 from runtime_py.loop.files import sha256
+from runtime_py.loop.lfs import refuse_pointers
 
 # Parts that the manifest does not name: they are there if ``files`` has them.
 MEAN_VECTOR, ACKNOWLEDGEMENTS = "mean_vector.f32", "acknowledgements.txt"
@@ -179,6 +180,7 @@ def open_bundle(folder: Path) -> Bundle:
         raise BundleError(
             f"{folder} has no {MANIFEST}: expected a folder that attune export wrote."
         )
+    refuse_pointers([path, folder / CHECKSUM, *bundle_files(folder)], BundleError)
     checksum = folder / CHECKSUM
     stored = checksum.read_bytes() if checksum.is_file() else b""
     if stored != sha256(path).encode() + b"\n":

@@ -23,6 +23,7 @@ from runtime_py.bundle.peft_selection import is_all_linear, selects
 from runtime_py.bundle.text_names import renamed_config, text_name
 from runtime_py.loop.errors import AdapterError
 from runtime_py.loop.files import replacing
+from runtime_py.loop.lfs import refuse_pointers
 
 __all__ = [
     "PeftAdapter",
@@ -81,6 +82,7 @@ def read_peft(path: Path) -> PeftAdapter:
     Raises ``AdapterError`` for anything but a sound, plain LoRA all of which PEFT would load.
     """
     folder = find_folder(path)
+    refuse_pointers([folder / CONFIG, folder / WEIGHTS], AdapterError)
     config = read_config(folder)
     check_config(config, folder / CONFIG)
     tensors, dtype = _read_tensors(folder)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from runtime_py.loop.errors import LoopError
+from runtime_py.loop.lfs import refuse_pointers
 
 _GZIP = b"\x1f\x8b"
 
@@ -18,6 +19,7 @@ def raw_lines(path: Path, told: Callable[[int], None] | None = None) -> Iterator
 
     Raises ``LoopError`` where there is no such file, it cannot be read, or its gzip is damaged.
     """
+    refuse_pointers([path], LoopError)
     number = 0
     try:
         with path.open("rb") as file:

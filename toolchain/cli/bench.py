@@ -135,7 +135,7 @@ def embed(
     from toolchain.bench.machine import usable_cores
     from toolchain.report.console import Stages, output, print_json
 
-    with Stages(f"bench {bundle.name}", quiet=as_json) as stages:
+    with Stages(f"bench {bundle.resolve().name}", quiet=as_json) as stages:
         report = embed_speed.bench_embed(
             bundle,
             tokens=tokens,
@@ -180,7 +180,7 @@ def train(
     from toolchain.bench.training_speed import bench_training
     from toolchain.report.console import Stages, print_json
 
-    with Stages(f"bench {bundle.name}", quiet=True) as stages:
+    with Stages(f"bench {bundle.resolve().name}", quiet=True) as stages:
         report = bench_training(
             bundle,
             tokens=tokens,
@@ -286,7 +286,7 @@ def synthesis(
     from toolchain.report.console import Stages, output, print_json
 
     opened, chosen = open_bundle(bundle), read_dialogues(data, dialogues)
-    with Stages(f"bench {bundle.name}", quiet=as_json) as stages:
+    with Stages(f"bench {bundle.resolve().name}", quiet=as_json) as stages:
         rows = bench_synthesis(
             opened, chosen, form or (), adapter=adapter, threads=threads, progress=stages
         )

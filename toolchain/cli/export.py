@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from exporters.errors import ExportError
+from exporters.model.names import model_name
 from runtime_py.bundle.manifest import Manifest, Policy
 from toolchain.cli.inspect import describe, paraphrases
 from toolchain.cli.options import Json
@@ -128,7 +129,7 @@ def export(
 
     targets = tuple(dict.fromkeys(target or TARGETS))
     start = time.monotonic()
-    with Stages(f"export {Path(model).name}", quiet=as_json) as stages:
+    with Stages(f"export {model_name(Path(model))}", quiet=as_json) as stages:
         manifest = bundle_export.export(
             model,
             out,

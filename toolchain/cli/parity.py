@@ -43,7 +43,7 @@ def parity(
     from runtime_py.loop.errors import BundleError
     from toolchain.verify.parity import ladder, parity_report
 
-    with Stages(f"parity {bundle.name}", quiet=as_json) as stages:
+    with Stages(f"parity {bundle.resolve().name}", quiet=as_json) as stages:
         report = ladder.climb(
             bundle,
             rungs=tuple(rung or ()),

@@ -50,16 +50,6 @@ def builtin_folder() -> Path:
     return Path(__file__).parent / "builtin" / "model"
 
 
-def model_name(model: str) -> str:
-    """What a bundle calls it: the last part of a folder or hub id, whole, or of a GGUF file without
-    its suffix."""
-    path = Path(model).expanduser()
-    if model == BUILTIN or not path.exists():
-        return model.rstrip("/").rpartition("/")[2]
-    name = path.resolve().name
-    return name[: -len(path.suffix)] if path.is_file() and path.suffix else name
-
-
 def read_input(
     model: str, adapter: AdapterRequest, context: int | None, chat_template: Path | None
 ) -> ExportInput:
@@ -72,7 +62,7 @@ def read_input(
     folder = str(builtin_folder()) if model == BUILTIN else model
     checkpoint = load_checkpoint(folder, chat_template=chat_template)
     spec = read_spec(checkpoint.config, context)
-    name = model_name(model)
+    name = BUILTIN if model == BUILTIN else checkpoint.name
     if adapter.folder is not None:
         peft = read_peft(adapter.folder)
         check_fits(peft, adapter_layout.module_shapes(spec))

@@ -162,6 +162,41 @@ def test_corrupt_gguf(refused, tmp_path: Path) -> None:
     refused(path, ("m.gguf", "truncated or corrupt"))
 
 
+POINTER = """version https://git-lfs.github.com/spec/v1
+oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393
+size 12345
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+     "tokenizer_config.json", "chat_template.jinja"],
+)  # fmt: skip
+def test_a_git_lfs_pointer_in_a_model(name: str, checkpoint: Path, refused) -> None:
+    (checkpoint / name).write_text(POINTER)
+    refused(checkpoint, (f"m/{name} is a Git LFS pointer,", "git lfs pull"))
+
+
+def test_git_lfs_pointers_are_all_named(checkpoint: Path, refused, tmp_path: Path) -> None:
+    shards = {f"model-0000{n}-of-00002.safetensors": f"model.{n}" for n in (1, 2)}
+    for name in ("tokenizer.json", *shards):
+        (checkpoint / name).write_text(POINTER)
+    (checkpoint / "model.safetensors").unlink()
+    index = {"weight_map": {tensor: name for name, tensor in shards.items()}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    first, second = shards
+    refused(checkpoint, (f"{first} is a Git LFS pointer (and beside it {second}, tokenizer.json)",))
+    (tmp_path / "m.gguf").write_text(POINTER)
+    refused(tmp_path / "m.gguf", ("m.gguf is a Git LFS pointer,", "git lfs pull"))
+    given = tmp_path / "t.jinja"
+    given.write_text(POINTER)
+    model = tiny.save_checkpoint(tmp_path / "whole")
+    refused(
+        model, "t.jinja is a Git LFS pointer (and beside it m.gguf), not", "--chat-template", given
+    )
+
+
 def test_weights_that_are_no_numbers(checkpoint: Path, refused) -> None:
     """Weights damaged so that they still load do not become a bundle."""
     path = checkpoint / "model.safetensors"
@@ -253,6 +288,12 @@ def test_an_adapter_and_options_for_a_fresh_one(
     option: tuple, checkpoint: Path, lora: Path, refused
 ) -> None:
     refused(checkpoint, "--adapter brings its own", "--adapter", lora, *option)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_git_lfs_pointer_in_an_adapter(name: str, checkpoint: Path, lora: Path, refused) -> None:
+    (lora / name).write_text(POINTER)
+    refused(checkpoint, (f"{name} is a Git LFS pointer,", "git lfs pull"), "--adapter", lora)
 
 
 # The options

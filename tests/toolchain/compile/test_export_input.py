@@ -12,22 +12,20 @@ from exporters.model.assembly import build
 from exporters.model.spec import read_spec
 from exporters.model.transformer import Transformer
 from tests import tiny
-from toolchain.compile.export_input import model_name
+from toolchain.compile.export_input import AdapterRequest, read_input
 from toolchain.compile.precision import PrecisionChooser, lost_weights, rounded_for_coreml
 
 
-def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "Qwen2.5-0.5B-Instruct"
-    folder.mkdir()
-    (tmp_path / "SmolLM2.Q4_1.gguf").touch()
-    assert model_name("tiny") == "tiny"
-    for given in (str(folder), f"{folder}/", f"{folder}/../{folder.name}"):
-        assert model_name(given) == "Qwen2.5-0.5B-Instruct"
-    assert model_name(str(tmp_path / "SmolLM2.Q4_1.gguf")) == "SmolLM2.Q4_1"
-    assert model_name("Qwen/Qwen2.5-0.5B-Instruct") == "Qwen2.5-0.5B-Instruct"
+@pytest.mark.parametrize("given", ["../Qwen2.5-0.5B-Instruct", "."])
+def test_a_models_name_is_whole(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.save_checkpoint(tmp_path / "Qwen2.5-0.5B-Instruct", "qwen2")
     monkeypatch.chdir(folder)
-    assert model_name(".") == "Qwen2.5-0.5B-Instruct"
-    assert model_name("..") == tmp_path.name
+    read = read_input(given, AdapterRequest(), None, None)
+    assert read.name == "Qwen2.5-0.5B-Instruct"
+    assert read.adapter.config["base_model_name_or_path"] == "Qwen2.5-0.5B-Instruct"
+    assert read.checkpoint.source.startswith("Qwen2.5-0.5B-Instruct (safetensors): ")
 
 
 def small(factor: float) -> Transformer:

@@ -54,7 +54,7 @@ def page(report: Report) -> str:
     parts.append(section("Every check", *map(_rung, report.rungs)))
     parts.append(section("Tolerances", _tolerances()))
     return html.page(
-        f"Parity of {Path(report.bundle).name}",
+        f"Parity of {Path(report.bundle).resolve().name}",
         join(f"{report.model}; {precision}; {report.seconds:.0f} s"),
         *parts,
     )
