@@ -32,6 +32,8 @@ class ChatText:
         self.tokenizer, self.facts, self.context = tokenizer, facts, context
         tokenizer.encode_special_tokens = True
         self.stops = [self._written(index) for index in facts.eos_ids]
+        known = tokenizer.get_added_tokens_decoder().items()
+        self._hidden = {i for i, token in known if token.special} - {*facts.shown_ids}
 
     @classmethod
     def of(cls, bundle: Bundle) -> ChatText:
@@ -70,8 +72,9 @@ class ChatText:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of what was written, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        """The text of what was written, without special tokens but those that are shown."""
+        kept = [index for index in ids if index not in self._hidden]
+        return str(self.tokenizer.decode(kept, skip_special_tokens=False))
 
     @property
     def written_alike(self) -> bool:
@@ -129,8 +132,8 @@ def _sayers(offsets: Sequence[tuple[int, int]], said: Sequence[tuple[int, int, i
     begins in the prompt and ends in the reply is the reply's."""
     sayers = []
     for index, (begin, end) in enumerate(offsets):
-        if begin == end and index:  # a tokenizer that trims spaces off a token's characters
-            begin = offsets[index - 1][1]
+        if begin == end:  # a tokenizer that trims spaces off a token's characters
+            begin = offsets[index - 1][1] if index else 0
         found = [turn for start, stop, turn in said if end > start and begin < stop]
         sayers.append(found[0] if end > begin and found else UNSAID)
     return sayers

@@ -85,7 +85,8 @@ class ChatPieces(_Section):
     the assistant's last words; ``reply``: after the user's last words where a reply is to be
     written, and what ``last_answer`` begins with; ``unanswered``: where none is. ``user``,
     ``assistant``: what is stripped off their words; ``last_user``, ``last_assistant``: where no
-    turn follows. ``date``: which day it is for ever, where the template asks for it."""
+    turn follows. ``date``: which day it is for ever, where the template asks for it. ``read``:
+    tokens that the template looks for in what is said; the pieces write them as they stand."""
 
     begin: tuple[Item, ...]
     answer: tuple[Item, ...]
@@ -99,10 +100,12 @@ class ChatPieces(_Section):
     last_user: Strip = Strip()
     last_assistant: Strip = Strip()
     date: str | None = None
+    read: tuple[str, ...] = ()
 
 
 class Tokenizer(_Section):
-    """``eos_ids``: every token that ends a reply, the tokenizer's own first. ``normalize``: what a
+    """``eos_ids``: every token that ends a reply, the tokenizer's own first. ``shown_ids``: special
+    tokens that are part of a reply's text, as the beginning of a thought. ``normalize``: what a
     host does with a text before it is encoded. ``rewritten``: in what ``file`` differs from the
     model's own, so that all hosts read it alike."""
 
@@ -110,6 +113,7 @@ class Tokenizer(_Section):
     bos_id: int | None
     eos_ids: tuple[int, ...]
     pad_id: int | None
+    shown_ids: tuple[int, ...] = ()
     normalize: Literal["NFC"] | None = None
     rewritten: tuple[str, ...] = ()
     chat: ChatPieces

@@ -5,9 +5,8 @@ Nothing interprets Jinja on the phone. A template that cannot be expressed in pi
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from jinja2 import TemplateError
@@ -17,9 +16,8 @@ from exporters.errors import ExportError
 from runtime_py.bundle.chat_pieces import words
 from runtime_py.bundle.manifest import Strip
 from runtime_py.loop.dialogue import Role, Turn
+from toolchain.compile.template_source import DATE, constants, on_that_day
 
-DATE = datetime.datetime(2024, 7, 26)  # Llama 3.2's own, where it is not told the day
-_DATE_CODES = ("-d", "-m", *"aAwdbBmyYHIMpSfjUWcxX")
 _MARKS = ("quobblezanti", "verripmulto", "jaskendroph", "wolmettigra", "pelquisnorb", "dranfuvelki")
 # What str.strip() takes off, and a template's trim filter with it.
 SPACES = "".join(chr(c) for c in range(0x3001) if chr(c).isspace())
@@ -54,6 +52,7 @@ class TemplateText:
     unanswered: str
     strips: dict[str, Strip] = field(default_factory=dict)
     date: str | None = None
+    read: tuple[str, ...] = ()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -83,8 +82,10 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str, origin: str) -> None:
         self._tokenizer, self._origin = tokenizer, origin
         asks = "strftime_now" in template
-        self._template = _on_that_day(template) if asks else template
+        self._template = on_that_day(template, origin) if asks else template
         self.date = DATE.date().isoformat() if asks else None
+        self.constants = constants(template)
+        self.added = frozenset(tokenizer.get_added_vocab())
 
     def __call__(self, turns: Sequence[Turn], reply: bool = False) -> str:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
@@ -101,16 +102,6 @@ class Template:
                 f"with --chat-template FILE that can."
             ) from None
         return cast(str, text)
-
-
-def _on_that_day(template: str) -> str:
-    """The template with its clock stopped: a macro that writes ``DATE`` in any format."""
-    told = "format"
-    for code in _DATE_CODES:
-        told += f" | replace('%{code}', '{DATE.strftime('%' + code)}')"
-    return (
-        f"{{% macro strftime_now(format) %}}{{{{ {told} }}}}{{% endmacro %}}{{{{ '' }}}}{template}"
-    )
 
 
 def _mode(turns: Sequence[Turn], reply: bool) -> str:
@@ -132,8 +123,13 @@ def compile_template(render: Template, origin: str) -> TemplateText:
     Raises ``ExportError`` where no pieces do, with the text on which they differ.
     """
     found = _pieces(render, origin)
-    text = TemplateText(**found, strips=_strips(render), date=render.date)
-    for turns, reply in probes():
+    text = replace(found, strips=_strips(render), date=render.date)
+    read = _read(render, text)
+    tokens = {one: {token for token in render.added if token in one} for one in read}
+    text = replace(text, read=tuple(sorted(set().union(*tokens.values()))))
+    plain = sorted(one for one in read if not tokens[one])
+    strange = [(turns_of([one, one, one, one]), False) for one in plain]
+    for turns, reply in [*probes(), *strange]:
         wanted, got = render(turns, reply), text.write(turns, reply)
         if wanted != got:
             at = next(
@@ -149,6 +145,31 @@ def compile_template(render: Template, origin: str) -> TemplateText:
     return text
 
 
+def _read(render: Template, text: TemplateText) -> set[str]:
+    """Those of the template's constants that it writes otherwise than other words: alone, at an end
+    or amid them, or around them together with another."""
+
+    def alike(said: str) -> bool:
+        cases = ((turns_of([said, said, said, said]), False), (turns_of([said]), True))
+        try:
+            return all(render(*case) == text.write(*case) for case in cases)
+        except ExportError:  # it will not have it said
+            return False
+
+    read = set()
+    for one in render.constants:
+        if not all(map(alike, (one, f"{one}x y", f"x y{one}", f"x {one} y"))):
+            read.add(one)
+    tokens = [one for one in render.constants if one in render.added and one not in read]
+    for first in tokens:
+        read |= {first, last} if (last := _partner(first, tokens, alike)) else set()
+    return read
+
+
+def _partner(first: str, tokens: Sequence[str], alike: Callable[[str], bool]) -> str | None:
+    return next((last for last in tokens if not alike(f"{first}x y{last}")), None)
+
+
 def _around(text: str, at: int) -> str:
     return repr(text[max(0, at - 20) : at + 40])
 
@@ -161,7 +182,9 @@ def probes() -> list[tuple[tuple[Turn, ...], bool]]:
             contents = [WORDS[(shift + 3 * index) % len(WORDS)] for index in range(count)]
             for reply in (False, True) if count % 2 else (False,):
                 found.append((turns_of(contents), reply))
-    return found
+    many = turns_of([WORDS[index % len(WORDS)] for index in range(40)])
+    long = turns_of(["long " * 4000, "words " * 4000])
+    return [*found, (many, False), (many[:-1], True), (long, False), (long[:1], True)]
 
 
 def _between(text: str, count: int, origin: str) -> list[str]:
@@ -178,7 +201,7 @@ def _between(text: str, count: int, origin: str) -> list[str]:
     return [*pieces, rest]
 
 
-def _pieces(render: Template, origin: str) -> dict[str, str]:
+def _pieces(render: Template, origin: str) -> TemplateText:
     def between(count: int, reply: bool) -> list[str]:
         return _between(render(turns_of(_MARKS[:count]), reply), count, origin)
 
@@ -191,15 +214,7 @@ def _pieces(render: Template, origin: str) -> dict[str, str]:
             f"be learned: give one with --chat-template FILE that does not, such as without the "
             f"start of a thought."
         )
-    return {
-        "begin": begin,
-        "answer": answer,
-        "ask": ask,
-        "last_answer": last_answer,
-        "end": end,
-        "reply": reply,
-        "unanswered": unanswered,
-    }
+    return TemplateText(begin, answer, ask, last_answer, end, reply, unanswered)
 
 
 def _strips(render: Template) -> dict[str, Strip]:

@@ -41,7 +41,7 @@ class ExportInput:
     @property
     def bos_id(self) -> int:
         """Where the tokenizer has none, a sequence's end stands for its beginning."""
-        bos = self.checkpoint.tokenizer.bos_token_id
+        bos = self.text.facts.bos_id
         return bos if bos is not None else self.checkpoint.eos_ids[0]
 
 

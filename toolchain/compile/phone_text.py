@@ -8,7 +8,7 @@ read as Hugging Face reads the model's own; where there is none, the export is r
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer as Backend
@@ -21,7 +21,7 @@ from runtime_py.bundle.chat_text import ChatText
 from toolchain.compile.chat_template import Template, TemplateText, compile_template
 from toolchain.compile.tokenizer_pieces import chat_pieces
 from toolchain.compile.tokenizer_proof import HuggingFaceReading
-from toolchain.compile.tokenizer_rewriting import candidates, controls
+from toolchain.compile.tokenizer_rewriting import AddedToken, candidates, controls
 
 TOKENIZER = "tokenizer.json"
 
@@ -75,15 +75,18 @@ def phone_text(
             f"vocabulary of {vocab} tokens does not have: they are not of one model."
         )
     special = {content: token for content, token in known.items() if token["id"] < vocab}
+    _check_end(template, special, eos_ids, source, where)
+    promoted = [token["id"] for token in special.values() if not token["special"]]
     failed: str | None = None
     for candidate in candidates(raw, template, vocab):
         found = PhoneText(
             json.dumps(candidate.json, ensure_ascii=False, indent=2),
             m.Tokenizer(
                 file=TOKENIZER,
-                bos_id=source.bos_token_id,
+                bos_id=_within(source.bos_token_id, vocab),
                 eos_ids=tuple(eos_ids),
-                pad_id=source.pad_token_id,
+                pad_id=_within(source.pad_token_id, vocab),
+                shown_ids=tuple(promoted),
                 normalize=candidate.normalize,
                 rewritten=candidate.rewritten,
                 chat=chat_pieces(template, special, candidate.spaced),
@@ -96,3 +99,33 @@ def phone_text(
         f"the tokenizer of {where} cannot go on a phone: {failed}. Give a checkpoint whose "
         f"tokenizer.json is byte-level BPE, or SentencePiece's as BPE."
     )
+
+
+def _within(index: int | None, vocab: int) -> int | None:
+    """None for a token that has no row in the embedding, and was dropped."""
+    return index if index is not None and index < vocab else None
+
+
+def _check_end(
+    template: TemplateText,
+    special: Mapping[str, AddedToken],
+    eos_ids: Sequence[int],
+    source: PreTrainedTokenizerFast,
+    where: str,
+) -> None:
+    """Raises ``ExportError`` where an end token is none of the tokenizer's, or where the template
+    writes none after the assistant's last words: no reply would learn to end."""
+    names = dict(zip(eos_ids, source.convert_ids_to_tokens(list(eos_ids)), strict=True))
+    if unknown := [index for index, name in names.items() if name is None]:
+        raise ExportError(
+            f"{where} names {', '.join(map(str, unknown))} as a token that ends a reply, which its "
+            f"tokenizer does not have: correct eos_token_id in generation_config.json."
+        )
+    if not any(name in template.end for name in names.values()):
+        written = [content for content in special if content in template.end]
+        raise ExportError(
+            f"the chat template of {where} ends the assistant's last words with "
+            f"{', '.join(written) or 'no token'}, and a reply ends with "
+            f"{', '.join(names.values())}: no reply would learn to end. Name the template's token "
+            f"in eos_token_id of generation_config.json, or give another --chat-template FILE."
+        )

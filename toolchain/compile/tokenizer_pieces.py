@@ -41,7 +41,7 @@ def chat_pieces(
         if items and not isinstance(items[-1], str) and items[-1]["rstrip"]:
             _strip(strips, after, "left")
     pieces: dict[str, Any] = {**found, **strips}
-    return m.ChatPieces(**pieces, date=template.date)
+    return m.ChatPieces(**pieces, date=template.date, read=template.read)
 
 
 def _strip(strips: dict[str, m.Strip], whose: Sequence[str], side: str) -> None:

@@ -29,9 +29,12 @@ class HuggingFaceReading:
     tokenizer. ``every``: of many ideographs and syllables one is tried."""
 
     def __init__(self, backend: Backend, template: TemplateText, every: int = SEVENTH) -> None:
-        self._backend, self._template = backend, template
         raw = json.loads(backend.to_str())
         control = controls(raw, template)
+        self._backend, self._template = Backend.from_str(json.dumps(raw)), template
+        self._backend.no_padding()  # which transformers sets anew at every call
+        self._backend.no_truncation()
+        self._controls = [content for content, token in control.items() if content.strip()]
         said = [t["content"] for t in raw["added_tokens"] if t["content"] not in control]
         self._probes = [*probes(), *_asked(_beside(said)), *_asked(_all_characters(every))]
 
@@ -58,6 +61,11 @@ class HuggingFaceReading:
         except RuntimeError as error:
             return f"ExecuTorch's runner cannot read it ({error})"
 
+        if obeyed := [content for content in self._controls if _obeyed(text, content)]:
+            return f"{obeyed[0]!r} in what is said becomes the special token of that name"
+        return self._first_misread(text, runner)
+
+    def _first_misread(self, text: ChatText, runner: Any) -> str | None:
         def ours(turns: tuple[Turn, ...], reply: bool) -> list[int]:
             return text.tokens(turns, reply).ids
 
@@ -85,6 +93,16 @@ class HuggingFaceReading:
             if read(case, reply) != self._ids([(case, reply)])[0]:
                 return character
         return said[:60]
+
+
+def _obeyed(text: ChatText, content: str) -> bool:
+    """Whether a control's text becomes its id, as where merges or a whole word build it."""
+    harmless, said = (text.tokens(turns_of([one]), True).ids for one in ("x", f"x{content}y"))
+    alone = text.tokens(turns_of([content]), True).ids
+    index = text.tokenizer.token_to_id(content)
+    if index is None:
+        return False
+    return any(ids.count(index) > harmless.count(index) for ids in (said, alone))
 
 
 def _asked(contents: Sequence[str]) -> list[tuple[tuple[Turn, ...], bool]]:

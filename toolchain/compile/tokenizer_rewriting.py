@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from tokenizers import Tokenizer
 
 from toolchain.compile.chat_template import TemplateText
 
@@ -69,11 +72,16 @@ def _cleaned(
 def controls(raw: dict[str, Any], template: TemplateText) -> dict[str, AddedToken]:
     """The added tokens that are special, or that the template writes (white space apart, which is
     text), by their contents."""
-    text = "\n".join(template.texts)
+    backend = Tokenizer.from_str(json.dumps(raw))
+    written = {
+        index
+        for text in template.texts
+        for index in backend.encode(text, add_special_tokens=False).ids
+    }
     return {
         token["content"]: token
         for token in raw["added_tokens"]
-        if token["special"] or (token["content"] in text and not token["content"].isspace())
+        if token["special"] or (token["id"] in written and not token["content"].isspace())
     }
 
 

@@ -79,6 +79,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
+def ends(own: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    return 2, int(own.convert_tokens_to_ids("<|im_end|>"))
+
+
 def compiled(template: str, own: PreTrainedTokenizerFast) -> TemplateText:
     return compile_template(Template(own, template, "the template"), "the template")
 
@@ -87,7 +91,7 @@ def compiled(template: str, own: PreTrainedTokenizerFast) -> TemplateText:
 def family(request: pytest.FixtureRequest) -> tuple[PreTrainedTokenizerFast, str, ChatText]:
     """Hugging Face's tokenizer, its template with the clock stopped, and ours."""
     own, template = tokenizer(), FAMILIES[request.param]
-    found = phone_text(own, compiled(template, own), (2,), len(own), "a test")
+    found = phone_text(own, compiled(template, own), ends(own), len(own), "a test")
     day = "'July 26, 2024'" if request.param == "granite" else "'26 Jul 2024'"
     stopped = template.replace("strftime_now('%B %-d, %Y')", day)
     stopped = stopped.replace("strftime_now('%d %b %Y') if strftime_now is defined else '?'", day)
@@ -161,9 +165,8 @@ def test_what_is_learned_is_what_has_to_be_written(family) -> None:
     first = tokens.said.index(1)
     assert first <= len(prompt)  # a token may begin in the prompt and end in the reply
     assert "the cat sat" in own.decode(labels)
-    if 2 in tokens.ids[first:]:
-        assert labels[-1] == 2
-        assert labels.count(2) == 1
+    assert labels[-1] in ends(own)
+    assert not set(labels[:-1]) & {*ends(own)}
 
 
 def test_a_days_date_is_one_for_ever() -> None:
@@ -172,6 +175,48 @@ def test_a_days_date_is_one_for_ever() -> None:
     assert "Today Date: 26 Jul 2024" in compiled(LLAMA3, own).begin
     assert "On July 26, 2024." in compiled(GRANITE, own).begin
     assert compiled(CHATML, own).date is None
+
+
+def test_a_date_in_an_unknown_form_is_refused() -> None:
+    own = tokenizer()
+    assert "2024-07-26" in compiled("{{ strftime_now('%F') }}" + CHATML, own).begin
+    with pytest.raises(ExportError, match="asks for the date as %Q"):
+        compiled("{{ strftime_now('%Q') }}" + CHATML, own)
+    indented = "    {% if strftime_now is defined %}x{% endif %}" + CHATML
+    assert compiled(indented, own).begin.startswith("x<|im_start|>")
+
+
+def test_thoughts_are_shown() -> None:
+    """The tokens that begin and end a thought are ordinary ones of the model's own file."""
+    own = tokenizer()
+    found = phone_text(own, compiled(QWEN3, own), ends(own), len(own), "a test")
+    think = own.convert_tokens_to_ids(["<think>", "</think>"])
+    assert found.facts.shown_ids == tuple(think)
+    assert "special: <think>, </think>" in found.facts.rewritten
+    ids = [think[0], *own("hm")["input_ids"], think[1], *own(" yes")["input_ids"], *ends(own)]
+    assert found.chat_text(512).decode(ids) == "<think>hm</think> yes"
+
+
+SPLITS = QWEN3.replace("m.content.lstrip('\n')", "m.content.split('</think>')[-1].lstrip('\n')")
+
+
+def test_what_a_template_looks_for_is_said() -> None:
+    assert compiled(SPLITS, tokenizer()).read == ("</think>", "<think>")
+    assert compiled(QWEN3, tokenizer()).read == ()
+    with pytest.raises(ExportError, match="cannot be compiled: for 2 exchanges"):
+        compiled(SPLITS.replace("split('</think>')", "split('PS')"), tokenizer())
+
+
+def test_an_end_that_no_reply_would_learn_is_refused() -> None:
+    own = tokenizer()
+    for template, words in (
+        (CHATML, r"last words with <\|im_end\|>, and a reply ends with </s>"),
+        (CHATML.replace("<|im_end|>", ""), "last words with no token"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            phone_text(own, compiled(template, own), (2,), len(own), "a test")
+    with pytest.raises(ExportError, match=r"names 9999 .* which its tokenizer does not have"):
+        phone_text(own, compiled(CHATML, own), (*ends(own), 9999), 10_000, "a test")
 
 
 LATE = CHATML.replace("{% for m", "{% if messages | length > 4 %}late{% endif %}{% for m", 1)
@@ -196,6 +241,9 @@ THINKS = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{
         (CHATML.replace("m.content", "m.content[:20]"), "cannot be compiled"),
         (FRIENDLY, "cannot be compiled: for 1 exchange.* where its pieces give"),
         (LATE, "cannot be compiled: for 3 exchanges"),
+        (CHATML.replace("m.content", "m.content | truncate(9999)"), "cannot be compiled"),
+        (CHATML.replace("in messages", "in messages[-20:]"), "cannot be compiled"),
+        (CHATML.replace("m.content", "m.content | replace('Be kind', 'be')"), "be compiled"),
         (THINKS, "begins a reply otherwise than it writes one"),
     ],
 )
@@ -209,4 +257,4 @@ def test_a_template_of_another_vocabulary_is_refused() -> None:
     template = compiled(CHATML, own)
     start = own.convert_tokens_to_ids("<|im_start|>")
     with pytest.raises(ExportError, match=r"writes <\|im_start\|>, <\|im_end\|>, which the"):
-        phone_text(own, template, (2,), start, "a test")
+        phone_text(own, template, ends(own), start, "a test")

@@ -406,7 +406,7 @@ def test_export_with_an_adapter_a_context_and_a_template(attune: Attune, tmp_pat
     peft = tiny.adapted(model, ["v_proj", "down_proj"], 3, rank_pattern={"v_proj": 5})
     peft.save_pretrained(str(tmp_path / "lora"))
     template = tmp_path / "chat.jinja"
-    template.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    template.write_text("{% for m in messages %}[{{ m.content }}</s>{% endfor %}")
     out = tmp_path / "new" / "bundle"
     said = attune(
         *("export", folder, "--out", out, "--target", "android", "--quantize", "none"),
@@ -419,7 +419,7 @@ def test_export_with_an_adapter_a_context_and_a_template(attune: Attune, tmp_pat
     assert manifest.adapter.rank == 5
     assert set(manifest.adapter.targets) == {"v_proj", "down_proj"}
     assert manifest.tokenizer.chat.begin == ("[",)
-    assert manifest.tokenizer.chat.answer == ("][",)
+    assert manifest.tokenizer.chat.answer == (2, "[")
     first, second = (
         load_file(f / "adapter_model.safetensors") for f in (tmp_path / "lora", out / "adapter")
     )

@@ -151,15 +151,19 @@ def template_of(own: PreTrainedTokenizerFast, template: str) -> TemplateText:
     return compile_template(Template(own, template, "it"), "it")
 
 
+def ends(own: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    known = own.get_vocab()
+    return tuple(known[end] for end in ("</s>", "<|im_end|>", "<|end|>") if end in known)
+
+
 class Hosts:
     """A tokenizer as Hugging Face reads it by its own file, and as the bundle's two hosts do."""
 
     def __init__(self, backend: Tokenizer, template: str, folder: Path) -> None:
         self.own = wrapped(backend)
         self.template = template_of(self.own, template)
-        end = self.own.eos_token_id
         size = len(self.own)
-        self.found: PhoneText = phone_text(self.own, self.template, (end,), size, "a test")
+        self.found: PhoneText = phone_text(self.own, self.template, ends(self.own), size, "a test")
         self.text: ChatText = self.found.chat_text(512)
         (folder / "tokenizer.json").write_text(self.found.tokenizer)
         self.runner = CppHFTokenizer()
@@ -225,7 +229,7 @@ def test_accents_stay(hosts: Hosts, said: str) -> None:
 def refused(backend: Tokenizer, template: str, words: str, vocab: int | None = None) -> None:
     own = wrapped(backend)
     with pytest.raises(ExportError, match=words):
-        phone_text(own, template_of(own, template), (2,), vocab or len(own), "a test")
+        phone_text(own, template_of(own, template), ends(own), vocab or len(own), "a test")
 
 
 def test_unigram_is_refused() -> None:
@@ -255,9 +259,46 @@ def test_added_tokens_without_an_embedding_are_dropped() -> None:
     base = byte_level()
     size = base.get_vocab_size()
     own = wrapped(with_tokens(base, "<image>", special=True))
-    found = phone_text(own, template_of(own, CHATML), (0,), size, "a test")
+    found = phone_text(own, template_of(own, CHATML), ends(own), size, "a test")
     assert found.facts.rewritten == ("added tokens without an embedding dropped: <image>",)
     assert Tokenizer.from_str(found.tokenizer).token_to_id("<image>") is None
     ids = found.chat_text(512).tokens(turns_of(["see <image>"])).ids
     assert max(ids) < size
     refused(with_tokens(base, "<|user|>", special=True), PHI3, r"writes <\|user\|>", size)
+
+
+def test_padding_and_truncation_of_whoever_saved_it() -> None:
+    """As trainers leave them in the file; transformers sets both anew at every call."""
+    base = byte_level()
+    base.enable_padding(length=64)
+    base.enable_truncation(8)
+    own = wrapped(base)
+    found = phone_text(own, template_of(own, CHATML), ends(own), len(own), "a test")
+    assert found.facts.rewritten == ("padding and truncation dropped",)
+    assert len(found.chat_text(512).tokens(turns_of(["the cat and the hat " * 9])).ids) > 20
+
+
+def test_tokens_without_an_embedding_are_no_padding() -> None:
+    base = byte_level()
+    size = base.get_vocab_size()
+    own = wrapped(with_tokens(base, "[PAD]", special=True))
+    own.pad_token = "[PAD]"
+    found = phone_text(own, template_of(own, CHATML), ends(own), size, "a test")
+    assert found.facts.pad_id is None
+
+
+def test_merges_that_build_a_special_token_are_refused() -> None:
+    """What a user says would be obeyed, though nothing in it is a special token."""
+    raw = json.loads(prepend().to_str())
+    vocab = raw["model"]["vocab"]
+    for token in ("<", "/", "s", ">", "</", "s>"):
+        vocab.setdefault(token, len(vocab))
+    raw["model"]["merges"] = [["<", "/"], ["s", ">"], ["</", "s>"], *raw["model"]["merges"]]
+    refused(Tokenizer.from_str(json.dumps(raw)), LLAMA2, "'</s>' in what is said becomes")
+
+
+def test_a_token_that_only_overlaps_the_template_is_no_control() -> None:
+    hosts = with_tokens(byte_level(), "|>\n")
+    own = wrapped(hosts)
+    found = phone_text(own, template_of(own, CHATML), ends(own), len(own), "a test")
+    assert found.facts.shown_ids == ()
