@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from exporters.model.transformer import Dense, Table, Transformer
 
 QUANTIZATIONS = ("int4", "int8", "fp16", "none")
 _BLOCK = 32
+_LEAST_NORMAL = 2.0**-14  # of float16
+_UNHELD = 2.0**-6  # of a matrix's largest weight: less than that float16 must lose of it
 
 
 @dataclass(frozen=True)
@@ -26,31 +29,78 @@ class Grid:
 
 def plan(model: Transformer, quantize: str) -> dict[str, Grid]:
     """The grid of each matrix, by the name of its buffer in ``model``; those absent stay float.
+    That is also where a row's weights are so small that float16 holds them and not their scale.
 
     The token table and the head have 8 bits a row in both quantized forms. Where they are one
     matrix, that serves the lookup and the product from one copy, which is smaller than a 4-bit
     head beside an 8-bit table; where they are two, the head is what no later layer corrects.
+
+    Raises ``ExportError`` for matrices that int4's blocks do not divide, and for those whose
+    weights are too small for float16 itself.
     """
     if quantize not in QUANTIZATIONS:
         raise ExportError(f"no quantization named '{quantize}'; known: {', '.join(QUANTIZATIONS)}.")
-    if quantize not in ("int4", "int8"):
+    if quantize == "none":
         return {}
-    grids = {}
+    matrices = {
+        f"{path}.weight": module.get_buffer("weight")
+        for path, module in model.named_modules()
+        if isinstance(module, Dense | Table)
+    }
+    _check_held(matrices)
+    grids: dict[str, Grid] = {}
+    if quantize == "fp16":
+        return grids
     misfits = []
-    for path, module in model.named_modules():
-        if not isinstance(module, Dense | Table):
-            continue
-        name, weight = f"{path}.weight", module.get_buffer("weight")
-        fine = quantize == "int4" and path.startswith("blocks.")
-        grids[name] = Grid(4, _BLOCK) if fine else Grid(8, 0)
+    for name, weight in matrices.items():
+        fine = quantize == "int4" and name.startswith("blocks.")
+        grid = Grid(4, _BLOCK) if fine else Grid(8, 0)
         if fine and weight.shape[1] % _BLOCK:
             misfits.append(f"{name} {list(weight.shape)}")
+        elif not _scale_vanishes(weight, grid):
+            grids[name] = grid
     if misfits:
         raise ExportError(
             f"int4 rounds blocks of {_BLOCK} inputs, which do not divide the inputs of "
             f"{'; '.join(misfits)}: export with int8."
         )
     return grids
+
+
+def _check_held(matrices: Mapping[str, Tensor]) -> None:
+    unheld = [
+        f"{name} (largest weight {float(weight.abs().max()):.3g})"
+        for name, weight in matrices.items()
+        if not _held(weight)
+    ]
+    if unheld:
+        raise ExportError(
+            f"float16 cannot hold the weights of {'; '.join(unheld)}, which are too small for it: "
+            f"export with --quantize ios=none."
+        )
+
+
+def _held(weight: Tensor) -> bool:
+    """Whether float16 holds the matrix to a part of its largest weight, if that is not 0."""
+    largest = float(weight.abs().max())
+    if largest >= _LEAST_NORMAL:
+        return True  # or infinite, as the caller finds out
+    off = float((weight.half().float() - weight).abs().max())
+    return off <= _UNHELD * largest
+
+
+def _scale_vanishes(weight: Tensor, grid: Grid) -> bool:
+    """Whether some block's scale, a float16, is so small that the block is off by more than a step
+    of its row's grid, and would be less so as float16 numbers."""
+    most = 2 ** (grid.bits - 1) - 1
+    blocks = weight.unflatten(1, (-1, grid.block or weight.shape[1])).float()  # [out, blocks, in]
+    steps = (blocks.abs().amax((1, 2)) / most)[:, None].expand(blocks.shape[:2])
+    largest = blocks.abs().amax(2)
+    small = (largest > 0) & (largest < most * _LEAST_NORMAL)
+    rows = blocks[small]
+    off = (stored_values(rows, Grid(grid.bits, 0)) - rows).abs().amax(1)
+    near = (rows.half().float() - rows).abs().amax(1)
+    return bool(((off > steps[small]) & (near < off / 2)).any())
 
 
 def stored_values(weight: Tensor, grid: Grid) -> Tensor:

@@ -15,16 +15,12 @@ from exporters.errors import ExportError
 from exporters.model.names import model_name
 from runtime_py.bundle.manifest import Manifest, Policy
 from toolchain.cli.inspect import describe, paraphrases
-from toolchain.cli.options import Json
+from toolchain.cli.options import Json, names_of
 from toolchain.defaults import BUILTIN, PRECISIONS, TARGETS, TRAIN_LENGTHS, TRAIN_WEIGHTS
 from toolchain.report.console import Stages, bold, console, line, megabytes, print_json
 
 _FRESH = Policy()
 _LENGTHS = ",".join(map(str, TRAIN_LENGTHS))
-
-
-def _parts(value: str | None) -> tuple[str, ...] | None:
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if value else None
 
 
 def _known(targets: Sequence[str]) -> str:
@@ -47,7 +43,7 @@ def _precisions(values: Sequence[str], targets: Sequence[str]) -> dict[str, str]
 
 
 def _lengths(value: str) -> tuple[int, ...]:
-    parts = _parts(value) or ()
+    parts = [part.strip() for part in value.split(",") if part.strip()]
     if not parts or not all(part.isdigit() for part in parts):
         raise ExportError(
             f"--train-lengths {value!r} is not a list of numbers: give such as 256,512."
@@ -139,7 +135,7 @@ def export(
             quantize=_precisions(quantize or [], [t for t in targets if t in TARGETS]),
             rank=lora_rank,
             alpha=lora_alpha,
-            modules=_parts(lora_targets),
+            modules=names_of("--lora-targets", lora_targets),
             chat_template=chat_template,
             train_weights=train_weights,
             train_lengths=_lengths(train_lengths),

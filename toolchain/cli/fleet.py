@@ -19,6 +19,7 @@ from toolchain.cli.options import (
     Json,
     RayAddress,
     WorkerThreads,
+    names_of,
 )
 from toolchain.report.console import (
     bold,
@@ -117,15 +118,14 @@ def fleet(
     from toolchain.study.sources import check_device
     from toolchain.study.study_run import Crew
 
+    chosen = names_of("--datasets", datasets) or (), names_of("--manners", manners) or ()
     opened = open_bundle(bundle)
     check_device(device)
     base = read_policy(opened.manifest, None)
     wanted = asdict(read_policy(opened.manifest, policy))
     changed = {name: value for name, value in wanted.items() if value != asdict(base)[name]}
     life = LifeOptions(nights, answer_rate, dialogues_a_day, replies, reply_tokens, changed)
-    options = FleetOptions(
-        users, dialogues, tests, partners, seed, life, _names(datasets), _names(manners), first
-    )
+    options = FleetOptions(users, dialogues, tests, partners, seed, life, *chosen, first)
     place = FleetPlace(StudyPlace(bundle.resolve(), data.resolve(), device, threads), phone)
     facts: dict[str, Any] = {"bundle": sha256(bundle / MANIFEST), "device": device}
     prepared = prepare(place, options, out, base, {**facts, "threads": threads})
@@ -150,10 +150,6 @@ def _with_progress(prepared: Fleet, crew: Crew, quiet: bool) -> FleetOutcome:
             progress.update(task, description=phase, completed=done, total=of)
 
         return run(prepared, crew, world_opener(), told)
-
-
-def _names(value: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
 
 
 def _show(outcome: FleetOutcome, out: Path, model: str, as_json: bool) -> None:

@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from runtime_py.loop.errors import LoopError
+
 AndroidBundle = Annotated[Path, typer.Argument(help="A bundle with an Android part.")]
 AnyBundle = Annotated[Path, typer.Argument(help="A bundle that attune export wrote.")]
 AdapterPath = Annotated[Path, typer.Argument(help="A PEFT folder or a .ptd file.")]
@@ -28,3 +30,14 @@ Computes = Annotated[str, typer.Option(help="What computes: cpu or cuda.")]
 WorkerThreads = Annotated[int, typer.Option(help="Of each worker.", min=1)]
 Jobs = Annotated[int | None, typer.Option(help="Workers at once. Default: 1.", min=1)]
 RayAddress = Annotated[str | None, typer.Option(help="A Ray cluster: host:port, auto, or local.")]
+
+
+def names_of(option: str, value: str | None) -> tuple[str, ...] | None:
+    """The names of a list by comma; None where the option is not given. Raises ``LoopError`` for a
+    list of nothing, which could be taken for the default."""
+    if value is None:
+        return None
+    names = tuple(part.strip() for part in value.split(",") if part.strip())
+    if not names:
+        raise LoopError(f"{option} {value!r} names nothing: give names by comma, or leave it out.")
+    return names

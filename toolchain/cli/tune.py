@@ -20,6 +20,7 @@ from toolchain.cli.options import (
     Json,
     RayAddress,
     WorkerThreads,
+    names_of,
 )
 from toolchain.report.console import bold, console, counted_progress, line, output, print_json
 
@@ -103,15 +104,21 @@ def tune(
     from toolchain.tune.search import TuneOptions, check_options
     from toolchain.tune.space import check_groups
 
+    names = names_of("--streams", streams) or ()
     chosen = TuneOptions(
-        check_groups(_names(groups)), trials, hours, orderings, confirm, finalists, seed
+        check_groups(names_of("--groups", groups) or ()),
+        trials,
+        hours,
+        orderings,
+        confirm,
+        finalists,
+        seed,
     )
     check_options(chosen)
     manifest = open_bundle(bundle).manifest
     policy = read_policy(manifest, None)
     limits = _limits(phone, minutes, memory_mb, policy.forgetting_bound)
     place = StudyPlace(bundle.resolve(), data.resolve(), device, threads)
-    names = _names(streams)
     options: dict[str, bool | int | float | str] = {
         "rows": "development",
         "observed": observed or 0,
@@ -147,10 +154,6 @@ def _with_progress(
                 console.print(f"trial {row.number}  {gain}  {row.sentence}", soft_wrap=True)
 
         return search(chosen, bench, limits, out, told)
-
-
-def _names(value: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
 
 
 def _limits(
@@ -191,8 +194,6 @@ def _folder(
     from toolchain.study.sources import configuration
     from toolchain.tune.measuring import BASE
 
-    if not streams:
-        raise LoopError("--streams names none: give recipes or datasets, by comma.")
     cells = [Cell(stream, 0, BASE, {}, options) for stream in streams]
     search = {
         "streams": list(streams),

@@ -80,7 +80,7 @@ def export(
         adapter,
         asked.rank if rank is None else rank,
         asked.alpha if alpha is None else alpha,
-        modules or asked.targets,
+        asked.targets if modules is None else modules,
     )
     _check_choices(targets, chosen, train_weights)
     _check_adapter(request)
@@ -139,10 +139,13 @@ def _check_adapter(request: AdapterRequest) -> None:
         raise ExportError(f"--lora-rank {request.rank} adapts nothing: give at least 1.")
     if request.alpha is not None and not 0 < request.alpha < math.inf:
         raise ExportError(
-            f"--lora-alpha {request.alpha:g} leaves the adapter no effect: give a number above 0."
+            f"--lora-alpha {request.alpha:g} makes no adapter: what it learns is multiplied by "
+            f"alpha / rank. Give a number above 0."
         )
-    own = (request.rank, request.alpha, request.modules or None)
-    if request.folder and any(value is not None for value in own):
+    if request.modules is not None and not request.modules:
+        raise ExportError("--lora-targets names no module: give names by comma, such as q_proj.")
+    asked = (request.rank, request.alpha, request.modules)
+    if request.folder is not None and any(value is not None for value in asked):
         raise ExportError(
             "--adapter brings its own rank, alpha and targets: leave out --lora-rank, --lora-alpha "
             "and --lora-targets."

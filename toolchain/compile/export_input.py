@@ -71,8 +71,9 @@ def read_input(
         return ExportInput(name, checkpoint, spec, peft, modules, rank, text)
     policy = Policy()
     rank = policy.lora_rank if adapter.rank is None else adapter.rank
-    modules = adapter.modules or (("qkv_proj",) if spec.fused else policy.lora_targets)
     alpha = policy.lora_alpha if adapter.alpha is None else adapter.alpha
+    usual = ("qkv_proj",) if spec.fused else policy.lora_targets
+    modules = usual if adapter.modules is None else adapter.modules
     config = fresh_config(rank, alpha, modules, name)
     peft = adapter_layout.fresh(spec, config, modules, rank)
     text = text_of(checkpoint, model)

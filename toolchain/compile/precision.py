@@ -9,14 +9,12 @@ from typing import Literal
 from torch import Tensor
 
 from exporters.coreml.compression import plan, stored_values
-from exporters.errors import ExportError
 from exporters.model.quantize import Scheme, quantized, share
 from exporters.model.transformer import Transformer
 from runtime_py.bundle.manifest import MeasuredPrecision
 from toolchain.compile.shipped_text import perplexity
 from toolchain.defaults import PRECISIONS
 
-_LOST = 0.125
 WORST_RATIO = 1.03  # of the perplexity of float32 on attune's text
 
 ANDROID: dict[str, Scheme | None] = {
@@ -59,19 +57,6 @@ def rounded_for_coreml(model: Transformer, quantize: str) -> Transformer:
     return result
 
 
-def lost_weights(model: Transformer, rounded: Transformer) -> list[str]:
-    """Names of the weights of ``rounded`` that are off by more than ``_LOST`` of their largest:
-    they, or their grid's scale, are below what float16 holds."""
-    known = dict(model.named_buffers(remove_duplicate=False))
-    lost = []
-    for name, value in rounded.named_buffers():
-        if name.rpartition(".")[2] in ("weight", "bias") and value.numel():
-            own = known[name]
-            if float((value - own).abs().max()) > _LOST * float(own.abs().max()):
-                lost.append(name)
-    return lost
-
-
 class PrecisionChooser:
     """Tries precisions on one float32 model, which is itself measured once. ``texts``: attune's
     "calibration" and "perplexity" dialogues, as tokens [1, S] each."""
@@ -103,14 +88,6 @@ class PrecisionChooser:
         measured: list[MeasuredPrecision] = []
         for name in [requested] if requested else PRECISIONS[target]:
             lowered, simulated = self._with(target, name)
-            if target == "ios" and (lost := lost_weights(self.model, simulated)):
-                if requested:
-                    raise ExportError(
-                        f"{', '.join(lost[:8])} {'…' if len(lost) > 8 else ''}has weights so small "
-                        f"that float16 cannot hold them, or the scale that {name} rounds them by: "
-                        f"export with --quantize none."
-                    )
-                continue
             measured.append(self._rate(name, simulated))
             if requested or measured[-1].ratio_to_fp32 <= WORST_RATIO:
                 break

@@ -327,6 +327,79 @@ def test_stored_values_of_rows_of_zeros_and_of_weights_beyond_float16() -> None:
             stored_values(weight * 4e4, grid)
 
 
+@pytest.mark.parametrize(
+    ("quantize", "size", "kept"),
+    [
+        ("int8", 1e-6, True),
+        ("int8", 1e-4, True),
+        ("int8", 0.01, False),
+        ("int4", 1e-5, True),
+        ("int4", 1e-4, False),
+    ],
+)
+def test_a_matrix_whose_scale_float16_cannot_hold_stays_float16(
+    quantize: str, size: float, kept: bool
+) -> None:
+    """Where a grid is kept, all is off by less than one of its steps."""
+    model = tiny("llama")
+    weight = model.blocks[1].down.bases[0].get_buffer("weight")
+    weight.copy_(torch.randn_like(weight) * size)
+    weight[3] *= 0.01 if quantize == "int4" else 1.0
+    grids, whole = plan(model, quantize), plan(tiny("llama"), quantize)
+    name = "blocks.1.down.bases.0.weight"
+    assert grids.keys() == whole.keys() - ({name} if kept else set())
+    grid = Grid(4, 32) if quantize == "int4" else Grid(8, 0)
+    most = 2 ** (grid.bits - 1) - 1
+    off = (stored_values(weight, grid) - weight).abs().amax(1)
+    steps = weight.abs().amax(1) / most
+    assert (off <= steps).all() != kept
+    if quantize == "int8" and size == 1e-6:
+        assert off.max() > 0.8 * weight.abs().max()  # nothing is left
+    assert (weight.half().float() - weight).abs().max() <= 2**-6 * weight.abs().max()
+
+
+def test_blocks_of_a_row_that_hardly_count_are_rounded_with_it() -> None:
+    model = tiny("llama")
+    weight = model.blocks[1].down.bases[0].get_buffer("weight")
+    weight[:, 32:64] *= 1e-6
+    assert plan(model, "int4").keys() == plan(tiny("llama"), "int4").keys()
+
+
+@pytest.mark.parametrize("quantize", ["int4", "int8", "fp16"])
+def test_weights_that_float16_cannot_hold_are_refused(quantize: str) -> None:
+    model = tiny("llama")
+    for block in model.blocks:
+        block.down.bases[0].get_buffer("weight").mul_(1e-7)
+    words = (
+        r"weights of blocks\.0\.down\.bases\.0\.weight \(largest weight .*e-08\); "
+        r"blocks\.1\..*: export with --quantize ios=none"
+    )
+    with pytest.raises(ExportError, match=words):
+        plan(model, quantize)
+    assert plan(model, "none") == {}
+
+
+@torch.no_grad()
+def test_a_package_keeps_such_a_matrix_float16(tmp_path: Path) -> None:
+    model = tiny("llama")
+    weight = model.blocks[1].down.bases[0].get_buffer("weight")
+    weight.mul_(1e-5)
+    out = tmp_path / "model.mlpackage"
+    lower(model, out, quantize="int8", prefill_length=CHUNK, embed_length=32)
+    package = Package(out)
+    rounded, kept = set(), []
+    for op in package.program.functions["decode"].operations:
+        if op.op_type == "constexpr_blockwise_shift_scale":
+            rounded.add(op.name.removeprefix("b_body_model_").split("_to_fp16")[0])
+        elif op.op_type == "const" and "blocks_1_down_bases_0_weight" in op.name:
+            kept.append(op.outputs[0].val)
+    assert len(rounded) == 14
+    assert "blocks_1_down_bases_0_weight" not in rounded
+    (stored,) = kept
+    assert stored.dtype == np.float16
+    np.testing.assert_array_equal(stored, weight.half().numpy())
+
+
 def test_a_model_without_an_adapter_has_no_such_inputs() -> None:
     assert adapter_inputs(tiny("llama")) == {}
 

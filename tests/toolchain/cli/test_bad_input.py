@@ -313,9 +313,23 @@ def test_a_rank_of_nothing(rank: int, checkpoint: Path, refused) -> None:
     refused(checkpoint, f"--lora-rank {rank}", "--lora-rank", rank)
 
 
-@pytest.mark.parametrize("alpha", [0, -1, "nan", "inf"])
-def test_an_alpha_without_effect(alpha: float | str, checkpoint: Path, refused) -> None:
-    refused(checkpoint, f"--lora-alpha {alpha} leaves", "--lora-alpha", alpha)
+@pytest.mark.parametrize("alpha", ["0", "-0.0", "-8", "nan", "inf"])
+def test_an_alpha_of_nothing(alpha: str, checkpoint: Path, lora: Path, refused) -> None:
+    words = (f"--lora-alpha {float(alpha):g} ", "Give a number above 0")
+    refused(checkpoint, words, "--lora-alpha", alpha)
+    refused(checkpoint, words, "--lora-alpha", alpha, "--adapter", lora)
+
+
+@pytest.mark.parametrize("names", ["", ",", " , "])
+def test_names_of_nothing_are_not_the_default(
+    names: str, attune: Attune, checkpoint: Path, refused, tmp_path: Path
+) -> None:
+    refused(checkpoint, f"--lora-targets {names!r} names nothing", "--lora-targets", names)
+    out = ("--out", tmp_path / "out")
+    lists = {"--groups": "tune", "--streams": "tune", "--datasets": "fleet", "--manners": "fleet"}
+    for option, name in lists.items():
+        said = attune(name, tmp_path / "none", option, names, "--data", tmp_path, *out)
+        is_a_sentence(said, f"{option} {names!r} names nothing")
 
 
 def test_a_target_module_that_does_not_exist(checkpoint: Path, refused) -> None:
