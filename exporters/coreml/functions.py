@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.errors import ExportError
-from exporters.model.plain_attention import UNSEEN_HALF, Attend, masked_attention, visible
+from exporters.model.plain_attention import Attend, masked_attention, visible
 from exporters.model.projection import LoRA
 from exporters.model.spec import ModelSpec
 from exporters.model.transformer import Transformer
@@ -71,7 +71,7 @@ class Cached(nn.Module):
     """A transformer over a KV cache, in chunks of ``length`` tokens. The cache is the float16
     buffers ``k_<layer>`` and ``v_<layer>`` [1, K, C, D], which become Core ML states."""
 
-    def __init__(self, model: Transformer, length: int) -> None:
+    def __init__(self, model: Transformer, length: int, unseen: float | None = None) -> None:
         super().__init__()
         spec = model.spec
         if not 1 <= length <= spec.context:
@@ -81,6 +81,7 @@ class Cached(nn.Module):
             )
         self.spec = spec
         self.length = length
+        self.unseen = unseen
         self.body = _HiddenStates(model)
         self.adapter = adapter_inputs(model)
         for index in range(len(spec.layers)):
@@ -115,7 +116,7 @@ class Cached(nn.Module):
         def make(index: int, seen: Tensor) -> Attend:
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 keys, values = write(f"k_{index}", k), write(f"v_{index}", v)
-                return masked_attention(self.spec, q, keys, values, seen, UNSEEN_HALF)
+                return masked_attention(self.spec, q, keys, values, seen, self.unseen)
 
             return attend
 
@@ -162,8 +163,8 @@ class Prefill(Cached):
 class Decode(Cached):
     """One token."""
 
-    def __init__(self, model: Transformer) -> None:
-        super().__init__(model, 1)
+    def __init__(self, model: Transformer, unseen: float | None = None) -> None:
+        super().__init__(model, 1, unseen)
 
     def forward(self, tokens: Tensor, start: Tensor, adapter: Mapping[str, Tensor]) -> Tensor:
         """tokens int32 [1, 1] and its position start int32 [1] -> logits float32 [1, vocab]."""
@@ -194,7 +195,7 @@ class Pool(nn.Module):
 class Embed(nn.Module):
     """The vector and the entropy of a text, by the model as it was before any adapter."""
 
-    def __init__(self, model: Transformer, length: int) -> None:
+    def __init__(self, model: Transformer, length: int, unseen: float | None = None) -> None:
         super().__init__()
         if not 1 <= length <= model.spec.context:
             raise ExportError(
@@ -203,6 +204,7 @@ class Embed(nn.Module):
             )
         self.spec = model.spec
         self.length = length
+        self.unseen = unseen
         self.body = _HiddenStates(model)
         self.pool = Pool()
 
@@ -213,7 +215,7 @@ class Embed(nn.Module):
 
         def make(index: int, seen: Tensor) -> Attend:
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return masked_attention(self.spec, q, k, v, seen, UNSEEN_HALF)
+                return masked_attention(self.spec, q, k, v, seen, self.unseen)
 
             return attend
 

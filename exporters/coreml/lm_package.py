@@ -18,6 +18,7 @@ from exporters.coreml.half import for_half
 from exporters.coreml.multifunction import check, merge
 from exporters.coreml.patches import quiet
 from exporters.errors import ExportError
+from exporters.model.plain_attention import UNSEEN_HALF
 from exporters.model.transformer import Transformer
 from exporters.signature import ProgramSignature, TensorSpec
 
@@ -31,7 +32,9 @@ class _LmFunction:
     signature: ProgramSignature
 
 
-def _functions(model: Transformer, prefill_length: int, embed_length: int) -> list[_LmFunction]:
+def _functions(
+    model: Transformer, prefill_length: int, embed_length: int, unseen: float | None
+) -> list[_LmFunction]:
     spec = model.spec
     buffers = dict(model.named_buffers())
     adapter = {name: buffers[path].clone() for name, path in adapter_inputs(model).items()}
@@ -67,19 +70,19 @@ def _functions(model: Transformer, prefill_length: int, embed_length: int) -> li
     return [
         function(
             "prefill",
-            Prefill(model, prefill_length),
+            Prefill(model, prefill_length, unseen),
             {"tokens": tokens(prefill_length), "start": one - 1, "count": one, "adapter": adapter},
             logits,
         ),
         function(
             "decode",
-            Decode(model),
+            Decode(model, unseen),
             {"tokens": tokens(1), "start": one - 1, "adapter": adapter},
             logits,
         ),
         function(
             "embed",
-            Embed(model, embed_length),
+            Embed(model, embed_length, unseen),
             {"tokens": tokens(embed_length), "count": one},
             vector,
         ),
@@ -121,7 +124,7 @@ def lower(
     half = quantize != "none"
     model = for_half(model)
     grids = plan(model, quantize)
-    functions = _functions(model, prefill_length, embed_length)
+    functions = _functions(model, prefill_length, embed_length, UNSEEN_HALF if half else None)
     signatures = [function.signature for function in functions]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.stem}-", dir=out.parent) as folder, quiet():

@@ -33,15 +33,15 @@ from transformers import (
 from transformers.utils import logging
 
 from exporters.errors import ExportError
+from exporters.model.end_tokens import end_ids
 from exporters.model.gguf_file import read_gguf
 from exporters.model.gguf_model import GGUFState, architecture_of, read_config
 from exporters.model.names import model_name
+from exporters.model.redundant import settle_redundant
 from exporters.model.safetensors_state import SafetensorsState, read_json, weight_files
-from exporters.model.spec import ARCHITECTURES, read_spec
+from exporters.model.spec import ARCHITECTURES
 from exporters.model.tokenizer import gguf_tokenizer, json_tokenizer, settle_template
 
-_FREQUENCIES = re.compile(r"model\.(?:layers\.(\d+)\.self_attn\.)?rotary_emb\.inv_freq")
-_STORED = 2.0**-7  # what bfloat16 is off, and float16 of the small ones
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "chat_template.jinja"]
 _HUB_EXCEPT = ["*/*", "consolidated*"]  # e.g. Mistral's second copy of its weights
@@ -192,15 +192,14 @@ def _from_folder(folder: Path, name: str, found: str, template: Path | None) -> 
         )
     config = _config(raw, folder / "config.json")
     state = SafetensorsState(weight_files(folder), rename)
-    _check_tie(config, state, folder)
-    _settle_frequencies(config, state, folder)
+    settle_redundant(config, state, folder)
     tokenizer = json_tokenizer(folder)
     named = {"its tokenizer": tokenizer.eos_token_id}
     if (folder / "generation_config.json").is_file():
         generation = read_json(folder / "generation_config.json")
         named["generation_config.json"] = generation.get("eos_token_id")
     named["config.json"] = config.eos_token_id
-    stops = _end_ids(named, config.vocab_size, str(folder))
+    stops = end_ids(named, config.vocab_size, str(folder))
     chosen = settle_template(tokenizer, template, config.vocab_size, str(folder))
     source = _source(found, state.files)
     origin = _template_origin(template, folder)
@@ -223,7 +222,7 @@ def _from_gguf(path: Path, template: Path | None) -> Checkpoint:
         "its metadata": config.eos_token_id,
         eot: file.metadata.get(eot),
     }
-    stops = _end_ids(named, config.vocab_size, str(path))
+    stops = end_ids(named, config.vocab_size, str(path))
     chosen = settle_template(tokenizer, template, config.vocab_size, str(path))
     source = _source(path.name, (path,))
     origin = _template_origin(template, path)
@@ -287,74 +286,6 @@ def _gemma3_text_name(stored: str) -> str | None:
             return name + stored.removeprefix(prefix)
     other = ("vision_tower.", "multi_modal_projector.")
     return None if stored.removeprefix("model.").startswith(other) else stored
-
-
-def _check_tie(config: PreTrainedConfig, state: SafetensorsState, folder: Path) -> None:
-    names = head, table = ("lm_head.weight", "model.embed_tokens.weight")
-    if not config.tie_word_embeddings or head not in state:
-        return
-    if table not in state:  # the one matrix, under its other name
-        state.rename(head, table)
-    elif not torch.equal(*(state[n] for n in names)):
-        raise ExportError(
-            f"{folder}: config.json says that head and embedding are one matrix "
-            f"(tie_word_embeddings), but the weights have two that differ; correct config.json."
-        )
-
-
-def _settle_frequencies(config: PreTrainedConfig, state: SafetensorsState, folder: Path) -> None:
-    """Leaves out the rotary frequencies that old checkpoints store: the config gives them. Raises
-    ``ExportError`` where it gives others."""
-    stored = [name for name in state if _FREQUENCIES.fullmatch(name)]
-    if not stored:
-        return
-    layers = read_spec(config, None).layers
-    wrong = []
-    for name in stored:
-        found = _FREQUENCIES.fullmatch(name)
-        layer = (
-            layers[int(found[1])] if found and found[1] and int(found[1]) < len(layers) else None
-        )
-        ropes = [one.rope for one in ([layer] if layer else layers) if one.rope is not None]
-        value = state[name].double()
-        alike = [
-            value.shape == (len(rope.inv_freq),)
-            and torch.allclose(value, torch.tensor(rope.inv_freq).double(), rtol=_STORED, atol=0.0)
-            for rope in ropes
-        ]
-        if not any(alike):
-            wrong.append(name)
-        state.rename(name, None)
-    if wrong:
-        raise ExportError(
-            f"{folder} stores rotary frequencies that its config.json does not give "
-            f"({', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}): correct rope_theta and "
-            f"rope_scaling there, or remove these tensors."
-        )
-
-
-def _end_ids(named: Mapping[str, object], vocab: int, where: str) -> tuple[int, ...]:
-    """The tokens that end a reply, each once, the tokenizer's own first. ``named``: an id, several
-    or None, by who names it."""
-    found: dict[int, None] = {}
-    wrong = []
-    for who, value in named.items():
-        for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, int) and not isinstance(one, bool) and 0 <= one < vocab:
-                found[one] = None
-            elif one is not None:
-                wrong.append(f"{who} names {one!r}")
-    if wrong:
-        raise ExportError(
-            f"{where}: {'; '.join(wrong)} as a token that ends a reply; expected ids from 0 to "
-            f"{vocab - 1}. Correct eos_token_id there."
-        )
-    if not found:
-        raise ExportError(
-            f"{where} names no token that ends a reply, so no reply would end: name one as "
-            f"eos_token in tokenizer_config.json, or as eos_token_id in generation_config.json."
-        )
-    return tuple(found)
 
 
 def _source(name: str, files: tuple[Path, ...]) -> str:

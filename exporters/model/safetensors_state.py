@@ -66,11 +66,13 @@ class SafetensorsState(Mapping[str, Tensor]):
                     )
                 self._places[name] = index, stored
 
-    def rename(self, name: str, to: str | None) -> None:
-        """Lists ``name`` as ``to``, or no more."""
-        place = self._places.pop(name)
-        if to is not None:
-            self._places[to] = place
+    def rename(self, name: str, new: str) -> None:
+        """Lists a tensor under another name."""
+        self._places[new] = self._places.pop(name)
+
+    def leave_out(self, name: str) -> None:
+        """Lists a tensor no longer."""
+        del self._places[name]
 
     def __getitem__(self, name: str) -> Tensor:
         index, stored = self._places[name]

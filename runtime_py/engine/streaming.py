@@ -22,7 +22,7 @@ from runtime_py.engine.program_calls import ExecutorchPrograms, Programs
 from runtime_py.engine.training_plan import power
 from runtime_py.loop.errors import TrainingError
 
-UNSEEN = -1e30  # below every real score, and no softmax sees it
+UNSEEN = -1e9  # below every real score, and no softmax sees it
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from toolchain.compile.export_job import (
     write_training_weights,
 )
 from toolchain.compile.precision import ChosenPrecision
+from toolchain.compile.score_range import check_scores
 
 PREFILL_IOS = 64  # tokens: fixed chunk; longer prompts take several, shorter ones are padded
 PACKAGE = "ios/model.mlpackage"
@@ -21,7 +22,9 @@ def compile_ios(
     job: ExportJob, chosen: ChosenPrecision, progress: Progress, *, with_weights: bool
 ) -> TargetResult:
     """Writes ``ios/`` into the job's folder; ``with_weights``: the weights file of training as
-    well. Raises ``ExportError`` for a package that is not what was lowered."""
+    well. Raises ``ExportError`` for a package that is not what was lowered, and for a model whose
+    attention float16 cannot hold."""
+    check_scores(chosen.simulated, job.texts["calibration"])
     package = job.folder / PACKAGE
     signatures = lower(
         chosen.model,

@@ -372,7 +372,7 @@ def test_stored_rotary_frequencies(folder: Path, dtype: torch.dtype, name: str) 
     assert torch.equal(logits(checkpoint.hf_model()), expected)
     state[name] = (frequencies**1.1).to(dtype)
     save_file(state, folder / "model.safetensors")
-    refused(folder, f"rotary frequencies that its config.json does not give .{name}")
+    refused(folder, f"1 stored rotary frequencies are not those of config.json: {name} is")
 
 
 POINTER = (
