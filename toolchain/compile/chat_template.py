@@ -36,6 +36,16 @@ WORDS = (
     "x",
 )  # fmt: skip
 
+# What a template's own expressions raise, Jinja's errors apart: 1 / 0, a key that is not there, …
+_FAILURES = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 Render = Callable[[Sequence[Turn], bool], str]  # turns, and whether a reply is asked for
 
 
@@ -96,7 +106,7 @@ class Template:
                 tokenize=False,
                 add_generation_prompt=reply,
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except _FAILURES as error:
             raise ExportError(
                 f"{self._origin} cannot be rendered for {_mode(turns, reply)}: {error}; give one "
                 f"with --chat-template FILE that can."
@@ -128,7 +138,7 @@ def compile_template(render: Template, origin: str) -> TemplateText:
     tokens = {one: {token for token in render.added if token in one} for one in read}
     text = replace(text, read=tuple(sorted(set().union(*tokens.values()))))
     plain = sorted(one for one in read if not tokens[one])
-    strange = [(turns_of([one, one, one, one]), False) for one in plain]
+    strange = [case for one in plain for said in _around_it(one) for case in _cases(said)]
     for turns, reply in [*probes(), *strange]:
         wanted, got = render(turns, reply), text.write(turns, reply)
         if wanted != got:
@@ -150,20 +160,27 @@ def _read(render: Template, text: TemplateText) -> set[str]:
     or amid them, or around them together with another."""
 
     def alike(said: str) -> bool:
-        cases = ((turns_of([said, said, said, said]), False), (turns_of([said]), True))
         try:
-            return all(render(*case) == text.write(*case) for case in cases)
+            return all(render(*case) == text.write(*case) for case in _cases(said))
         except ExportError:  # it will not have it said
             return False
 
     read = set()
     for one in render.constants:
-        if not all(map(alike, (one, f"{one}x y", f"x y{one}", f"x {one} y"))):
+        if not all(map(alike, _around_it(one))):
             read.add(one)
     tokens = [one for one in render.constants if one in render.added and one not in read]
     for first in tokens:
         read |= {first, last} if (last := _partner(first, tokens, alike)) else set()
     return read
+
+
+def _around_it(constant: str) -> tuple[str, ...]:
+    return constant, f"{constant}x y", f"x y{constant}", f"x {constant} y"
+
+
+def _cases(said: str) -> tuple[tuple[tuple[Turn, ...], bool], ...]:
+    return (turns_of([said, said, said, said]), False), (turns_of([said]), True)
 
 
 def _partner(first: str, tokens: Sequence[str], alike: Callable[[str], bool]) -> str | None:

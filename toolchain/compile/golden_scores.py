@@ -47,7 +47,7 @@ class Computation:
 
 
 @dataclass(frozen=True)
-class ScoreBounds:
+class GoldenScoreBounds:
     """The least that an entropy and a dissimilarity may be off; DSS counts words and is exact."""
 
     eoe: float
@@ -70,12 +70,12 @@ class ScoreSpread:
     """``floor``: what the number format alone may do; ``rows``: for each computation what it and
     its reference give for the dialogues that were added."""
 
-    floor: ScoreBounds
+    floor: GoldenScoreBounds
     computations: tuple[Computation, ...]
     rows: tuple[tuple[tuple[Measured, Measured], ...], ...]
 
     @staticmethod
-    def of(floor: ScoreBounds, computations: Sequence[Computation]) -> ScoreSpread:
+    def of(floor: GoldenScoreBounds, computations: Sequence[Computation]) -> ScoreSpread:
         return ScoreSpread(floor, tuple(computations), tuple(() for _ in computations))
 
     def adding(self, tokens: Tokens) -> ScoreSpread:
@@ -85,7 +85,7 @@ class ScoreSpread:
         return replace(self, rows=tuple((*row, new) for row, new in rows))
 
     @property
-    def bounds(self) -> ScoreBounds:
+    def bounds(self) -> GoldenScoreBounds:
         entropy = [
             one.times * max((abs(a[1] - b[1]) for a, b in row), default=0.0)
             for one, row in zip(self.computations, self.rows, strict=True)
@@ -94,7 +94,7 @@ class ScoreSpread:
             one.times * of_scores([a[0] for a, _ in row], [b[0] for _, b in row])
             for one, row in zip(self.computations, self.rows, strict=True)
         ]
-        return ScoreBounds(
+        return GoldenScoreBounds(
             self.floor.eoe + _STEPS + max(map(_finite, entropy), default=0.0),
             self.floor.idd + _STEPS + max(map(_finite, cosines), default=0.0),
         )
@@ -112,7 +112,7 @@ def score_spread(
     gives by ``read``; ``longest``: of the dialogues, in tokens. Of the entropy what all norms of a
     dialogue have in common cancels: left are the sums over channels and tokens."""
     entropy = rounding(model.spec.hidden + longest)
-    single = ScoreBounds(entropy, 4 * rounding(model_terms(model.spec, longest)))
+    single = GoldenScoreBounds(entropy, 4 * rounding(model_terms(model.spec, longest)))
     if target == "ios":
         half, plain = for_half(model).half(), for_half(model)
         computation = Computation(FLOAT16_ABOVE, remembered(half, read), remembered(plain, read))

@@ -17,7 +17,7 @@ from runtime_py.loop.dialogue import Turn
 from toolchain.compile.chat_template import TemplateText, probes, turns_of
 from toolchain.compile.tokenizer_rewriting import controls
 
-SEVENTH = 7  # of the ideographs and syllables, of which there are 130,000, this many are one
+AT_EXPORT = 7  # of 130,000 ideographs and syllables one in so many is tried; parity tries all
 _CHARACTERS_A_PROBE = 48
 _CASES_AT_ONCE = 256
 _MANY = ((0x3400, 0x9FFF), (0xAC00, 0xD7A3), (0x17000, 0x18CFF), (0x20000, 0x3FFFF))
@@ -28,7 +28,7 @@ class HuggingFaceReading:
     """What Hugging Face's library makes of the text of a compiled ``template``, by the model's own
     tokenizer. ``every``: of many ideographs and syllables one is tried."""
 
-    def __init__(self, backend: Backend, template: TemplateText, every: int = SEVENTH) -> None:
+    def __init__(self, backend: Backend, template: TemplateText, every: int = AT_EXPORT) -> None:
         raw = json.loads(backend.to_str())
         control = controls(raw, template)
         self._backend, self._template = Backend.from_str(json.dumps(raw)), template

@@ -20,7 +20,7 @@ _WORDS_OF_BARS = f"{_BAR}[^{_BAR}]*|[^{_BAR}]+"
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Rewriting:
     """A tokenizer.json to try: ``rewritten`` says how it was made. ``normalize``: what is left to
     the host. ``spaced``: before which texts the pieces have a space, the first of all or also each
     that follows a special token."""
@@ -31,12 +31,12 @@ class Candidate:
     spaced: Spaced
 
 
-def candidates(raw: dict[str, Any], template: TemplateText, vocab: int) -> Iterator[Candidate]:
+def candidates(raw: dict[str, Any], template: TemplateText, vocab: int) -> Iterator[Rewriting]:
     """From the least to the most that is rewritten."""
     cleaned, changes = _cleaned(raw, template, vocab)
     for normalized, also, normalize in _normalizers(cleaned):
         for split, how, spaced in _metaspaces(normalized):
-            yield Candidate(split, (*changes, *also, *how), normalize, spaced)
+            yield Rewriting(split, (*changes, *also, *how), normalize, spaced)
 
 
 def _cleaned(

@@ -230,6 +230,8 @@ THINKS = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{
         ("{% for %}", "cannot be rendered for 2 exchanges: .*--chat-template FILE"),
         ("{{ raise_exception('no') }}", "cannot be rendered for 2 exchanges: no"),
         ("{{ 1 + messages }}", "cannot be rendered"),
+        ("{{ 1 // 0 }}", "cannot be rendered for 2 exchanges: .*zero"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "cannot be rendered"),
         (
             "{% if add_generation_prompt %}{{ raise_exception('not me') }}{% endif %}" + CHATML,
             "cannot be rendered for 2 exchanges and a reply prompt: not me",

@@ -20,8 +20,8 @@ from toolchain.compile.golden_scores import (
     TWICE,
     Computation,
     Embed,
+    GoldenScoreBounds,
     Measured,
-    ScoreBounds,
     ScoreSpread,
     Tokens,
     int8_computations,
@@ -80,7 +80,9 @@ def decided(monkeypatch: pytest.MonkeyPatch):
     """The golden decisions of ``STREAM`` where another engine rounds by ``noise``."""
 
     def run(noise: dict[int, float]) -> dict:
-        spread = ScoreSpread.of(ScoreBounds(0.0, 0.0), [Computation(TWICE, another(noise), own)])
+        spread = ScoreSpread.of(
+            GoldenScoreBounds(0.0, 0.0), [Computation(TWICE, another(noise), own)]
+        )
         monkeypatch.setattr(golden_vectors, "score_spread", lambda *arguments: spread)
         monkeypatch.setattr(golden_vectors, "remembered", lambda *arguments: own)
         model = SimpleNamespace(spec=SimpleNamespace(hidden=HIDDEN))
@@ -152,7 +154,7 @@ def test_a_noisy_dialogue_among_the_first_widens_the_bounds(decided) -> None:
     ],
 )
 def test_what_a_precision_can_tell(gaps: list, told: bool) -> None:
-    assert ScoreBounds(0.1, 0.1).tell(np.array(gaps)) is told
+    assert GoldenScoreBounds(0.1, 0.1).tell(np.array(gaps)) is told
 
 
 @torch.no_grad()
@@ -191,5 +193,5 @@ def test_float16_is_measured_and_not_excused_where_it_is_not_finite() -> None:
     assert empty.idd < one.idd < 2 * empty.idd
     assert empty.eoe < one.eoe < 1e-2
     broken = Computation(4.0, lambda tokens: (np.full(4, np.nan), np.nan), own)
-    bounds = ScoreSpread.of(ScoreBounds(0.0, 0.0), [broken]).adding([1]).bounds
-    assert bounds == ScoreBounds(*[8 * 2.0**-11 + 2.0**-19] * 2)
+    bounds = ScoreSpread.of(GoldenScoreBounds(0.0, 0.0), [broken]).adding([1]).bounds
+    assert bounds == GoldenScoreBounds(*[8 * 2.0**-11 + 2.0**-19] * 2)

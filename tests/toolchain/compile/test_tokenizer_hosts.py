@@ -199,13 +199,17 @@ contents = st.lists(any_text.filter(lambda one: bool(one.strip())), min_size=1, 
 relaxed = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
 
+def read_alike(hosts: Hosts, said: list[str]) -> None:
+    expected, ours, the_runners = hosts.read(said)
+    assert ours == expected
+    assert the_runners == expected
+
+
 @given(said=contents)
 @settings(max_examples=200, deadline=None, suppress_health_check=relaxed)
 def test_all_hosts_read_alike(hosts: Hosts, said: list[str]) -> None:
     assume(hosts.harmless(said))
-    expected, ours, the_runners = hosts.read(said)
-    assert ours == expected
-    assert the_runners == expected
+    read_alike(hosts, said)
 
 
 @pytest.mark.full
@@ -213,9 +217,7 @@ def test_all_hosts_read_alike(hosts: Hosts, said: list[str]) -> None:
 @settings(max_examples=10_000, deadline=None, suppress_health_check=relaxed)
 def test_all_hosts_read_alike_10000(hosts: Hosts, said: list[str]) -> None:
     assume(hosts.harmless(said))
-    expected, ours, the_runners = hosts.read(said)
-    assert ours == expected
-    assert the_runners == expected
+    read_alike(hosts, said)
 
 
 @pytest.mark.parametrize("said", ["caf\u00e9", "Za\u017c\u00f3\u0142\u0107", "e\u0301", "\uac00"])

@@ -13,7 +13,7 @@ from runtime_py.bundle.chat_text import ChatText
 from runtime_py.bundle.peft_adapter import read_peft
 from runtime_py.engine.streaming import StreamingEngine
 from toolchain.compile.phone_text import compiled
-from toolchain.compile.tokenizer_proof import SEVENTH, HuggingFaceReading
+from toolchain.compile.tokenizer_proof import AT_EXPORT, HuggingFaceReading
 from toolchain.compile.tolerances import TABLE, of_block
 from toolchain.compile.wide import Wide
 from toolchain.verify.parity import probes, training_checks, weights_checks
@@ -63,7 +63,7 @@ def _text(context: Context) -> list[Check]:
     reading = HuggingFaceReading(
         checkpoint.tokenizer.backend_tokenizer,
         compiled(checkpoint),
-        every=SEVENTH if context.quick else 1,
+        every=AT_EXPORT if context.quick else 1,
     )
     misread = reading.misread(file, ChatText.of(bundle))
     checks.append(stated("text", "bundle", "tokens", misread is None, misread or ""))
