@@ -72,7 +72,7 @@ def _cleaned(
 def controls(raw: dict[str, Any], template: TemplateText) -> dict[str, AddedToken]:
     """The added tokens that are special, or that the template writes (white space apart, which is
     text), by their contents."""
-    backend = Tokenizer.from_str(json.dumps(raw))
+    backend = Tokenizer.from_str(json.dumps(raw | {"padding": None, "truncation": None}))
     written = {
         index
         for text in template.texts
