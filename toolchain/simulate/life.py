@@ -15,6 +15,7 @@ from runtime_py.loop.dialogue import Dialogue, check_text
 from runtime_py.loop.errors import AnswerTooLong, DiskFull, LoopError, PromptTooLong
 from runtime_py.loop.fine_tune_report import FineTuneReport
 from runtime_py.loop.metrics import rouge1
+from runtime_py.loop.store import Store
 from runtime_py.loop.words import words
 from toolchain.simulate.events import (
     AppOpened,
@@ -181,23 +182,31 @@ class Phone:
         return self._app.fine_tune(clock.conditions(free_mb), stop=lambda: clock.night_is_over)
 
     def _retried(self, change: Callable[[], T]) -> T:
-        """Makes a change, again and again where others fill the disk, until there is room."""
-        waiting = False
-        while True:
-            try:
-                self._quota.limit(self._app.store)
-                result = change()
-            except DiskFull:
-                if not self._quota.others_fill_it:
-                    raise
-                if not waiting:
-                    self._emit(DiskFilled())
-                waiting = True
-                time.sleep(_WAIT_S)
-                continue
-            if waiting:
-                self._emit(DiskFreed())
-            return result
+        return when_there_is_room(self._quota, self._app.store, change, self._emit)
+
+
+def when_there_is_room(
+    quota: Quota, store: Store, change: Callable[[], T], emit: Callable[[PhoneEvent], None]
+) -> T:
+    """Makes a change, again and again where others fill the disk, until there is room. They may
+    have gone by the time that a refusal is heard, so who was there before it counts too."""
+    waiting = False
+    while True:
+        others = quota.others_fill_it
+        try:
+            quota.limit(store)
+            result = change()
+        except DiskFull:
+            if not (others or quota.others_fill_it):
+                raise
+            if not waiting:
+                emit(DiskFilled())
+            waiting = True
+            time.sleep(_WAIT_S)
+            continue
+        if waiting:
+            emit(DiskFreed())
+        return result
 
 
 def is_text(text: str) -> bool:

@@ -23,8 +23,10 @@ from runtime_py.loop.presets import preset
 from runtime_py.loop.store import open_store
 from runtime_py.loop.stream import read_dialogues
 from tests.toolchain.conftest import Attune, Exported, Said, command
+from toolchain.simulate.events import DiskFilled, DiskFreed, PhoneEvent
+from toolchain.simulate.life import when_there_is_room
 from toolchain.simulate.life_plan import STATE
-from toolchain.simulate.limits import DiskFull, Quota, folder_bytes
+from toolchain.simulate.limits import BALLAST, DiskFull, Quota, folder_bytes
 from toolchain.simulate.simulation import prepare, read_policy, simulate
 from toolchain.study.batched_model import BatchedModel
 
@@ -343,6 +345,33 @@ def test_writes_beyond_the_quota_are_refused(tmp_path: Path) -> None:
     (tmp_path / "more").write_bytes(bytes(quota.left))
     with pytest.raises(DiskFull, match=r"has 0\.00 MB left"):
         quota.check(1)
+
+
+def test_room_that_came_while_the_disk_was_full_ends_nothing(tmp_path: Path) -> None:
+    """Others can go between a refusal and the look at who fills the disk."""
+    ballast, tries = tmp_path / BALLAST, []
+    ballast.touch()
+    quota = Quota(tmp_path, 0, 1.0)
+
+    def change() -> int:
+        tries.append(ballast.exists())
+        if len(tries) == 1:
+            ballast.unlink()
+            raise DiskFull("full.")
+        return 7
+
+    events: list[PhoneEvent] = []
+    store = open_store(tmp_path / "loop.sqlite")
+    assert when_there_is_room(quota, store, change, events.append) == 7
+    assert tries == [True, False]
+    assert events == [DiskFilled(), DiskFreed()]
+
+    def never() -> int:
+        raise DiskFull("full.")
+
+    with pytest.raises(DiskFull):
+        when_there_is_room(quota, store, never, events.append)
+    store.close()
 
 
 def test_a_store_is_recovered_by_the_command(attune: Attune, tmp_path: Path) -> None:
