@@ -61,8 +61,8 @@ def phone_text(
 ) -> PhoneText:
     """The first rewriting of ``source``'s tokenizer that is proven; the file itself where it is.
 
-    ``vocab``: rows of the model's embedding. Raises ``ExportError`` with what is wrong with the
-    last one that was tried.
+    ``vocab``: rows of the model's embedding. Raises ``ExportError`` with what is wrong with each
+    that was tried.
     """
     backend = source.backend_tokenizer
     raw = json.loads(backend.to_str())
@@ -77,7 +77,7 @@ def phone_text(
     special = {content: token for content, token in known.items() if token["id"] < vocab}
     _check_end(template, special, eos_ids, source, where)
     promoted = [token["id"] for token in special.values() if not token["special"]]
-    failed: str | None = None
+    failures: dict[str, str] = {}  # what is wrong, and with which
     for candidate in candidates(raw, template, vocab):
         found = PhoneText(
             json.dumps(candidate.json, ensure_ascii=False, indent=2),
@@ -95,8 +95,10 @@ def phone_text(
         failed = expected.misread(found.tokenizer, found.chat_text(context=0))
         if failed is None:
             return found
+        failures.setdefault(failed, f" (with {', '.join(candidate.rewritten)})" * bool(failures))
+    tried = "; ".join(f"{failed}{which}" for failed, which in failures.items())
     raise ExportError(
-        f"the tokenizer of {where} cannot go on a phone: {failed}. Give a checkpoint whose "
+        f"the tokenizer of {where} cannot go on a phone: {tried}. Give a checkpoint whose "
         f"tokenizer.json is byte-level BPE, or SentencePiece's as BPE."
     )
 
