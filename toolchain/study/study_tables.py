@@ -45,8 +45,9 @@ def stream_name(stream: str) -> str:
 
 
 def tables(summary: Summary) -> list[StudyTable]:
-    """All but the contrasts, stream by stream; only those that have a row."""
-    made: list[StudyTable] = []
+    """All but the contrasts: an overview of several streams, then stream by stream; only those that
+    have a row."""
+    made = [_overview(summary)] if len(summary.streams) > 1 else []
     for stream in summary.streams:
         lines = [line for line in summary.lines if line.stream == stream]
         name = stream_name(stream)
@@ -54,6 +55,22 @@ def tables(summary: Summary) -> list[StudyTable]:
         made.append(_varied(name, [line for line in lines if line.varied]))
         made.append(_facts(name, lines))
     return [table for table in made if table.rows]
+
+
+def _overview(summary: Summary) -> StudyTable:
+    """The change of the loss by row and stream."""
+    baseline = summary.study.plan.baseline
+    lines = [one for one in summary.lines if not one.varied and one.label != baseline]
+    by_place = {(one.label, one.stream): one.to_baseline.get("loss") for one in lines}
+    rows = [
+        (
+            TableCell(label),
+            *(_change(by_place.get((label, stream)), "loss") for stream in summary.streams),
+        )
+        for label in dict.fromkeys(one.label for one in lines)
+    ]
+    heads = ("row", *map(stream_name, summary.streams))
+    return StudyTable(f"{NAMES['loss'].capitalize()}, change to {baseline}", heads, tuple(rows))
 
 
 def _main(summary: Summary, stream: str, lines: Sequence[Line]) -> StudyTable:
@@ -171,7 +188,7 @@ def _tested(one: Tested, kind: str) -> Iterator[TableCell]:
 
 def difference_text(contrast: Contrast) -> str:
     if contrast.interval is None:
-        points = ", ".join(f"{point:+.4f}" for point in contrast.points)
+        points = ", ".join(f"{point:+.4f}" for point in sorted(contrast.points))
         return f"{contrast.difference:+.4f} ({points})".replace("-", "−")
     low, high = contrast.interval.low, contrast.interval.high
     return f"{contrast.difference:+.4f} [{low:+.4f}, {high:+.4f}]".replace("-", "−")

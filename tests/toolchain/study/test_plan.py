@@ -146,5 +146,7 @@ def test_all_misfits_are_one_error(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_is_not_there_lists_those_that_are() -> None:
-    with pytest.raises(LoopError, match="no plan 'mian': give one of around, confirm, effort, main"):
+    with pytest.raises(
+        LoopError, match="no plan 'mian': give one of around, confirm, effort, main"
+    ):
         read_plan("mian")

@@ -214,8 +214,15 @@ def test_a_plan_may_grow(folder: Path, attune: Attune) -> None:
     write_dialogues(folder / "data" / "more.jsonl", 60)
     text = PLAN.replace('streams = ["toy"]', 'streams = ["toy", "more"]', 1)
     (folder / "trial.toml").write_text(text)
-    said = attune(*arguments(folder, "out"))
+    said = attune(*arguments(folder, "out", "--markdown", folder / "t.md"))
     assert "20 cells, 10 there, 10 to be measured now" in said.err
+    overview = (folder / "t.md").read_text().split("**Held-out loss, change to base**")[1]
+    head, _, better = overview.strip().splitlines()[:3]
+    assert head == "| row | toy | more |"
+    label, *changes = better.strip("|").split("|")
+    assert label.strip() == "better"
+    for change in changes:  # as ``fake`` makes it
+        assert float(change.split("%")[0].replace("−", "-")) == pytest.approx(-12, abs=1)
     (folder / "trial.toml").write_text(PLAN)  # the first stream alone: the other's data stay known
     assert "10 cells, 10 there" in attune(*arguments(folder, "out")).err
     write_dialogues(folder / "data" / "more.jsonl", 70)
