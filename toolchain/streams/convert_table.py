@@ -133,7 +133,8 @@ def _ordered(rows: Sequence[Raw]) -> Sequence[Raw] | None:
 def _orders(times: Sequence[str]) -> set[tuple[int, ...]]:
     """Those of the rows by every way to read all the times: 2/1/2024 has two."""
     found = set()
-    for reading in (_seconds, *(partial(_local, form) for form in _FORMS)):
+    readings: list[Callable[[str], float]] = [_seconds, *(partial(_local, f) for f in _FORMS)]
+    for reading in readings:
         try:
             places = [reading(time) for time in times]
         except (ValueError, OverflowError):
