@@ -33,6 +33,8 @@ WORDS = (
     "\u0440\u0443 \u0639\u0631 \u0905 \U0001f600",
     "Today is 26 Jul 2024, 1234567890.",
     "user assistant system None True",
+    "42",
+    "LOUD WORDS",
     "x",
 )  # fmt: skip
 
@@ -176,6 +178,8 @@ def _read(render: Template, text: TemplateText) -> set[str]:
 
 
 def _around_it(constant: str) -> tuple[str, ...]:
+    if constant.isspace():  # no turn is blank
+        return f"x y{constant}x y{constant}{constant}x", f"x{constant}y"
     return constant, f"{constant}x y", f"x y{constant}", f"x {constant} y"
 
 

@@ -38,8 +38,16 @@ def constants(template: str) -> tuple[str, ...]:
         parsed = Environment(extensions=[_Generation]).parse(template)
     except TemplateError:
         return ()  # rendering it says so
-    found = (one.value for one in parsed.find_all(nodes.Const))
-    return tuple(sorted({one for one in found if isinstance(one, str) and one.strip()}))
+    found = map(_value, parsed.find_all(nodes.Expr))
+    return tuple(sorted({one for one in found if isinstance(one, str) and one}))
+
+
+def _value(expression: nodes.Expr) -> object:
+    """What an expression of constants alone is, as ``'</' ~ 'think>'``; None for any other."""
+    try:
+        return expression.as_const()
+    except nodes.Impossible:
+        return None
 
 
 class _Generation(Extension):

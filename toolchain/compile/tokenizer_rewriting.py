@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,8 @@ Normalize = Literal["NFC"] | None
 Spaced = Literal["first", "each"] | None
 AddedToken = dict[str, Any]  # as tokenizer.json has it
 _SPACE, _BAR = " ", "\u2581"
+# What \s is to Hugging Face's library; to the runner's it is U+180E too.
+_WHITE = r"\t-\r \x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}"
 _WORDS_OF_BARS = f"{_BAR}[^{_BAR}]*|[^{_BAR}]+"
 
 
@@ -36,7 +39,9 @@ def candidates(raw: dict[str, Any], template: TemplateText, vocab: int) -> Itera
     cleaned, changes = _cleaned(raw, template, vocab)
     for normalized, also, normalize in _normalizers(cleaned):
         for split, how, spaced in _metaspaces(normalized):
-            yield Rewriting(split, (*changes, *also, *how), normalize, spaced)
+            for spelled, where in _patterns(split):
+                made = (*changes, *also, *how, *where)
+                yield Rewriting(spelled, made, normalize, spaced)
 
 
 def _cleaned(
@@ -137,6 +142,30 @@ def _metaspaces(
             (how,),
             spaced,
         )
+
+
+def _patterns(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+    """As it is; and with the white space of its regular expressions spelled out."""
+    yield raw, ()
+    steps = copy.deepcopy(_steps(raw.get("pre_tokenizer"), "pretokenizers"))
+    for step in steps:
+        if step["type"] == "Split" and "Regex" in step["pattern"]:
+            step["pattern"]["Regex"] = _spelled(step["pattern"]["Regex"])
+    made = raw | {"pre_tokenizer": _sequence(steps, "pretokenizers")}
+    if steps and made["pre_tokenizer"] != raw["pre_tokenizer"]:
+        yield made, ("white space in patterns spelled out",)
+
+
+def _spelled(pattern: str) -> str:
+    made, depth = "", 0
+    for part in re.findall(r"\\.|[^\\]", pattern, re.DOTALL):
+        depth += (part == "[") - (part == "]")
+        if part == r"\s":
+            part = _WHITE if depth else f"[{_WHITE}]"
+        elif part == r"\S" and not depth:
+            part = f"[^{_WHITE}]"
+        made += part
+    return made
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:

@@ -14,8 +14,8 @@ _ASSISTANTS = {"assistant", "gpt", "bot", "ai", "model", "chatgpt", "chatbot", "
 _SYSTEMS = {"system", "developer"}
 _TOOLS = {"tool", "function", "functioncall", "toolcall", "toolresponse", "observation", "ipython"}
 
-_ROLES = ("role", "from", "speaker", "sender", "author", "name")
-_TEXTS = ("content", "value", "text", "message", "utterance", "body")
+ROLES = ("role", "from", "speaker", "sender", "author", "name")
+TEXTS = ("content", "value", "text", "message", "utterance", "body")
 _TEXT_PARTS = {None, "text", "inputtext", "outputtext", "refusal"}
 _TOOL_PARTS = {"tooluse", "toolresult", "toolcall", "functioncall", "functioncalloutput"}
 _REASONING_PARTS = {"thinking", "redactedthinking", "reasoning"}
@@ -76,15 +76,18 @@ class Format:
     tabular: bool = False
 
 
-def _first(fields: Mapping[str, Any], keys: Iterable[str]) -> str | None:
+def first(fields: Mapping[str, Any], keys: Iterable[str]) -> str | None:
     return next((key for key in keys if key in fields), None)
 
 
 def message(fields: Mapping[str, Any], speakers: Speakers) -> Message:
     """One message, whatever its keys are called. Raises ``Unusable``."""
     plain = {named(key): value for key, value in fields.items()}
-    role = speakers.role(plain.get(_first(plain, _ROLES) or ""))
-    key = _first(plain, _TEXTS)
+    role = speakers.role(plain.get(first(plain, ROLES) or ""))
+    weight = plain.get("weight")
+    if role == "assistant" and type(weight) in (int, float) and weight == 0:
+        raise Unusable("a reply that its weight of 0 says not to learn")
+    key = first(plain, TEXTS)
     text, left, foreign = content(None if key is None else plain[key])
     if plain.get("toolcalls") or plain.get("functioncall") or role == "tool":
         left = (*left, TOOLS)
@@ -110,8 +113,9 @@ def content(value: Any) -> tuple[str, tuple[str, ...], bool]:
             raise Unusable("a content that is no text")
         kind = named(str(part["type"])) if part.get("type") is not None else None
         text = part.get("refusal" if kind == "refusal" else "text")
-        if kind in _TEXT_PARTS and isinstance(text, str):
-            texts.append(text)
+        text = text.get("value") if isinstance(text, Mapping) else text  # OpenAI's Assistants
+        if kind in _TEXT_PARTS and (isinstance(text, str) or (kind and text is None)):
+            texts += [text] if text else []
         elif kind in _TOOL_PARTS:
             left.append(TOOLS)
         elif kind in _REASONING_PARTS:
@@ -132,11 +136,11 @@ def _system(fields: Fields) -> list[Message]:
 
 def _listed(what: str, *keys: str, also: str | None = None) -> Format:
     def fits(fields: Fields) -> bool:
-        key = _first(fields, keys)
+        key = first(fields, keys)
         return key is not None and _is_messages(fields[key]) and (also is None or also in fields)
 
     def read(fields: Fields, speakers: Speakers) -> list[Message]:
-        listed = fields[_first(fields, keys) or ""]
+        listed = fields[first(fields, keys) or ""]
         return _system(fields) + [message(one, speakers) for one in listed]
 
     return Format(what, fits, read)
@@ -150,7 +154,7 @@ def _said(role: str, value: Any, speakers: Speakers) -> list[Message]:
 
 
 def _instructed(fields: Fields) -> str | None:
-    return _first(fields, ("output", "response", "answer"))
+    return first(fields, ("output", "response", "answer"))
 
 
 def _alpaca(fields: Fields, speakers: Speakers) -> list[Message]:
@@ -179,7 +183,7 @@ def _read_pair(fields: Fields, speakers: Speakers) -> list[Message]:
 
 
 def _is_row(fields: Fields) -> bool:
-    keys = _first(fields, _ROLES), _first(fields, _TEXTS)
+    keys = first(fields, ROLES), first(fields, TEXTS)
     return None not in keys and keys[0] != keys[1]
 
 

@@ -181,7 +181,12 @@ def _csv(path: Path, text: str, known: Known, headless: bool) -> Rows:
     if whole:
         head = ["prompt", "response"]
     rows: list[Raw] = []
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        strict=True,
+        skipinitialspace=_is_spaced(text, delimiter),
+    )
     try:
         for number, cells in enumerate(reader, start=1):
             if not cells or (number == 1 and not whole):
@@ -213,8 +218,17 @@ def _cell(head: str, text: str) -> Any:
 
 
 def _head(text: str, delimiter: str) -> list[str]:
+    return [named(cell) for cell in _head_cells(text, delimiter)]
+
+
+def _is_spaced(text: str, delimiter: str) -> bool:
+    """Whether fields are set apart by a space too, behind which a quote opens one."""
+    cells = _head_cells(text, delimiter)
+    return len(cells) > 1 and all(cell.startswith(" ") for cell in cells[1:])
+
+
+def _head_cells(text: str, delimiter: str) -> list[str]:
     try:
-        cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+        return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
     except csv.Error:
         return []
-    return [named(cell) for cell in cells]

@@ -225,6 +225,22 @@ THINKS = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        *(f"|trim|replace({one!r}, '-')" for one in ("\r\n", "  ", "\t", "\u00a0", "\n\n")),
+        ".split('</' ~ 'thought>')[-1]",
+        "|replace(['/no' + '_think'][0], '')",
+        "|replace('4', '') if m.content.isdigit() else m.content",
+        "|lower if m.content.isupper() else m.content",
+    ],
+)
+def test_words_that_a_template_changes_are_refused(change: str) -> None:
+    """White space amid the words too, and what stands in the source in several parts."""
+    with pytest.raises(ExportError, match="cannot be compiled: for"):
+        compiled(CHATML.replace("m.content", f"(m.content{change})"), tokenizer())
+
+
+@pytest.mark.parametrize(
     ("template", "words"),
     [
         ("{% for %}", "cannot be rendered for 2 exchanges: .*--chat-template FILE"),

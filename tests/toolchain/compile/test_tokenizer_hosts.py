@@ -52,7 +52,11 @@ def texts() -> list[str]:
 
 
 def byte_level(
-    normalizer: Any = None, split: str = "", digits: bool = False, ignore_merges: bool = False
+    normalizer: Any = None,
+    split: str = "",
+    digits: bool = False,
+    ignore_merges: bool = False,
+    also: Sequence[str] = (),
 ) -> Tokenizer:
     made = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     if normalizer is not None:
@@ -69,8 +73,13 @@ def byte_level(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(texts(), trainer)
+    made.train_from_iterator([*texts(), *also], trainer)
     return made
+
+
+def with_odd_space(normalizer: Any = None) -> Tokenizer:
+    """With tokens of U+180E, white space to the runner's patterns alone, as large vocabularies."""
+    return byte_level(normalizer, LLAMA3_SPLIT, also=["a \u180e. b"] * 3000)
 
 
 def sentence_piece(**changes: Any) -> Tokenizer:
@@ -124,6 +133,11 @@ KINDS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "NFC": (lambda: byte_level(normalizers.NFC(), QWEN_SPLIT), CHATML, ("NFC left to the host",)),
     "no NFC": (lambda: byte_level(split=QWEN_SPLIT), CHATML, ()),
     "ignore_merges": (lambda: byte_level(split=LLAMA3_SPLIT, ignore_merges=True), CHATML, ()),
+    "odd space": (with_odd_space, CHATML, ("white space in patterns spelled out",)),
+    "odd space and NFC": (
+        lambda: with_odd_space(normalizers.NFC()), CHATML,
+        ("NFC left to the host", "white space in patterns spelled out"),
+    ),
     "digits": (lambda: byte_level(digits=True), CHATML, ()),
     "Metaspace first": (lambda: metaspace("first"), LLAMA2, ("Metaspace as Replace",)),
     "Metaspace always": (
@@ -226,6 +240,12 @@ def test_accents_stay(hosts: Hosts, said: str) -> None:
     expected, ours, the_runners = hosts.read([said])
     assert ours == the_runners == expected
     assert said[0] in hosts.text.decode(ours) or hosts.found.facts.normalize == "NFC"
+
+
+@pytest.mark.parametrize("space", ["\u180e", "\x85", "\u2003", "\u200b", "\u3000", "\ufeff"])
+def test_white_space_that_libraries_differ_on(hosts: Hosts, space: str) -> None:
+    for said in (f"a {space}. b", f"{space}{space}x", f"1 {space}\n{space}{space} 2"):
+        read_alike(hosts, [said])
 
 
 def refused(backend: Tokenizer, template: str, words: str, vocab: int | None = None) -> None:

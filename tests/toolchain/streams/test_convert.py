@@ -143,12 +143,50 @@ def test_cells(converted: Converted) -> None:
         ("id,role,content\n7,user,hi\n7,assistant,ho\n8,user,a\n8,assistant,b", TWO),
         ("chat,turn,role,text\nx,10,assistant,ho\nx,9,user,hi", HI),
         ("chat,timestamp,role,text\nx,2024-01-02T10:00,bot,ho\nx,2024-01-02T09:59,user,hi", HI),
-        ("chat,time,role,text\nx,soon,user,hi\nx,1,bot,ho", HI),
+        ("chat,time,role,text\nx,,user,hi\nx,1,bot,ho", HI),
+        ("chat,date,role,text\nx,1/2/24 10:05 PM,bot,ho\nx,1/2/24 9:05 AM,user,hi", HI),
+        ("chat,date,role,text\nx,\"Jan 2, 2024\",bot,ho\nx,\"Dec 31, 2023\",user,hi", HI),
+        ("chat,date,time,role,text\nx,2024-01-02,10:05,bot,ho\nx,2024-01-02,10:04,user,hi", HI),
+        ("sender,senderid,text\nuser,7,hi\nbot,8,ho\nuser,7,hi\nbot,8,ho", [("hi", "ho") * 2]),
+        ("role, content\nuser, \"h, i\"\nbot, ho", [("h, i", "ho")]),
     ],
 )  # fmt: skip
 def test_a_message_a_row(data: str, dialogues: Said, converted: Converted) -> None:
     result, found = converted(data.encode())
     assert (result.format, found, result.dropped) == ("table", dialogues, {})
+
+
+@pytest.mark.parametrize(
+    "times", [("soon", "now"), ("2/1/2024", "1/3/2024"), ("09:05", "10:05")], ids=str
+)
+def test_a_table_in_no_order(times: tuple[str, str], converted: Converted) -> None:
+    """Newest first is as frequent as oldest first: what cannot be read is not guessed."""
+    rows = "".join(
+        f"x,{time},{role},a\n" for time, role in zip(times, ("user", "bot"), strict=True)
+    )
+    sound = "y,1,user,hi\ny,2,bot,ho\n"
+    result, dialogues = converted(f"chat,time,role,text\n{rows}{sound}".encode())
+    assert dialogues == HI
+    (reason,) = result.dropped
+    assert "times that cannot be read, or in two orders" in reason
+
+
+@pytest.mark.parametrize("column", ["case_number", "user_id", "message_tree_id"])
+def test_a_table_of_conversations_by_another_name(column: str, converted: Converted) -> None:
+    data = f"{column},role,text\n1,user,hi\n1,bot,ho\n2,user,a\n2,bot,b\n"
+    with pytest.raises(LoopError) as caught:
+        converted(data.encode())
+    assert f"told apart by {column.replace('_', '')}" in str(caught.value)
+    assert "call the one that does conversation_id" in str(caught.value)
+    assert converted(data.replace(column, "Conversation ID").encode())[1] == TWO
+
+
+def test_a_table_of_trees(converted: Converted) -> None:
+    """Two answers to one message are no two turns."""
+    rows = "t,a,,user,q\nt,b,a,bot,one\nt,c,a,bot,other\nu,d,,user,hi\nu,e,d,bot,ho\n"
+    result, dialogues = converted(f"thread,message_id,parent_id,role,text\n{rows}".encode())
+    assert dialogues == HI
+    assert result.dropped.keys() == {"a tree: several messages answer the same one"}
 
 
 def test_a_table_with_names(converted: Converted) -> None:
@@ -161,6 +199,14 @@ def test_a_table_with_names(converted: Converted) -> None:
         converted(data)
     assert "1 × the role 'Ann' is not known (first line 2)" in str(caught.value)
     assert "--user-name and --assistant-name say whose turns are whose" in str(caught.value)
+
+
+def test_a_reply_not_to_be_learned(converted: Converted) -> None:
+    """As OpenAI's fine-tuning has it: a weight of 0."""
+    weighed = [[CHAT[0], CHAT[1] | {"weight": weight}] for weight in (0, 1)]
+    result, dialogues = converted([{"messages": one} for one in weighed])
+    assert dialogues == HI
+    assert result.dropped.keys() == {"a reply that its weight of 0 says not to learn"}
 
 
 def part(text: str, kind: str = "text") -> list[dict]:
@@ -189,6 +235,16 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}
             {"reasoning": 1},
         ),
         ([CHAT[0], *said(("assistant", part("no", "refusal")))], ("hi", "no"), {}),
+        (
+            said(("user", [{"type": "text", "text": {"value": "hi"}}]), ("bot", part("ho"))),
+            ("hi", "ho"),
+            {},
+        ),
+        (
+            said(("user", [*part("hi"), {"type": "text", "text": None}]), ("bot", part("ho"))),
+            ("hi", "ho"),
+            {},
+        ),
     ],
 )  # fmt: skip
 def test_rules_for_turns(
