@@ -28,10 +28,12 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class PhoneText:
-    """``tokenizer``: the file's text; ``facts``: its section of the manifest, with the pieces."""
+    """``tokenizer``: the file's text; ``facts``: its section of the manifest, with the pieces;
+    ``apart``: as ``Rewriting`` has it."""
 
     tokenizer: str
     facts: m.Tokenizer
+    apart: str
 
     def chat_text(self, context: int) -> ChatText:
         """As that of a bundle for ``context`` tokens."""
@@ -91,8 +93,9 @@ def phone_text(
                 rewritten=candidate.rewritten,
                 chat=chat_pieces(template, special, candidate.spaced),
             ),
+            candidate.apart,
         )
-        failed = expected.misread(found.tokenizer, found.chat_text(context=0))
+        failed = expected.misread(found.tokenizer, found.chat_text(context=0), found.apart)
         if failed is None:
             return found
         failures.setdefault(failed, f" (with {', '.join(candidate.rewritten)})" * bool(failures))

@@ -19,6 +19,7 @@ from toolchain.compile.tokenizer_rewriting import controls
 
 AT_EXPORT = 7  # of 130,000 ideographs and syllables one in so many is tried; parity tries all
 _CHARACTERS_A_PROBE = 48
+_BAR = "\u2581"  # that SentencePiece writes for a space: in a probe of its own
 _CASES_AT_ONCE = 256
 _MANY = ((0x3400, 0x9FFF), (0xAC00, 0xD7A3), (0x17000, 0x18CFF), (0x20000, 0x3FFFF))
 Read = Callable[[tuple[Turn, ...], bool], list[int]]
@@ -43,16 +44,17 @@ class HuggingFaceReading:
         read = self._backend.encode_batch(texts, add_special_tokens=False)
         return [encoding.ids for encoding in read]
 
-    def misread(self, tokenizer: str, text: ChatText) -> str | None:
+    def misread(self, tokenizer: str, text: ChatText, apart: str) -> str | None:
         """What is wrong, in a sentence's words, with a host that has the file ``tokenizer`` and
-        writes by ``text``; None: nothing."""
+        writes by ``text``; None: nothing. Texts with ``apart`` need only be the same to all
+        hosts."""
         with tempfile.TemporaryDirectory(prefix="attune-") as folder:
             path = Path(folder) / "tokenizer.json"
             path.write_text(tokenizer, encoding="utf-8")
             with silenced():
-                return self._misread_by(path, text)
+                return self._misread_by(path, text, apart)
 
-    def _misread_by(self, path: Path, text: ChatText) -> str | None:
+    def _misread_by(self, path: Path, text: ChatText, apart: str) -> str | None:
         from pytorch_tokenizers import CppHFTokenizer
 
         runner: Any = CppHFTokenizer()
@@ -63,9 +65,9 @@ class HuggingFaceReading:
 
         if obeyed := [content for content in self._controls if _obeyed(text, content)]:
             return f"{obeyed[0]!r} in what is said becomes the special token of that name"
-        return self._first_misread(text, runner)
+        return self._first_misread(text, runner, apart)
 
-    def _first_misread(self, text: ChatText, runner: Any) -> str | None:
+    def _first_misread(self, text: ChatText, runner: Any, apart: str) -> str | None:
         def ours(turns: tuple[Turn, ...], reply: bool) -> list[int]:
             return text.tokens(turns, reply).ids
 
@@ -79,6 +81,8 @@ class HuggingFaceReading:
         for start in range(0, len(self._probes), _CASES_AT_ONCE):
             cases = self._probes[start : start + _CASES_AT_ONCE]
             for (turns, reply), wanted in zip(cases, self._ids(cases), strict=True):
+                if apart and any(apart in turn.content for turn in turns):
+                    wanted = ours(turns, reply)
                 for who, read in hosts.items():
                     if read(turns, reply) != wanted:
                         said = self._shortest(turns, reply, read)
@@ -124,11 +128,14 @@ def _all_characters(every: int) -> list[str]:
         chr(code)
         for code in range(0x20, 0x110000)
         if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co", "Cc")
+        and chr(code) != _BAR
         and (code % every == 0 or not any(low <= code <= high for low, high in _MANY))
     ]
     known += ["\t", "\n", "\r", "\x85"]
     marked = [f"{letter}{mark}" for letter in "aeou\u03b1" for mark in "\u0301\u0308\u0323\u0327"]
-    return [
-        "".join(f"{c} a{c}b1{c}2 {c}{c}, {c}." for c in known[start : start + _CHARACTERS_A_PROBE])
+    groups = [
+        known[start : start + _CHARACTERS_A_PROBE]
         for start in range(0, len(known), _CHARACTERS_A_PROBE)
-    ] + [" ".join(marked)]
+    ]
+    each = ["".join(f"{c} a{c}b1{c}2 {c}{c}, {c}." for c in some) for some in [*groups, [_BAR]]]
+    return [*each, " ".join(marked)]

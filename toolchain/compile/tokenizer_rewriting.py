@@ -19,6 +19,7 @@ AddedToken = dict[str, Any]  # as tokenizer.json has it
 _SPACE, _BAR = " ", "\u2581"
 # What \s is to Hugging Face's library; to the runner's it is U+180E too.
 _WHITE = r"\t-\r \x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}"
+_SPLIT_AT_SPACES = ("Split", {"String": _SPACE})
 _WORDS_OF_BARS = f"{_BAR}[^{_BAR}]*|[^{_BAR}]+"
 
 
@@ -26,12 +27,14 @@ _WORDS_OF_BARS = f"{_BAR}[^{_BAR}]*|[^{_BAR}]+"
 class Rewriting:
     """A tokenizer.json to try: ``rewritten`` says how it was made. ``normalize``: what is left to
     the host. ``spaced``: before which texts the pieces have a space, the first of all or also each
-    that follows a special token."""
+    that follows a special token. ``apart``: a character that it may read otherwise than the source
+    does, though all hosts alike; empty: none."""
 
     json: dict[str, Any]
     rewritten: tuple[str, ...]
     normalize: Normalize
     spaced: Spaced
+    apart: str
 
 
 def candidates(raw: dict[str, Any], template: TemplateText, vocab: int) -> Iterator[Rewriting]:
@@ -39,9 +42,10 @@ def candidates(raw: dict[str, Any], template: TemplateText, vocab: int) -> Itera
     cleaned, changes = _cleaned(raw, template, vocab)
     for normalized, also, normalize in _normalizers(cleaned):
         for split, how, spaced in _metaspaces(normalized):
-            for spelled, where in _patterns(split):
-                made = (*changes, *also, *how, *where)
-                yield Rewriting(spelled, made, normalize, spaced)
+            for barred, bars, apart in _bars(split):
+                for spelled, where in _patterns(barred):
+                    made = (*changes, *also, *how, *bars, *where)
+                    yield Rewriting(spelled, made, normalize, spaced, apart)
 
 
 def _cleaned(
@@ -142,6 +146,40 @@ def _metaspaces(
             (how,),
             spaced,
         )
+
+
+def _bars(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[str, ...], str]]:
+    """As it is; and, where the normalizer writes spaces as bars, without a split at the spaces that
+    are none any more, and with runs of bars as the vocabulary's tokens instead of added ones: those
+    are only found where bars were written, and the runner does not merge into them."""
+    yield raw, (), ""
+    bar = next(
+        (
+            step["content"]
+            for step in _steps(raw.get("normalizer"), "normalizers")
+            if step["type"] == "Replace" and step["pattern"].get("String") == _SPACE
+        ),
+        _SPACE,
+    )
+    if _SPACE in bar:
+        return
+    steps = _steps(raw.get("pre_tokenizer"), "pretokenizers")
+    kept = [one for one in steps if (one["type"], one.get("pattern")) != _SPLIT_AT_SPACES]
+    known = raw["model"]["vocab"]
+    tokens = [
+        one
+        for one in raw["added_tokens"]
+        if one["special"] or set(one["content"]) != set(bar) or one["content"] not in known
+    ]
+    changes, apart = [], ""
+    if len(kept) < len(steps):
+        changes.append("no split at spaces, which are bars by then")
+    if len(tokens) < len(raw["added_tokens"]):
+        changes.append(f"runs of bars (U+{ord(bar):04X}) left to the vocabulary")
+        apart = bar
+    if changes:
+        made = {"pre_tokenizer": _sequence(kept, "pretokenizers"), "added_tokens": tokens}
+        yield raw | made, tuple(changes), apart
 
 
 def _patterns(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:

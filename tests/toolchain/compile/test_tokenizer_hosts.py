@@ -123,11 +123,40 @@ def with_tokens(base: Tokenizer, *contents: str, **flags: bool) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(raw))
 
 
+def gemma() -> Tokenizer:
+    """Spaces become bars before a split that looks for spaces; runs of bars are added tokens, which
+    the vocabulary has and builds by merges."""
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    made.normalizer = normalizers.Replace(" ", BAR)
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    bytes_ = [f"<0x{index:02X}>" for index in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False
+    )
+    made.train_from_iterator([*texts(), *["a" + " " * n + "b" for n in range(9)] * 900], trainer)
+    raw = json.loads(made.to_str())
+    raw["added_tokens"] = [t for t in raw["added_tokens"] if not t["content"].startswith("<0x")]
+    model = raw["model"]
+    runs = [BAR * n for n in range(2, 8)]
+    for run in runs:  # each of one bar and a run that is one shorter
+        if run not in model["vocab"]:
+            model["vocab"][run] = len(model["vocab"])
+            model["merges"].append([run[1:], BAR])
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    raw["added_tokens"] += [{"id": model["vocab"][run], "content": run, **plain} for run in runs]
+    raw["decoder"] = {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": BAR}, "content": " "},
+        {"type": "ByteFallback"}, {"type": "Fuse"},
+    ]}  # fmt: skip
+    return Tokenizer.from_str(json.dumps(raw))
+
+
 def phi3() -> Tokenizer:
     names = ("<|user|>", "<|assistant|>", "<|end|>")
     return with_tokens(prepend(), *names, rstrip=True, special=True)
 
 
+BARS_LEFT = "runs of bars (U+2581) left to the vocabulary"
 KINDS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "byte-level": (byte_level, CHATML, ()),
     "NFC": (lambda: byte_level(normalizers.NFC(), QWEN_SPLIT), CHATML, ("NFC left to the host",)),
@@ -149,6 +178,9 @@ KINDS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
         lambda: metaspace("first"), PLAIN, ("Metaspace as Replace, its first space in the pieces",),
     ),
     "Prepend and Replace": (prepend, LLAMA2, ()),
+    "runs of bars": (
+        gemma, LLAMA2, ("no split at spaces, which are bars by then", BARS_LEFT),
+    ),
     "rstrip": (
         phi3, PHI3,
         ("spaces around special tokens are the pieces' matter: <|user|>, <|assistant|>, <|end|>",),
@@ -184,9 +216,11 @@ class Hosts:
         self.runner.load(str(folder / "tokenizer.json"))
 
     def harmless(self, contents: Sequence[str]) -> bool:
-        """No special token's text is in them: Hugging Face's library would obey it."""
+        """No special token's text is in them: Hugging Face's library would obey it. No bar where
+        the hosts read one by the vocabulary."""
         tokens = self.text.tokenizer.get_added_tokens_decoder().values()
         special = [str(token.content) for token in tokens if token.special]
+        special += [BAR] * (BARS_LEFT in self.found.facts.rewritten)
         return not any(token in one for token in special for one in contents)
 
     def read(self, contents: Sequence[str]) -> list[list[int]]:
@@ -246,6 +280,14 @@ def test_accents_stay(hosts: Hosts, said: str) -> None:
 def test_white_space_that_libraries_differ_on(hosts: Hosts, space: str) -> None:
     for said in (f"a {space}. b", f"{space}{space}x", f"1 {space}\n{space}{space} 2"):
         read_alike(hosts, [said])
+
+
+@pytest.mark.parametrize("hosts", ["runs of bars"], indirect=True)
+def test_bars_that_are_said_are_the_same_to_all_hosts(hosts: Hosts) -> None:
+    for said in ("\u2581", "a\u2581\u2581 b", f"{BAR * 5}x {BAR * 9}"):
+        _, ours, the_runners = hosts.read([said])
+        assert ours == the_runners
+        assert said.replace(BAR, " ") in hosts.text.decode(ours)
 
 
 def refused(backend: Tokenizer, template: str, words: str, vocab: int | None = None) -> None:

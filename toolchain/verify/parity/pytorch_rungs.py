@@ -65,7 +65,7 @@ def _text(context: Context) -> list[Check]:
         compiled(checkpoint),
         every=AT_EXPORT if context.quick else 1,
     )
-    misread = reading.misread(file, ChatText.of(bundle))
+    misread = reading.misread(file, ChatText.of(bundle), expected.apart)
     checks.append(stated("text", "bundle", "tokens", misread is None, misread or ""))
     return checks
 
