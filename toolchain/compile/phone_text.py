@@ -98,7 +98,8 @@ def phone_text(
         failed = expected.misread(found.tokenizer, found.chat_text(context=0), found.apart)
         if failed is None:
             return found
-        failures.setdefault(failed, f" (with {', '.join(candidate.rewritten)})" * bool(failures))
+        which = f" (with {', '.join(candidate.rewritten)})" if failures else ""
+        failures.setdefault(failed, which)
     tried = "; ".join(f"{failed}{which}" for failed, which in failures.items())
     raise ExportError(
         f"the tokenizer of {where} cannot go on a phone: {tried}. Give a checkpoint whose "

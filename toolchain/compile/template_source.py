@@ -36,18 +36,20 @@ def constants(template: str) -> tuple[str, ...]:
     """The texts that stand in a template's expressions, which it may look for in what is said."""
     try:
         parsed = Environment(extensions=[_Generation]).parse(template)
-    except TemplateError:
+        found = {_value(one) for one in parsed.find_all(nodes.Expr)}
+    except (TemplateError, RecursionError):
         return ()  # rendering it says so
-    found = map(_value, parsed.find_all(nodes.Expr))
-    return tuple(sorted({one for one in found if isinstance(one, str) and one}))
+    return tuple(sorted(one for one in found if one))
 
 
-def _value(expression: nodes.Expr) -> object:
-    """What an expression of constants alone is, as ``'</' ~ 'think>'``; None for any other."""
+def _value(expression: nodes.Expr) -> str:
+    """The text that an expression of constants alone is, as ``'</' ~ 'think>'``; empty for any
+    other."""
     try:
-        return expression.as_const()
+        value = expression.as_const()
     except nodes.Impossible:
-        return None
+        return ""
+    return value if isinstance(value, str) else ""
 
 
 class _Generation(Extension):

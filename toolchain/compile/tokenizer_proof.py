@@ -15,11 +15,10 @@ from runtime_py.bundle.chat_text import ChatText
 from runtime_py.engine.native import silenced
 from runtime_py.loop.dialogue import Turn
 from toolchain.compile.chat_template import TemplateText, probes, turns_of
-from toolchain.compile.tokenizer_rewriting import controls
+from toolchain.compile.tokenizer_rewriting import BAR, controls
 
 AT_EXPORT = 7  # of 130,000 ideographs and syllables one in so many is tried; parity tries all
 _CHARACTERS_A_PROBE = 48
-_BAR = "\u2581"  # that SentencePiece writes for a space: in a probe of its own
 _CASES_AT_ONCE = 256
 _MANY = ((0x3400, 0x9FFF), (0xAC00, 0xD7A3), (0x17000, 0x18CFF), (0x20000, 0x3FFFF))
 Read = Callable[[tuple[Turn, ...], bool], list[int]]
@@ -123,12 +122,13 @@ def _beside(added: Sequence[str]) -> list[str]:
 
 def _all_characters(every: int) -> list[str]:
     """Every character that a turn may have, each beside letters, digits, spaces and itself, and
-    some decomposed ones. Of the ``_MANY`` one in ``every``."""
+    some decomposed ones. Of the ``_MANY`` one in ``every``. ``BAR`` has a probe of its own, since
+    some rewritings set it apart."""
     known = [
         chr(code)
         for code in range(0x20, 0x110000)
         if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co", "Cc")
-        and chr(code) != _BAR
+        and chr(code) != BAR
         and (code % every == 0 or not any(low <= code <= high for low, high in _MANY))
     ]
     known += ["\t", "\n", "\r", "\x85"]
@@ -137,5 +137,5 @@ def _all_characters(every: int) -> list[str]:
         known[start : start + _CHARACTERS_A_PROBE]
         for start in range(0, len(known), _CHARACTERS_A_PROBE)
     ]
-    each = ["".join(f"{c} a{c}b1{c}2 {c}{c}, {c}." for c in some) for some in [*groups, [_BAR]]]
+    each = ["".join(f"{c} a{c}b1{c}2 {c}{c}, {c}." for c in some) for some in [*groups, [BAR]]]
     return [*each, " ".join(marked)]

@@ -16,11 +16,12 @@ from toolchain.compile.chat_template import TemplateText
 Normalize = Literal["NFC"] | None
 Spaced = Literal["first", "each"] | None
 AddedToken = dict[str, Any]  # as tokenizer.json has it
-_SPACE, _BAR = " ", "\u2581"
+BAR = "\u2581"  # that SentencePiece writes for a space
+_SPACE = " "
 # What \s is to Hugging Face's library; to the runner's it is U+180E too.
 _WHITE = r"\t-\r \x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}"
 _SPLIT_AT_SPACES = ("Split", {"String": _SPACE})
-_WORDS_OF_BARS = f"{_BAR}[^{_BAR}]*|[^{_BAR}]+"
+_WORDS_OF_BARS = f"{BAR}[^{BAR}]*|[^{BAR}]+"
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,13 @@ def _metaspaces(
         yield raw, (), None
         return
     place = places[0]
-    bar = steps[place].get("replacement", _BAR)
+    bar = steps[place].get("replacement", BAR)
     replace = {"type": "Replace", "pattern": {"String": _SPACE}, "content": bar}
     prepend = {"type": "Prepend", "prepend": bar}
     before = _steps(raw.get("normalizer"), "normalizers")
     pieces = {
         "type": "Split",
-        "pattern": {"Regex": _WORDS_OF_BARS.replace(_BAR, bar)},
+        "pattern": {"Regex": _WORDS_OF_BARS.replace(BAR, bar)},
         "behavior": "Isolated",
         "invert": False,
     }
@@ -161,7 +162,7 @@ def _bars(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[str, ...]
         ),
         _SPACE,
     )
-    if _SPACE in bar:
+    if len(bar) != 1 or bar == _SPACE:
         return
     steps = _steps(raw.get("pre_tokenizer"), "pretokenizers")
     kept = [one for one in steps if (one["type"], one.get("pattern")) != _SPLIT_AT_SPACES]

@@ -76,18 +76,19 @@ class Format:
     tabular: bool = False
 
 
-def first(fields: Mapping[str, Any], keys: Iterable[str]) -> str | None:
+def first_key(fields: Mapping[str, Any], keys: Iterable[str]) -> str | None:
+    """The first of ``keys`` that ``fields`` has; None: it has none."""
     return next((key for key in keys if key in fields), None)
 
 
 def message(fields: Mapping[str, Any], speakers: Speakers) -> Message:
     """One message, whatever its keys are called. Raises ``Unusable``."""
     plain = {named(key): value for key, value in fields.items()}
-    role = speakers.role(plain.get(first(plain, ROLES) or ""))
+    role = speakers.role(plain.get(first_key(plain, ROLES) or ""))
     weight = plain.get("weight")
     if role == "assistant" and type(weight) in (int, float) and weight == 0:
         raise Unusable("a reply that its weight of 0 says not to learn")
-    key = first(plain, TEXTS)
+    key = first_key(plain, TEXTS)
     text, left, foreign = content(None if key is None else plain[key])
     if plain.get("toolcalls") or plain.get("functioncall") or role == "tool":
         left = (*left, TOOLS)
@@ -136,11 +137,11 @@ def _system(fields: Fields) -> list[Message]:
 
 def _listed(what: str, *keys: str, also: str | None = None) -> Format:
     def fits(fields: Fields) -> bool:
-        key = first(fields, keys)
+        key = first_key(fields, keys)
         return key is not None and _is_messages(fields[key]) and (also is None or also in fields)
 
     def read(fields: Fields, speakers: Speakers) -> list[Message]:
-        listed = fields[first(fields, keys) or ""]
+        listed = fields[first_key(fields, keys) or ""]
         return _system(fields) + [message(one, speakers) for one in listed]
 
     return Format(what, fits, read)
@@ -154,7 +155,7 @@ def _said(role: str, value: Any, speakers: Speakers) -> list[Message]:
 
 
 def _instructed(fields: Fields) -> str | None:
-    return first(fields, ("output", "response", "answer"))
+    return first_key(fields, ("output", "response", "answer"))
 
 
 def _alpaca(fields: Fields, speakers: Speakers) -> list[Message]:
@@ -183,7 +184,7 @@ def _read_pair(fields: Fields, speakers: Speakers) -> list[Message]:
 
 
 def _is_row(fields: Fields) -> bool:
-    keys = first(fields, ROLES), first(fields, TEXTS)
+    keys = first_key(fields, ROLES), first_key(fields, TEXTS)
     return None not in keys and keys[0] != keys[1]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
+from math import isfinite
 from typing import Any
 
 from runtime_py.loop.errors import LoopError
-from toolchain.streams.convert_formats import ROLES, TEXTS, first
+from toolchain.streams.convert_formats import ROLES, TEXTS, first_key
 from toolchain.streams.convert_rows import Fields, Raw
 
 _CONVERSATIONS = tuple(
@@ -90,7 +91,7 @@ def _perhaps(rows: Sequence[Fields]) -> list[str]:
         for row in rows:
             value = row.get(column)
             if isinstance(value, str | int | float) and (name := _name(value)):
-                speakers.setdefault(name, set()).add(str(row[first(row, ROLES) or ""]))
+                speakers.setdefault(name, set()).add(str(row[first_key(row, ROLES) or ""]))
         several = sum(len(who) > 1 for who in speakers.values())
         if several > 1 and 2 * several > len(speakers):
             found.append(column)
@@ -98,8 +99,7 @@ def _perhaps(rows: Sequence[Fields]) -> list[str]:
 
 
 def _conversation(rows: Sequence[Raw], key: str | None) -> Raw:
-    answered = [_name(row.fields.get(name)) for row in rows for name in _ANSWERED]
-    if any(count > 1 for one, count in Counter(answered).items() if one):
+    if any(_branches(rows, column) for column in _ANSWERED):
         return Raw(rows[0].place, problem="a tree: several messages answer the same one")
     ordered = _ordered(rows)
     if ordered is None:
@@ -110,12 +110,18 @@ def _conversation(rows: Sequence[Raw], key: str | None) -> Raw:
     return Raw(rows[0].place, fields)
 
 
+def _branches(rows: Sequence[Raw], column: str) -> bool:
+    """Whether ``column`` says of several messages that they answer the same one."""
+    answered = Counter(_name(row.fields.get(column)) for row in rows)
+    return any(count > 1 for one, count in answered.items() if one)
+
+
 def _ordered(rows: Sequence[Raw]) -> Sequence[Raw] | None:
     """None where all have a time, and which of them is earlier cannot be told."""
     fields = [row.fields for row in rows]
     for key in _PLACES:
         try:
-            places = [float(row[key]) for row in fields]
+            places = [_number(row[key]) for row in fields]
         except (KeyError, TypeError, ValueError, OverflowError):
             continue
         return [rows[i] for i in sorted(range(len(rows)), key=places.__getitem__)]
@@ -145,12 +151,25 @@ def _orders(times: Sequence[str]) -> set[tuple[int, ...]]:
     return found
 
 
+def _number(value: Any) -> float:
+    """Raises ``ValueError`` also for what has no place among numbers."""
+    number = float(value)
+    if not isfinite(number):
+        raise ValueError(f"{value} is no number.")
+    return number
+
+
 def _seconds(value: str) -> float:
     try:
-        return float(value)
+        return _number(value)
     except ValueError:
-        return datetime.fromisoformat(value).timestamp()
+        return _since_1970(datetime.fromisoformat(value))
 
 
 def _local(form: str, value: str) -> float:
-    return datetime.strptime(value.replace(",", ""), form).timestamp()
+    return _since_1970(datetime.strptime(value.replace(",", ""), form))
+
+
+def _since_1970(time: datetime) -> float:
+    """Seconds; without a time zone in UTC, since no clock of this machine may decide an order."""
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()

@@ -249,6 +249,10 @@ def test_words_that_a_template_changes_are_refused(change: str) -> None:
         ("{{ 1 // 0 }}", "cannot be rendered for 2 exchanges: .*zero"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "cannot be rendered"),
         (
+            "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
+            "cannot be rendered for 2 exchanges: .*recursion",
+        ),
+        (
             "{% if add_generation_prompt %}{{ raise_exception('not me') }}{% endif %}" + CHATML,
             "cannot be rendered for 2 exchanges and a reply prompt: not me",
         ),

@@ -19,6 +19,7 @@ from runtime_py.bundle.chat_text import ChatText
 from toolchain.compile.chat_template import Template, TemplateText, compile_template, turns_of
 from toolchain.compile.phone_text import PhoneText, phone_text
 from toolchain.compile.shipped_text import shipped_turns
+from toolchain.compile.tokenizer_rewriting import candidates
 
 BAR = "\u2581"
 CHATML = (
@@ -310,6 +311,12 @@ def test_unigram_is_refused() -> None:
 @pytest.mark.parametrize("normalizer", [normalizers.Lowercase(), normalizers.NFKC()])
 def test_another_normalizer_is_refused(normalizer: Any) -> None:
     refused(byte_level(normalizer), CHATML, "ExecuTorch's runner (cannot read it|reads)")
+
+
+def test_spaces_as_two_characters_are_no_bars() -> None:
+    made = Tokenizer.from_str(gemma().to_str().replace(BAR, "__"))
+    tried = candidates(json.loads(made.to_str()), template_of(wrapped(made), LLAMA2), 2000)
+    assert [one.apart for one in tried] == [""]
 
 
 def test_words_that_eat_spaces_are_refused() -> None:

@@ -157,7 +157,9 @@ def test_a_message_a_row(data: str, dialogues: Said, converted: Converted) -> No
 
 
 @pytest.mark.parametrize(
-    "times", [("soon", "now"), ("2/1/2024", "1/3/2024"), ("09:05", "10:05")], ids=str
+    "times",
+    [("soon", "now"), ("2/1/2024", "1/3/2024"), ("09:05", "10:05"), ("nan", "1")],
+    ids=str,
 )
 def test_a_table_in_no_order(times: tuple[str, str], converted: Converted) -> None:
     """Newest first is as frequent as oldest first: what cannot be read is not guessed."""
@@ -187,6 +189,9 @@ def test_a_table_of_trees(converted: Converted) -> None:
     result, dialogues = converted(f"thread,message_id,parent_id,role,text\n{rows}".encode())
     assert dialogues == HI
     assert result.dropped.keys() == {"a tree: several messages answer the same one"}
+    chain = "t,a,,,user,hi\nt,b,a,a,bot,ho\n"  # two columns that say the same
+    head = "thread,message_id,parent_id,parent,role,text\n"
+    assert converted(f"{head}{chain}".encode())[1] == HI
 
 
 def test_a_table_with_names(converted: Converted) -> None:

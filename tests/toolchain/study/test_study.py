@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -216,7 +217,13 @@ def test_a_plan_may_grow(folder: Path, attune: Attune) -> None:
     (folder / "trial.toml").write_text(text)
     said = attune(*arguments(folder, "out", "--markdown", folder / "t.md"))
     assert "20 cells, 10 there, 10 to be measured now" in said.err
-    overview = (folder / "t.md").read_text().split("**Held-out loss, change to base**")[1]
+    markdown = (folder / "t.md").read_text()
+    points = re.findall(r"\(([+−][\d.]+(?:, [+−][\d.]+)+)\)", markdown)
+    assert points  # of two orderings each, least first
+    for each in points:
+        numbers = [float(one.replace("−", "-")) for one in each.split(", ")]
+        assert numbers == sorted(numbers)
+    overview = markdown.split("**Held-out loss, change to base**")[1]
     head, _, better = overview.strip().splitlines()[:3]
     assert head == "| row | toy | more |"
     label, *changes = better.strip("|").split("|")
