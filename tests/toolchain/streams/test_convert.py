@@ -8,7 +8,8 @@ import gzip
 import io
 import json
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,23 @@ def test_a_table_in_no_order(times: tuple[str, str], converted: Converted) -> No
     assert dialogues == HI
     (reason,) = result.dropped
     assert "times that cannot be read, or in two orders" in reason
+
+
+@pytest.fixture
+def summer_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine whose clock leaves out an hour on 31 March 2024."""
+    monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("summer_time")
+@pytest.mark.parametrize("day", ["2024-03-31", "31.03.2024"])
+def test_no_clock_of_this_machine_decides_an_order(day: str, converted: Converted) -> None:
+    data = f"chat,time,role,text\nx,{day} 03:15,bot,ho\nx,{day} 02:30,user,hi"
+    assert converted(data.encode())[1] == HI
 
 
 @pytest.mark.parametrize("column", ["case_number", "user_id", "message_tree_id"])
